@@ -1,0 +1,69 @@
+// Moving one VM: the hosts it can go to, and why not to the others.
+
+import { html, useState } from '../lib/ui.js';
+import { post, tryPost } from '../lib/api.js';
+import { mib, percent } from '../lib/format.js';
+import { hosts } from '../lib/pool.js';
+import { useStore } from '../lib/store.js';
+import { Dialog } from '../parts/dialog.js';
+import { Field, fieldError } from '../parts/field.js';
+import { perform } from '../parts/notices.js';
+import { Loading } from '../parts/placeholder.js';
+import { ProblemNote } from '../parts/problem.js';
+import { useAnswer } from './form.js';
+
+const DOWNTIME_LIMIT_MS = 300;
+
+export function MigrateDialog({ vm, close }) {
+  const pool = useStore();
+  const [target, setTarget] = useState('');
+  const [limit, setLimit] = useState(String(DOWNTIME_LIMIT_MS));
+  const [verify, setVerify] = useState(false);
+  const path = `/v1/vms/${vm.id}/migrate`;
+  const dry = useAnswer(vm.id, (signal) => tryPost(path, {}, signal));
+  const placement = dry.answer?.placement;
+  const others = hosts(pool).filter((host) => host.id !== vm.host);
+  const nowhere = others.length === 0;
+  const submit = (event) => {
+    event.preventDefault();
+    const policy = { downtime_limit_ms: Number(limit), verify: verify ? 'whole_memory' : 'frames' };
+    close();
+    perform(`Migrate ${vm.name}`, () => post(path, { ...(target ? { target } : {}), policy }));
+  };
+  return html`<${Dialog} title="Migrate ${vm.name}" close=${close} testid="migrate">
+    <form onSubmit=${submit} class="dialog-form">
+      <div class="dialog-body">
+        <p class="lead">It moves from <strong>${vm.host_name}</strong> without stopping.</p>
+        ${dry.busy ? html`<${Loading} />` : html`<fieldset class="options">
+          <legend>Where to</legend>
+          <label class="option">
+            <input type="radio" name="target" value="" checked=${target === ''} onChange=${() => setTarget('')} />
+            <span class="option-main">Let Godwit choose</span><span class="option-note">${placement?.host ? `it would choose ${placement.host_name}` : ''}</span>
+          </label>
+          ${others.map((host) => html`<${Target} key=${host.id} host=${host} rejection=${placement?.rejections.find((rejection) => rejection.host === host.id)} chosen=${target === host.id} choose=${setTarget} />`)}
+        </fieldset>`}
+        <details class="advanced">
+          <summary>Limits</summary>
+          <div class="fields">
+            <${Field} label="Longest blackout, ms" hint="the guest is paused once the rest fits into this" error=${fieldError(dry.problem, 'policy.downtime_limit_ms')}><input type="number" min="1" max="60000" value=${limit} onInput=${(event) => setLimit(event.target.value)} /><//>
+            <label class="check"><input type="checkbox" checked=${verify} onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
+          </div>
+        </details>
+        <${ProblemNote} problem=${dry.problem} />
+      </div>
+      <footer class="dialog-foot">
+        <button type="button" class="button" onClick=${() => close()}>Cancel</button>
+        <button type="submit" class="button button-primary" disabled=${dry.busy || nowhere || Boolean(dry.problem)} data-testid="migrate-submit">Migrate</button>
+      </footer>
+    </form>
+  <//>`;
+}
+
+function Target({ host, rejection, chosen, choose }) {
+  const free = host.capacity.guest_memory_mib - host.committed.memory_mib;
+  return html`<label class="option ${rejection ? 'is-off' : ''}" title=${rejection?.remedy} data-testid="target-${host.name}">
+    <input type="radio" name="target" value=${host.id} checked=${chosen} disabled=${Boolean(rejection)} onChange=${() => choose(host.id)} />
+    <span class="option-main">${host.name}</span>
+    <span class="option-note">${rejection ? rejection.detail : `${mib(Math.max(0, free))} free, CPU ${percent(host.usage?.cpu_percent)}`}</span>
+  </label>`;
+}

@@ -1,0 +1,84 @@
+// What an operator can ask of VMs, hosts and operations, and when it makes sense.
+
+import { openDialog, confirm } from './parts/dialog.js';
+import { perform } from './parts/notices.js';
+import { post, remove } from './lib/api.js';
+import { go } from './lib/router.js';
+import { CreateVmDialog } from './dialogs/create-vm.js';
+import { EvacuateDialog } from './dialogs/evacuate.js';
+import { MaintenanceDialog } from './dialogs/maintenance.js';
+import { MigrateDialog } from './dialogs/migrate.js';
+import { AddHostDialog } from './dialogs/add-host.js';
+
+const GRACE_MS = 30_000;
+
+const send = (vm, verb, what, body) => perform(`${what} ${vm.name}`, () => post(`/v1/vms/${vm.id}/${verb}`, body));
+
+async function afterConfirm(question, act) {
+  if (await confirm(question)) await act();
+}
+
+/** Everything that can be asked of `vm` now: `{id, label, run, danger, main}`; `main` ones come first as buttons. */
+export function vmIntents(vm) {
+  const is = (...states) => states.includes(vm.state);
+  const up = is('running', 'paused', 'migrating', 'starting');
+  const all = [
+    is('stopped', 'failed', 'pending') && { id: 'start', label: 'Start', main: true, run: () => send(vm, 'start', 'Start') },
+    is('running', 'paused') && { id: 'migrate', label: 'Migrate…', main: true, run: () => openDialog(MigrateDialog, { vm }) },
+    is('paused') && { id: 'resume', label: 'Resume', main: true, run: () => send(vm, 'resume', 'Resume') },
+    is('running') && { id: 'pause', label: 'Pause', run: () => send(vm, 'pause', 'Pause') },
+    is('running') && {
+      id: 'reboot', label: 'Reboot…',
+      run: () => afterConfirm({ title: `Reboot ${vm.name}?`, text: 'The guest starts afresh; what it holds only in memory is lost.', verb: 'Reboot', danger: true }, () => send(vm, 'reboot', 'Reboot')),
+    },
+    up && {
+      id: 'stop', label: 'Stop…', main: is('running'),
+      run: () => afterConfirm({ title: `Stop ${vm.name}?`, text: `The guest is asked to shut down and stopped after ${GRACE_MS / 1000} seconds if it has not.`, verb: 'Stop', danger: true },
+        () => send(vm, 'stop', 'Stop', { mode: 'graceful', timeout_ms: GRACE_MS })),
+    },
+    (up || is('stopping')) && {
+      id: 'kill', label: 'Stop at once…', danger: true,
+      run: () => afterConfirm({ title: `Stop ${vm.name} at once?`, text: 'The guest is not asked. It is as if the power had failed.', verb: 'Stop at once', danger: true },
+        () => send(vm, 'stop', 'Stop', { mode: 'kill' })),
+    },
+    is('stopped', 'failed', 'pending') && {
+      id: 'delete', label: 'Delete…', danger: true,
+      run: () => afterConfirm({ title: `Delete ${vm.name}?`, text: 'The VM and its record are removed from the pool. This cannot be taken back.', verb: 'Delete', danger: true },
+        () => perform(`Delete ${vm.name}`, () => remove(`/v1/vms/${vm.id}`))),
+    },
+  ];
+  return all.filter(Boolean);
+}
+
+/** Everything that can be asked of `host` now, except its maintenance. */
+export function hostIntents(host) {
+  const ask = (verb, what) => perform(`${what} ${host.name}`, () => post(`/v1/hosts/${host.id}/${verb}`));
+  const guests = host.committed.vms;
+  const all = [
+    host.state === 'up' && { id: 'cordon', label: 'Cordon', main: true, run: () => ask('cordon', 'Cordon') },
+    host.state === 'cordoned' && { id: 'uncordon', label: 'Uncordon', main: true, run: () => ask('uncordon', 'Uncordon') },
+    ['up', 'cordoned'].includes(host.state) && guests > 0 && {
+      id: 'evacuate', label: 'Evacuate…',
+      run: async () => {
+        if (await openDialog(EvacuateDialog, { host })) await ask('evacuate', 'Evacuate');
+      },
+    },
+    guests === 0 && host.state !== 'joining' && {
+      id: 'remove', label: 'Remove from pool…', danger: true,
+      run: () => afterConfirm({ title: `Remove ${host.name} from the pool?`, text: 'Its certificate is no longer accepted; to come back it needs a new join token.', verb: 'Remove', danger: true },
+        () => perform(`Remove ${host.name}`, () => remove(`/v1/hosts/${host.id}`))),
+    },
+  ];
+  return all.filter(Boolean);
+}
+
+export const createVm = () => openDialog(CreateVmDialog);
+export const addHost = () => openDialog(AddHostDialog);
+
+/** Plans and, when the operator agrees, starts a maintenance; then shows it. */
+export async function maintain(host) {
+  const started = await openDialog(MaintenanceDialog, { host });
+  if (started) go('maintenance', started.id);
+}
+
+export const cancelOperation = (id) => perform('Cancel requested', () => post(`/v1/operations/${id}/cancel`));

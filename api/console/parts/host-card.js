@@ -1,0 +1,68 @@
+// A host: its state, what of it is used, and the VMs on it.
+
+import { classes, html } from '../lib/ui.js';
+import { ago, bytes, count, mib, percent } from '../lib/format.js';
+import { guestsOf, maintenanceOf, migrationOf } from '../lib/pool.js';
+import { hostIntents, maintain } from '../intents.js';
+import { linkTo } from '../lib/router.js';
+import { useNow } from '../lib/clock.js';
+import { Actions } from './actions.js';
+import { ComingChip, VmChip } from './chip.js';
+import { Meter } from './meter.js';
+import { State } from './state.js';
+
+const PRESSURE_SHOWN_PERCENT = 0.5;
+
+/** The usage bars of a host. */
+export function HostMeters({ host }) {
+  const { capacity, committed, usage = {}, facts } = host;
+  const memory = facts?.memory_mib ?? 0;
+  const used = (usage.memory_used_bytes ?? 0) / 2 ** 20;
+  return html`<div class="meters">
+    <${Meter} label="CPU" title="Busy share of all cores" share=${(usage.cpu_percent ?? 0) / 100} text="${percent(usage.cpu_percent)} of ${count(capacity.cores, 'core')}" />
+    <${Meter} label="Memory" title="Memory in use on the host, by guests and everything else" share=${used / memory} text="${bytes(usage.memory_used_bytes)} of ${mib(memory)}" />
+    <${Meter} label="Committed" title="Memory promised to VMs, of what the host gives to guests" share=${committed.memory_mib / capacity.guest_memory_mib} warnAt=${0.9} badAt=${1.001} text="${mib(committed.memory_mib)} of ${mib(capacity.guest_memory_mib)}" />
+  </div>`;
+}
+
+/** Stalls on CPU, memory and I/O in the last ten seconds. */
+export function Pressure({ pressure = {} }) {
+  const entries = [['CPU', pressure.cpu_percent], ['memory', pressure.memory_percent], ['I/O', pressure.io_percent]];
+  return html`<span class="pressure" title="Share of the last ten seconds in which some task waited">
+    <span class="pressure-label">Pressure</span>
+    ${entries.map(([label, value]) => html`<span key=${label} class=${classes('pressure-item', value >= 20 && 'is-bad', value >= 5 && value < 20 && 'is-warn')}>${label} <b>${(value ?? 0) < PRESSURE_SHOWN_PERCENT ? '0' : Math.round(value)}</b> %</span>`)}
+  </span>`;
+}
+
+/** The card on the overview and hosts pages. */
+export function HostCard({ pool, host, compact }) {
+  const now = useNow();
+  const { here, coming } = guestsOf(pool, host);
+  const maintenance = maintenanceOf(pool, host);
+  const silent = host.state === 'unreachable';
+  return html`<article class=${classes('host-card', `host-${host.state}`)} data-testid="host-${host.name}" data-state=${host.state} aria-label="Host ${host.name}">
+    <header class="host-head">
+      <h3><a href=${linkTo('hosts', host.name)}>${host.name}</a></h3>
+      <${State} kind="host" state=${host.state} reason=${host.reason} testid="host-state-${host.name}" />
+      ${maintenance && html`<a class="tag" href=${linkTo('maintenance', maintenance.id)} title="Maintenance: ${maintenance.state}">${maintenance.state}</a>`}
+      <span class="host-count">${count(here.length, 'VM')}</span>
+    </header>
+    ${silent && html`<p class="host-silent">No word ${host.last_seen ? `since ${ago(host.last_seen, now)}` : 'yet'}. ${host.reason ?? ''}</p>`}
+    <div class=${classes(silent && 'is-stale')}><${HostMeters} host=${host} /></div>
+    <div class="chips" aria-label="VMs on ${host.name}">
+      ${here.map((vm) => html`<${VmChip} key=${vm.id} vm=${vm} leaving=${migrationOf(pool, vm)} />`)}
+      ${coming.map((migration) => html`<${ComingChip} key=${migration.id} migration=${migration} />`)}
+      ${here.length + coming.length === 0 && html`<span class="quiet">No VMs here</span>`}
+    </div>
+    ${!compact && html`<footer class="host-foot">
+      <${Pressure} pressure=${host.usage?.pressure} />
+      <span class="actions">
+        ${canBeMaintained(host) && html`<button type="button" class="button button-small" data-testid="maintenance-open" aria-label="Maintenance of ${host.name}" onClick=${() => maintain(host)}>Maintenance…</button>`}
+        ${maintenance && html`<a class="button button-small" href=${linkTo('maintenance', maintenance.id)}>Open maintenance</a>`}
+        <${Actions} intents=${hostIntents(host)} name=${host.name} small />
+      </span>
+    </footer>`}
+  </article>`;
+}
+
+export const canBeMaintained = (host) => (host.state === 'up' || host.state === 'cordoned') && !host.maintenance;

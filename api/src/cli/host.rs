@@ -1,0 +1,138 @@
+//! `godwit host …`, except `godwit host run`.
+
+use super::{ChangeOptions, Failure, Session, render, write_out};
+use crate::resource::{CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken};
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+
+/// Commands about hosts.
+#[derive(Debug, Subcommand)]
+pub enum HostCommand {
+    /// List hosts.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only hosts in this state.
+        #[arg(long, value_enum)]
+        state: Option<HostState>,
+    },
+    /// Show a host.
+    Show {
+        /// Name or id.
+        host: String,
+    },
+    /// Let no new VM be placed on a host.
+    Cordon(CordonArgs),
+    /// Let VMs be placed on a host again.
+    Uncordon(NamedArgs),
+    /// Move everything off a host that answers but is failing; it stays cordoned.
+    Evacuate(EvacuateArgs),
+    /// Take an empty host out of the pool.
+    Remove(NamedArgs),
+    /// Make a one-time token with which a host can join the pool.
+    Token {
+        /// Minutes the token can be used.
+        #[arg(long, default_value_t = 60)]
+        ttl_minutes: u64,
+    },
+}
+
+/// A host.
+#[derive(Debug, Args)]
+pub struct NamedArgs {
+    /// Name or id.
+    host: String,
+    /// Only print what would happen.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A host to cordon.
+#[derive(Debug, Args)]
+pub struct CordonArgs {
+    #[command(flatten)]
+    named: NamedArgs,
+    /// Why; shown to everyone who looks.
+    #[arg(long, default_value = "")]
+    reason: String,
+}
+
+/// A host to evacuate.
+#[derive(Debug, Args)]
+pub struct EvacuateArgs {
+    /// Name or id.
+    host: String,
+    /// Why; shown to everyone who looks.
+    #[arg(long, default_value = "")]
+    reason: String,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+impl HostCommand {
+    /// Asks the server and prints what it says.
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Self::List { state } => {
+                let mut hosts = session.client.list::<Host>("/v1/hosts").await?;
+                hosts.items.retain(|host| state.is_none_or(|state| host.state == state));
+                hosts.items.sort_by(|a, b| a.name.cmp(&b.name));
+                session.print(&hosts, |hosts| render::hosts(&hosts.items))
+            }
+            Self::Show { host } => {
+                let host: Host = session.client.get(&path(&host)).await?;
+                session.print(&host, |host| render::host(host, Timestamp::now()))
+            }
+            Self::Cordon(arguments) => {
+                mark(session, &arguments.named, "cordon", &HostReason { reason: arguments.reason }).await
+            }
+            Self::Uncordon(arguments) => mark(session, &arguments, "uncordon", &HostReason::default()).await,
+            Self::Evacuate(arguments) => evacuate(session, arguments).await,
+            Self::Remove(arguments) => remove(session, arguments).await,
+            Self::Token { ttl_minutes } => {
+                let body = CreateJoinToken { ttl_s: Some(ttl_minutes.saturating_mul(60)) };
+                let token: JoinToken = session.client.post("/v1/join-tokens", &body).await?;
+                session.print(&token, |token| {
+                    format!(
+                        "Run this on the new host before {:.0}; the token works once:\n\n  {}\n",
+                        token.expires_at, token.command
+                    )
+                })
+            }
+        }
+    }
+}
+
+fn path(host: &str) -> String {
+    format!("/v1/hosts/{host}")
+}
+
+async fn mark(session: &Session, arguments: &NamedArgs, verb: &str, body: &HostReason) -> Result<(), Failure> {
+    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+    let path = change.path(format!("{}/{verb}", path(&arguments.host)));
+    if change.dry_run {
+        return session.print_dry_run(&session.client.post::<DryRun>(&path, body).await?);
+    }
+    let accepted: HostAccepted = session.client.post(&path, body).await?;
+    session.print(&accepted.host, |host| format!("{} is {}.\n", host.name, super::words::name(host.state)))
+}
+
+async fn evacuate(session: &Session, arguments: EvacuateArgs) -> Result<(), Failure> {
+    let EvacuateArgs { host, reason, change } = arguments;
+    let path = change.path(format!("{}/evacuate", path(&host)));
+    let body = HostReason { reason };
+    if change.dry_run {
+        return session.print_dry_run(&session.client.post::<DryRun>(&path, &body).await?);
+    }
+    let accepted: HostAccepted = session.client.post(&path, &body).await?;
+    session.conclude(change, accepted.operation, || format!("{host} is empty and cordoned.\n")).await
+}
+
+async fn remove(session: &Session, arguments: NamedArgs) -> Result<(), Failure> {
+    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+    let path = change.path(path(&arguments.host));
+    if change.dry_run {
+        return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
+    }
+    let _: Option<HostAccepted> = session.client.delete(&path).await?;
+    write_out(&format!("{} is no longer part of the pool.\n", arguments.host))
+}

@@ -1,0 +1,365 @@
+//! Resources as text: pure functions, so that their output can be held against golden files.
+
+use super::table::{Sheet, Table};
+use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};
+use crate::resource::{
+    Boot, DryRun, Event, Host, Maintenance, MaintenancePlan, Migration, MigrationPhase, MigrationState, Operation, Vm,
+};
+use jiff::Timestamp;
+use std::fmt::Write;
+
+/// Longest reason in a list; `show` gives all of it.
+const REASON_CHARACTERS: usize = 60;
+
+pub(super) fn vms(vms: &[Vm]) -> String {
+    let mut table = Table::new(&["NAME", "STATE", "HOST", ">VCPUS", ">MEMORY", ">CPU", ">DIRTY", "NOTE"]);
+    for vm in vms {
+        table.row([
+            vm.name.clone(),
+            name(vm.state),
+            or_dash(vm.host_name.as_ref()),
+            vm.spec.vcpus.to_string(),
+            mib(vm.spec.memory_mib),
+            percent(vm.usage.cpu_percent),
+            rate(vm.usage.dirty_bytes_per_s),
+            vm_note(vm),
+        ]);
+    }
+    table.to_string()
+}
+
+fn vm_note(vm: &Vm) -> String {
+    match (&vm.migration, &vm.reason) {
+        (Some(migration), _) if migration.state == MigrationState::Open => {
+            format!("to {}, round {}", migration.target_name, migration.progress.round)
+        }
+        (_, Some(reason)) => short(reason),
+        _ => String::new(),
+    }
+}
+
+pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
+    let boot = match &vm.spec.boot {
+        Boot::Pilot => "the pilot".to_owned(),
+        Boot::Linux { kernel, initrd, cmdline } => {
+            let initrd = initrd.as_ref().map(|path| format!(", initrd {path}")).unwrap_or_default();
+            format!("{kernel}{initrd}, {cmdline:?}")
+        }
+    };
+    let host = vm.host_name.as_ref().map(|host| format!("{host} (epoch {})", vm.epoch));
+    let mut text = Sheet::default()
+        .line("Name", &vm.name)
+        .line("Id", vm.id.to_string())
+        .line("State", name(vm.state))
+        .maybe("Reason", vm.reason.as_ref())
+        .line("Wanted", name(vm.intent))
+        .line("Host", or_dash(host))
+        .line("vCPUs", format!("{} ({})", vm.spec.vcpus, name(vm.spec.cpu)))
+        .line("Memory", mib(vm.spec.memory_mib))
+        .line("Boots", boot)
+        .line("Lease", name(vm.lease))
+        .line("Maintenance", name(vm.maintenance_policy))
+        .line(
+            "Uses",
+            format!(
+                "{} CPU, {} resident, {:.0} exits/s, dirties {}",
+                percent(vm.usage.cpu_percent),
+                bytes(vm.usage.rss_bytes),
+                vm.usage.exits_per_s,
+                rate(vm.usage.dirty_bytes_per_s)
+            ),
+        )
+        .maybe("Operation", vm.operation.map(|id| id.to_string()))
+        .line("Created", format!("{} ago", age(vm.created_at, now)))
+        .line("Changed", format!("{} ago", age(vm.changed_at, now)))
+        .to_string();
+    if let Some(migration) = &vm.migration {
+        let _ = write!(text, "\nMigration\n{}", self::migration(migration));
+    }
+    text
+}
+
+pub(super) fn hosts(hosts: &[Host]) -> String {
+    let mut table =
+        Table::new(&["NAME", "STATE", ">VMS", ">CPU", ">MEMORY PROMISED", ">OF", ">USED", "ADDRESS", "NOTE"]);
+    for host in hosts {
+        table.row([
+            host.name.clone(),
+            name(host.state),
+            host.committed.vms.to_string(),
+            percent(host.usage.cpu_percent),
+            mib(host.committed.memory_mib),
+            mib(host.capacity.guest_memory_mib),
+            bytes(host.usage.memory_used_bytes),
+            host.address.clone(),
+            short(host.reason.as_deref().unwrap_or_default()),
+        ]);
+    }
+    table.to_string()
+}
+
+pub(super) fn host(host: &Host, now: Timestamp) -> String {
+    let pressure = &host.usage.pressure;
+    Sheet::default()
+        .line("Name", &host.name)
+        .line("Id", host.id.to_string())
+        .line("State", name(host.state))
+        .maybe("Reason", host.reason.as_ref())
+        .maybe("Maintenance", host.maintenance.map(|id| id.to_string()))
+        .line("Address", &host.address)
+        .line("CPU", format!("{} ({}, {} cores)", host.facts.cpu.model, name(host.facts.cpu.level), host.facts.cores))
+        .line("Memory", format!("{}, {} for guests", mib(host.facts.memory_mib), mib(host.capacity.guest_memory_mib)))
+        .line(
+            "Promised",
+            format!(
+                "{} to {} VMs with {} vCPUs",
+                mib(host.committed.memory_mib),
+                host.committed.vms,
+                host.committed.vcpus
+            ),
+        )
+        .line(
+            "Uses",
+            format!("{} CPU, {} memory", percent(host.usage.cpu_percent), bytes(host.usage.memory_used_bytes)),
+        )
+        .line(
+            "Pressure",
+            format!(
+                "cpu {:.1}%, memory {:.1}%, io {:.1}%",
+                pressure.cpu_percent, pressure.memory_percent, pressure.io_percent
+            ),
+        )
+        .line("Kernel", &host.facts.kernel)
+        .line("Version", &host.version)
+        .line("Last seen", host.last_seen.map_or_else(|| "never".to_owned(), |seen| format!("{} ago", age(seen, now))))
+        .to_string()
+}
+
+pub(super) fn operations(operations: &[Operation], now: Timestamp) -> String {
+    let mut table = Table::new(&["ID", "KIND", "SUBJECT", "STATE", ">DONE", ">AGE", "BY", "NOTE"]);
+    for operation in operations {
+        let note = match &operation.error {
+            Some(problem) => problem.detail.clone(),
+            None => operation.steps.last().map(|step| format!("{} {}", step.name, step.detail)).unwrap_or_default(),
+        };
+        table.row([
+            operation.id.to_string(),
+            operation.kind.clone(),
+            operation.subject.name.clone(),
+            name(operation.state),
+            percent(operation.progress * 100.0),
+            age(operation.created_at, now),
+            operation.actor.clone(),
+            short(note.trim()),
+        ]);
+    }
+    table.to_string()
+}
+
+pub(super) fn operation(operation: &Operation, now: Timestamp) -> String {
+    let mut text = Sheet::default()
+        .line("Id", operation.id.to_string())
+        .line("Kind", &operation.kind)
+        .line("Subject", format!("{} {}", name(operation.subject.kind), operation.subject.name))
+        .line("State", format!("{}, {} done", name(operation.state), percent(operation.progress * 100.0)))
+        .line("Asked for", format!("{} ago by {}", age(operation.created_at, now), operation.actor))
+        .maybe("Ended", operation.ended_at.map(|end| format!("{} ago", age(end, now))))
+        .maybe("Error", operation.error.as_ref().map(ToString::to_string))
+        .to_string();
+    if !operation.steps.is_empty() {
+        let mut table = Table::new(&["STEP", "STATE", ">TOOK", "DETAIL"]);
+        for step in &operation.steps {
+            let took = step.ended_at.map(|end| seconds(end.duration_since(step.started_at).as_secs_f64()));
+            table.row([step.name.clone(), name(step.state), or_dash(took), step.detail.clone()]);
+        }
+        let _ = write!(text, "\n{table}");
+    }
+    text
+}
+
+pub(super) fn migrations(migrations: &[Migration], now: Timestamp) -> String {
+    let mut table = Table::new(&[
+        "VM", "FROM", "TO", "STATE", "PHASE", ">ROUND", ">SENT", ">REMAINING", ">RATE", ">DOWNTIME", ">AGE", "ID",
+    ]);
+    for migration in migrations {
+        let progress = &migration.progress;
+        table.row([
+            migration.vm_name.clone(),
+            migration.source_name.clone(),
+            migration.target_name.clone(),
+            name(migration.state),
+            or_dash(migration.phase.map(name)),
+            progress.round.to_string(),
+            bytes(progress.transferred_bytes),
+            bytes(progress.remaining_bytes),
+            rate(progress.rate_bytes_per_s),
+            or_dash(progress.downtime_us.map(milliseconds_of_us)),
+            age(migration.started_at, now),
+            migration.id.to_string(),
+        ]);
+    }
+    table.to_string()
+}
+
+pub(super) fn migration(migration: &Migration) -> String {
+    let progress = &migration.progress;
+    let blackout = match (progress.downtime_us, migration.phase) {
+        (Some(us), _) => Some(format!("{} (measured)", milliseconds_of_us(us))),
+        (None, Some(MigrationPhase::PreCopy)) => Some(format!("{} ms (predicted)", progress.predicted_blackout_ms)),
+        _ => None,
+    };
+    Sheet::default()
+        .line("Id", migration.id.to_string())
+        .line("VM", &migration.vm_name)
+        .line("Way", format!("{} to {}", migration.source_name, migration.target_name))
+        .line("State", format!("{} ({})", name(migration.state), or_dash(migration.phase.map(name))))
+        .maybe("Reason", migration.reason.as_ref())
+        .line("Round", progress.round.to_string())
+        .line(
+            "Sent",
+            format!(
+                "{} of {} memory ({} pages, {} zero pages)",
+                bytes(progress.transferred_bytes),
+                bytes(progress.memory_bytes),
+                progress.content_pages,
+                progress.zero_pages
+            ),
+        )
+        .line("Remaining", bytes(progress.remaining_bytes))
+        .line(
+            "Rate",
+            format!("{}, the guest dirties {}", rate(progress.rate_bytes_per_s), rate(progress.dirty_bytes_per_s)),
+        )
+        .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
+        .maybe("Downtime", blackout)
+        .to_string()
+}
+
+pub(super) fn maintenances(maintenances: &[Maintenance], now: Timestamp) -> String {
+    let mut table = Table::new(&["ID", "HOST", "STATE", ">VMS", ">BLOCKERS", ">AGE", "BY", "REASON"]);
+    for maintenance in maintenances {
+        table.row([
+            maintenance.id.to_string(),
+            maintenance.host_name.clone(),
+            name(maintenance.state),
+            maintenance.plan.moves.len().to_string(),
+            maintenance.plan.blockers.len().to_string(),
+            age(maintenance.created_at, now),
+            maintenance.actor.clone(),
+            short(&maintenance.reason),
+        ]);
+    }
+    table.to_string()
+}
+
+pub(super) fn maintenance(maintenance: &Maintenance, now: Timestamp) -> String {
+    let mut text = Sheet::default()
+        .line("Id", maintenance.id.to_string())
+        .line("Host", &maintenance.host_name)
+        .line("State", name(maintenance.state))
+        .maybe("Detail", maintenance.detail.as_ref())
+        .line("Reason", &maintenance.reason)
+        .line("Return", name(maintenance.policy.returning))
+        .line("Created", format!("{} ago by {}", age(maintenance.created_at, now), maintenance.actor))
+        .to_string();
+    if maintenance.moved.is_empty() {
+        let _ = write!(text, "\n{}", plan(&maintenance.plan));
+    } else {
+        let mut table = Table::new(&["VM", "ACTION", "STATE", "NOTE"]);
+        for moved in &maintenance.moved {
+            table.row([
+                moved.vm_name.clone(),
+                name(moved.action),
+                name(moved.state),
+                moved.reason.clone().unwrap_or_default(),
+            ]);
+        }
+        let _ = write!(text, "\n{table}");
+    }
+    text
+}
+
+/// What a maintenance would do.
+pub(super) fn plan(plan: &MaintenancePlan) -> String {
+    let mut text = String::new();
+    if plan.moves.is_empty() && plan.blockers.is_empty() {
+        text.push_str("Nothing runs on this host: it is drained at once.\n");
+    }
+    if !plan.moves.is_empty() {
+        let mut table = Table::new(&["VM", "ACTION", "TO", ">TIME", ">MIB", ">BLACKOUT", ">RESERVE AFTER"]);
+        for step in &plan.moves {
+            table.row([
+                step.vm_name.clone(),
+                name(step.action),
+                or_dash(step.to_name.as_ref()),
+                seconds(step.predicted_s),
+                step.predicted_mib.to_string(),
+                format!("{} ms", step.predicted_blackout_ms),
+                reserve(step.reserve_after_mib),
+            ]);
+        }
+        let _ = write!(text, "{table}");
+        let _ = writeln!(text, "{} in all.", seconds(plan.total_s));
+    }
+    if !plan.blockers.is_empty() {
+        let _ = writeln!(text, "\nBlocked by:");
+        for blocker in &plan.blockers {
+            let about = blocker.vm_name.as_ref().map(|vm| format!("{vm}: ")).unwrap_or_default();
+            let _ = writeln!(text, "  {about}{} ({})\n    remedy: {}", blocker.detail, blocker.kind, blocker.remedy);
+        }
+    }
+    text
+}
+
+fn reserve(mib_left: i64) -> String {
+    if mib_left < 0 { format!("-{} short", mib(mib_left.unsigned_abs())) } else { mib(mib_left.unsigned_abs()) }
+}
+
+/// What a change would do.
+pub(super) fn dry_run(dry_run: &DryRun) -> String {
+    let mut text = String::from("Dry run, nothing was changed. It would:\n");
+    for change in &dry_run.changes {
+        let _ = writeln!(text, "  - {change}");
+    }
+    if let Some(placement) = &dry_run.placement {
+        if !placement.rejections.is_empty() {
+            let mut table = Table::new(&["HOST TURNED DOWN", "FILTER", "WHY"]);
+            for rejection in &placement.rejections {
+                table.row([rejection.host_name.clone(), rejection.kind.clone(), rejection.detail.clone()]);
+            }
+            let _ = write!(text, "\n{table}");
+        }
+    }
+    text
+}
+
+pub(super) fn events(events: &[Event]) -> String {
+    let mut table = Table::new(&[">REVISION", "TIME", "SEVERITY", "KIND", "SUBJECT", "BY", "MESSAGE"]);
+    for event in events {
+        table.row([
+            event.revision.to_string(),
+            format!("{:.0}", event.time),
+            name(event.severity),
+            event.kind.clone(),
+            event.subject.name.clone(),
+            event.actor.clone(),
+            event.message.clone(),
+        ]);
+    }
+    table.to_string()
+}
+
+/// One event in one line, for following.
+pub(super) fn event(event: &Event) -> String {
+    format!("{:.0}  {:<7}  {:<20}  {}", event.time, name(event.severity), event.kind, event.message)
+}
+
+fn short(text: &str) -> String {
+    let line = text.lines().next().unwrap_or_default();
+    if line.chars().count() <= REASON_CHARACTERS {
+        return line.to_owned();
+    }
+    let mut cut: String = line.chars().take(REASON_CHARACTERS - 1).collect();
+    cut.push('…');
+    cut
+}

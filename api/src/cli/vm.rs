@@ -1,0 +1,289 @@
+//! `godwit vm …`.
+
+use super::{ChangeOptions, Failure, Session, attach, render};
+use crate::resource::{
+    Boot, ChangeVm, CpuBaseline, CreateVm, DryRun, LeasePolicy, MachineSpec, MachineType, MigrateVm, MigrationPolicy,
+    StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmMaintenancePolicy, VmState,
+};
+use clap::{Args, Subcommand};
+use jiff::Timestamp;
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+
+/// Commands about VMs.
+#[derive(Debug, Subcommand)]
+pub enum VmCommand {
+    /// List VMs.
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only VMs on this host.
+        #[arg(long)]
+        host: Option<String>,
+        /// Only VMs in this state.
+        #[arg(long, value_enum)]
+        state: Option<VmState>,
+    },
+    /// Show a VM.
+    Show {
+        /// Name or id.
+        vm: String,
+    },
+    /// Create a VM and start it.
+    Create(CreateArgs),
+    /// Change a VM.
+    Set(SetArgs),
+    /// Start a VM.
+    Start {
+        /// Name or id.
+        vm: String,
+        /// Host to start it on; the best one when absent.
+        #[arg(long)]
+        host: Option<String>,
+        #[command(flatten)]
+        change: ChangeOptions,
+    },
+    /// Stop a VM: the guest is asked, then killed.
+    Stop(StopArgs),
+    /// Stop a VM and start it again on the same host.
+    Reboot(StopArgs),
+    /// Make a VM stand still.
+    Pause(NamedArgs),
+    /// Let a paused VM run.
+    Resume(NamedArgs),
+    /// Move a running VM to another host without stopping it.
+    Migrate(MigrateArgs),
+    /// Kill a VM if it runs, and forget it.
+    #[command(visible_alias = "rm")]
+    Delete(NamedArgs),
+    /// Attach this terminal to a VM's serial console; Ctrl-] leaves.
+    Console {
+        /// Name or id.
+        vm: String,
+    },
+}
+
+/// A VM to be.
+#[derive(Debug, Args)]
+pub struct CreateArgs {
+    /// Unique in the pool: a-z, 0-9, '.' and '-'.
+    name: String,
+    /// Number of vCPUs.
+    #[arg(long, default_value_t = 1)]
+    vcpus: u8,
+    /// Guest memory in MiB.
+    #[arg(long, default_value_t = 64)]
+    memory_mib: u64,
+    /// CPU features the guest sees.
+    #[arg(long, value_enum, default_value_t)]
+    cpu: CpuBaseline,
+    /// Uncompressed Linux kernel on the host; the built-in pilot guest when absent.
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk on the host.
+    #[arg(long, value_name = "PATH", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, requires = "kernel", default_value = "console=ttyS0")]
+    cmdline: String,
+    /// Host to place it on; the best one when absent.
+    #[arg(long)]
+    host: Option<String>,
+    /// What it does when its host loses contact with the server.
+    #[arg(long, value_enum, default_value_t)]
+    lease: LeasePolicy,
+    /// What a maintenance of its host does with it.
+    #[arg(long, value_enum, default_value_t)]
+    on_maintenance: VmMaintenancePolicy,
+    /// Only create it.
+    #[arg(long)]
+    no_start: bool,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+/// Changes of a VM.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true, id = "changes", args = ["name", "lease", "on_maintenance"])]
+pub struct SetArgs {
+    /// Name or id.
+    vm: String,
+    /// A new name.
+    #[arg(long)]
+    name: Option<String>,
+    /// What it does when its host loses contact with the server; only while it is off.
+    #[arg(long, value_enum)]
+    lease: Option<LeasePolicy>,
+    /// What a maintenance of its host does with it.
+    #[arg(long, value_enum)]
+    on_maintenance: Option<VmMaintenancePolicy>,
+    /// Only print what would happen.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// How a VM is stopped.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Name or id.
+    vm: String,
+    /// Do not ask the guest.
+    #[arg(long, conflicts_with = "timeout_s")]
+    kill: bool,
+    /// Seconds the guest is given before it is killed.
+    #[arg(long, default_value_t = 30)]
+    timeout_s: u64,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+/// A VM.
+#[derive(Debug, Args)]
+pub struct NamedArgs {
+    /// Name or id.
+    vm: String,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+/// A move.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Name or id.
+    vm: String,
+    /// Host to move it to; the best one when absent.
+    #[arg(long)]
+    to: Option<String>,
+    /// Longest time the guest may stand still.
+    #[arg(long, value_name = "MS")]
+    downtime_limit_ms: Option<u64>,
+    /// Most rounds of copying before it gives up.
+    #[arg(long)]
+    max_rounds: Option<u32>,
+    /// How the target proves that it holds everything.
+    #[arg(long, value_enum)]
+    verify: Option<Verify>,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+impl VmCommand {
+    /// Asks the server and prints what it says.
+    pub async fn run(self, session: &Session) -> Result<(), Failure> {
+        match self {
+            Self::List { host, state } => list(session, host.as_deref(), state).await,
+            Self::Show { vm } => {
+                let vm: Vm = session.client.get(&path(&vm)).await?;
+                session.print(&vm, |vm| render::vm(vm, Timestamp::now()))
+            }
+            Self::Create(arguments) => create(session, arguments).await,
+            Self::Set(arguments) => set(session, arguments).await,
+            Self::Start { vm, host, change } => act(session, &vm, "start", &StartVm { host }, change).await,
+            Self::Stop(arguments) => {
+                act(session, &arguments.vm, "stop", &stop_body(&arguments), arguments.change).await
+            }
+            Self::Reboot(arguments) => {
+                act(session, &arguments.vm, "reboot", &stop_body(&arguments), arguments.change).await
+            }
+            Self::Pause(arguments) => act(session, &arguments.vm, "pause", &serde_json::json!({}), arguments.change).await,
+            Self::Resume(arguments) => act(session, &arguments.vm, "resume", &serde_json::json!({}), arguments.change).await,
+            Self::Migrate(arguments) => migrate(session, arguments).await,
+            Self::Delete(arguments) => delete(session, arguments).await,
+            Self::Console { vm } => attach::attach(session.client.serial(&vm).await?, &vm).await,
+        }
+    }
+}
+
+fn path(vm: &str) -> String {
+    format!("/v1/vms/{vm}")
+}
+
+async fn list(session: &Session, host: Option<&str>, state: Option<VmState>) -> Result<(), Failure> {
+    let mut vms = session.client.list::<Vm>("/v1/vms").await?;
+    vms.items.retain(|vm| {
+        let here = |name: &str| vm.host_name.as_deref() == Some(name) || vm.host.is_some_and(|id| id.to_string() == name);
+        host.is_none_or(here) && state.is_none_or(|state| vm.state == state)
+    });
+    vms.items.sort_by(|a, b| a.name.cmp(&b.name));
+    session.print(&vms, |vms| render::vms(&vms.items))
+}
+
+async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure> {
+    let CreateArgs { name, vcpus, memory_mib, cpu, kernel, initrd, cmdline, host, lease, on_maintenance, .. } = arguments;
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let boot = match kernel {
+        None => Boot::Pilot,
+        Some(kernel) => Boot::Linux { kernel: text(&kernel), initrd: initrd.as_deref().map(text), cmdline },
+    };
+    let body = CreateVm {
+        spec: Some(MachineSpec { machine_type: MachineType::Godwit1, vcpus, memory_mib, boot, cpu }),
+        template: None,
+        start: !arguments.no_start,
+        host,
+        lease,
+        maintenance_policy: on_maintenance,
+        name,
+    };
+    let change = arguments.change;
+    let path = change.path("/v1/vms".to_owned());
+    if change.dry_run {
+        return session.print_dry_run(&session.client.post::<DryRun>(&path, &body).await?);
+    }
+    let accepted: VmAccepted = session.client.post(&path, &body).await?;
+    session.conclude(change, accepted.operation, || format!("{} created.\n", accepted.vm.name)).await
+}
+
+async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
+    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+    let path = change.path(path(&arguments.vm));
+    let body = ChangeVm {
+        name: arguments.name,
+        spec: None,
+        lease: arguments.lease,
+        maintenance_policy: arguments.on_maintenance,
+    };
+    if change.dry_run {
+        return session.print_dry_run(&session.client.patch::<DryRun>(&path, &body).await?);
+    }
+    let accepted: VmAccepted = session.client.patch(&path, &body).await?;
+    session.print(&accepted.vm, |vm| render::vm(vm, Timestamp::now()))
+}
+
+async fn act(
+    session: &Session,
+    vm: &str,
+    verb: &str,
+    body: &impl Serialize,
+    change: ChangeOptions,
+) -> Result<(), Failure> {
+    let path = change.path(format!("{}/{verb}", path(vm)));
+    if change.dry_run {
+        return session.print_dry_run(&session.client.post::<DryRun>(&path, body).await?);
+    }
+    let accepted: VmAccepted = session.client.post(&path, body).await?;
+    session.conclude(change, accepted.operation, || format!("{vm}: nothing to do.\n")).await
+}
+
+fn stop_body(arguments: &StopArgs) -> StopVm {
+    if arguments.kill {
+        StopVm { mode: StopMode::Kill, timeout_ms: None }
+    } else {
+        StopVm { mode: StopMode::Graceful, timeout_ms: Some(arguments.timeout_s.saturating_mul(1000)) }
+    }
+}
+
+async fn migrate(session: &Session, arguments: MigrateArgs) -> Result<(), Failure> {
+    let MigrateArgs { vm, to, downtime_limit_ms, max_rounds, verify, change } = arguments;
+    let body = MigrateVm { target: to, policy: Some(MigrationPolicy { downtime_limit_ms, max_rounds, verify }) };
+    act(session, &vm, "migrate", &body, change).await
+}
+
+async fn delete(session: &Session, arguments: NamedArgs) -> Result<(), Failure> {
+    let NamedArgs { vm, change } = arguments;
+    let path = change.path(path(&vm));
+    if change.dry_run {
+        return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
+    }
+    // Nothing comes back when it was off: it is gone already.
+    let accepted: Option<VmAccepted> = session.client.delete(&path).await?;
+    session.conclude(change, accepted.and_then(|accepted| accepted.operation), || format!("{vm} deleted.\n")).await
+}

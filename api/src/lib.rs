@@ -1,0 +1,13 @@
+//! REST API, web console, command line and demo: everything an operator touches.
+//!
+//! A module uses only the modules above it in this list.
+
+pub mod resource;
+
+pub mod client;
+
+pub mod cli;
+
+pub mod rest;
+
+pub mod program;

@@ -1,0 +1,97 @@
+//! Live migrations.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+/// One attempt to move one running VM.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Migration {
+    /// Never changes.
+    pub id: Uuid,
+    /// The VM.
+    pub vm: Uuid,
+    /// Its name.
+    pub vm_name: String,
+    /// The host it leaves.
+    pub source: Uuid,
+    /// Name of that host.
+    pub source_name: String,
+    /// The host it goes to.
+    pub target: Uuid,
+    /// Name of that host.
+    pub target_name: String,
+    /// What the store has decided.
+    pub state: MigrationState,
+    /// Where it stands.
+    pub phase: Option<MigrationPhase>,
+    /// Figures.
+    pub progress: MigrationProgress,
+    /// Why it failed or was cancelled.
+    pub reason: Option<String>,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it ended.
+    pub ended_at: Option<Timestamp>,
+}
+
+/// What the store has decided about a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationState {
+    /// Nothing yet: the source owns the VM.
+    Open,
+    /// The target owns the VM.
+    Committed,
+    /// It is called off: the source owns the VM.
+    Void,
+}
+
+/// Where a migration stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationPhase {
+    /// Shaking hands.
+    Connecting,
+    /// Memory is copied while the guest runs.
+    PreCopy,
+    /// The guest stands still; the rest is copied.
+    Blackout,
+    /// The target holds everything; the store decides.
+    AwaitingCommit,
+    /// The guest runs at the target.
+    Completed,
+    /// It ended early; the guest runs at the source.
+    Failed,
+    /// It was called off; the guest runs at the source.
+    Cancelled,
+}
+
+/// Figures of a migration.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationProgress {
+    /// Round under way, from 1.
+    pub round: u32,
+    /// Guest memory in all.
+    pub memory_bytes: u64,
+    /// Bytes sent.
+    pub transferred_bytes: u64,
+    /// Pages sent with their content.
+    pub content_pages: u64,
+    /// Pages sent as all zero.
+    pub zero_pages: u64,
+    /// Still to be sent in this round.
+    pub remaining_bytes: u64,
+    /// Transfer rate.
+    pub rate_bytes_per_s: u64,
+    /// Rate at which the guest dirties memory.
+    pub dirty_bytes_per_s: u64,
+    /// Blackout to expect if the guest were paused now.
+    pub predicted_blackout_ms: u64,
+    /// Since the migration began.
+    pub elapsed_ms: u64,
+    /// From pause at the source to the news that the target runs; known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_us: Option<u64>,
+}

@@ -1,0 +1,85 @@
+//! The resources of the REST API: what is promised to its users, and nothing of the inside.
+//!
+//! The server converts the controller's view into these at the edge; the command line reads them back. JSON is
+//! snake_case, times are RFC 3339 in UTC, numbers carry their unit in their name.
+
+mod event;
+mod host;
+mod maintenance;
+mod migration;
+mod operation;
+mod problem;
+mod request;
+mod vm;
+
+pub use event::{Deleted, Event, Severity};
+pub use host::{Capacity, Committed, CpuFacts, Host, HostFacts, HostState, HostUsage, JoinToken, Pressure};
+pub use maintenance::{
+    Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState, MoveAction, MovedState,
+    PlannedMove, ReturnPolicy, VmOverride,
+};
+pub use migration::{Migration, MigrationPhase, MigrationProgress, MigrationState};
+pub use operation::{HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject, SubjectKind, VmAccepted};
+pub use problem::{FieldProblem, Problem};
+pub use request::{
+    CancelMaintenance, ChangeVm, CreateMaintenance, CreateJoinToken, CreateVm, HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm,
+    VmTemplate, Verify,
+};
+pub use vm::{Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, VmMaintenancePolicy, PowerIntent, Vm, VmState, VmUsage};
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// One page of a list.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct List<T> {
+    /// The items of this page, sorted by id.
+    pub items: Vec<T>,
+    /// Cursor of the next page; null on the last one.
+    pub next: Option<String>,
+    /// Revision of the store this page was taken at; events after it are not yet in these items.
+    pub revision: u64,
+}
+
+/// What a change would do; nothing was changed.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct DryRun {
+    /// Always true, so that an answer cannot be mistaken for a change.
+    pub dry_run: bool,
+    /// What would happen, in order, one sentence each.
+    pub changes: Vec<String>,
+    /// Where the VM would go, when one would be placed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+    /// Every move, when VMs would be moved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<MaintenancePlan>,
+}
+
+/// The host a VM would be placed on, and why not the others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Placement {
+    /// The chosen host.
+    pub host: uuid::Uuid,
+    /// Its name.
+    pub host_name: String,
+    /// From 0 to 1: room left and CPU idle after the VM has come.
+    pub score: f64,
+    /// Hosts that were turned down.
+    pub rejections: Vec<Rejection>,
+}
+
+/// Why a host was turned down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Rejection {
+    /// The host.
+    pub host: uuid::Uuid,
+    /// Its name.
+    pub host_name: String,
+    /// Name of the filter that turned it down.
+    pub kind: String,
+    /// What did not fit, with the numbers.
+    pub detail: String,
+    /// What to do about it.
+    pub remedy: String,
+}

@@ -1,0 +1,180 @@
+//! Bodies of requests.
+
+use super::{LeasePolicy, MachineSpec, VmMaintenancePolicy, ReturnPolicy, VmOverride};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+fn yes() -> bool {
+    true
+}
+
+/// Creates a VM. Give either `spec` or `template`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVm {
+    /// Unique in the pool: `a`-`z`, digits, `.` and `-`, at most 63.
+    pub name: String,
+    /// The machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec: Option<MachineSpec>,
+    /// A ready-made machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<VmTemplate>,
+    /// Whether it starts at once.
+    #[serde(default = "yes")]
+    pub start: bool,
+    /// Id or name of the host to place it on; the best one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// What it does when its host loses contact.
+    #[serde(default)]
+    pub lease: LeasePolicy,
+    /// What a maintenance does with it.
+    #[serde(default)]
+    pub maintenance_policy: VmMaintenancePolicy,
+}
+
+/// A ready-made machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum VmTemplate {
+    /// The pilot with 1 vCPU and 64 MiB.
+    Pilot,
+}
+
+/// Changes a VM; absent fields stay as they are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeVm {
+    /// A new name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// A new machine; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec: Option<MachineSpec>,
+    /// What it does when its host loses contact; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<LeasePolicy>,
+    /// What a maintenance does with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub maintenance_policy: Option<VmMaintenancePolicy>,
+}
+
+/// Stops a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StopVm {
+    /// How.
+    #[serde(default)]
+    pub mode: StopMode,
+    /// How long the guest is given before it is killed; 30 s when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+}
+
+/// How a VM is stopped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StopMode {
+    /// The guest is asked first.
+    #[default]
+    Graceful,
+    /// At once.
+    Kill,
+}
+
+/// Moves a running VM to another host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateVm {
+    /// Id or name of the host to go to; the best one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Limits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<MigrationPolicy>,
+}
+
+/// Starts a VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct StartVm {
+    /// Id or name of the host to start it on; the best one when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+}
+
+/// Takes a host out of use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct HostReason {
+    /// Why; shown to everyone who looks.
+    #[serde(default)]
+    pub reason: String,
+}
+
+/// Limits of one migration; absent ones have their usual values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MigrationPolicy {
+    /// Longest time the guest may stand still; 300 ms when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_limit_ms: Option<u64>,
+    /// Most rounds before the migration gives up; 30 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rounds: Option<u32>,
+    /// How the target proves that it holds everything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<Verify>,
+}
+
+/// How the target of a migration proves that it holds everything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Verify {
+    /// Page counts and a checksum of the state.
+    Frames,
+    /// Also a hash of all guest memory, which lengthens the blackout.
+    WholeMemory,
+}
+
+/// Plans a maintenance of a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateMaintenance {
+    /// Id or name of the host.
+    pub host: String,
+    /// Why; shown to everyone who looks.
+    #[serde(default)]
+    pub reason: String,
+    /// What happens afterwards to the VMs that left.
+    #[serde(default, rename = "return")]
+    pub returning: ReturnPolicy,
+    /// Other policies for single VMs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<VmOverride>,
+}
+
+/// Calls a maintenance off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CancelMaintenance {
+    /// Whether VMs that have left already come home.
+    #[serde(default = "yes")]
+    pub restore: bool,
+}
+
+/// Makes a token with which a host can join.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateJoinToken {
+    /// How long it can be used; one hour when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_s: Option<u64>,
+}
+
+impl Default for CancelMaintenance {
+    fn default() -> Self {
+        Self { restore: true }
+    }
+}

@@ -1,0 +1,71 @@
+//! Commands to host agents.
+
+use async_trait::async_trait;
+use godwit_channel::CallError;
+use godwit_wire::host_api::{
+    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+};
+use godwit_wire::id::{Epoch, HostId, VmId};
+use godwit_wire::vmm_api::IncomingReady;
+use std::fmt;
+use std::net::SocketAddr;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Bytes both ways: a VM's serial console.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// Whom to call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HostAddress {
+    /// Which host; another one that answers there is refused.
+    pub host: HostId,
+    /// Where its agent listens.
+    pub address: SocketAddr,
+}
+
+/// Sends commands to agents. Every command may be repeated; agents answer a repeated one as the first time.
+#[async_trait]
+pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
+    /// Starts a VM.
+    async fn start_vm(&self, to: HostAddress, vm: VmId, command: &StartVm) -> Result<VmReport, CallError>;
+
+    /// Stops a VM; answers when it has stopped.
+    async fn stop_vm(&self, to: HostAddress, vm: VmId, command: &StopVm) -> Result<VmReport, CallError>;
+
+    /// Pauses a VM.
+    async fn pause_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError>;
+
+    /// Lets a paused VM run.
+    async fn resume_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError>;
+
+    /// Makes a host ready to receive a VM.
+    async fn prepare_incoming(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &PrepareIncoming,
+    ) -> Result<IncomingReady, CallError>;
+
+    /// Makes a host send a VM.
+    async fn start_outgoing(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StartOutgoing,
+    ) -> Result<VmReport, CallError>;
+
+    /// Calls a migration off at one end.
+    async fn cancel_migration(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &CancelMigration,
+    ) -> Result<VmReport, CallError>;
+
+    /// Kills what is left of a VM, up to and including `epoch`, and forgets it. Fine if there is nothing.
+    async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError>;
+
+    /// Opens a VM's serial console.
+    async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError>;
+}

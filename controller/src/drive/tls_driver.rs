@@ -1,0 +1,123 @@
+//! Commands to host agents over mutual TLS.
+
+use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
+use async_trait::async_trait;
+use axum::http::Method;
+use godwit_channel::CallError;
+use godwit_channel::client::NO_BODY;
+use godwit_channel::pki::Identity;
+use godwit_channel::tls::{self, TlsClient, TlsError};
+use godwit_wire::host_api::{
+    CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm, VmCommand, VmReport,
+};
+use godwit_wire::id::{Epoch, VmId};
+use godwit_wire::vmm_api::IncomingReady;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// How long a command may take that starts a process.
+const SPAWN_TIME: Duration = Duration::from_secs(20);
+/// How long any other command may take.
+const COMMAND_TIME: Duration = Duration::from_secs(10);
+
+/// See the module. Connections are kept per host.
+pub struct TlsDriver {
+    config: Arc<rustls::ClientConfig>,
+    clients: Mutex<BTreeMap<HostAddress, TlsClient>>,
+}
+
+impl fmt::Debug for TlsDriver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsDriver").finish_non_exhaustive()
+    }
+}
+
+impl TlsDriver {
+    /// A driver that shows the server's certificate.
+    pub fn new(identity: &Identity) -> Result<Self, TlsError> {
+        Ok(Self { config: tls::client(identity)?, clients: Mutex::default() })
+    }
+
+    fn client(&self, to: HostAddress) -> TlsClient {
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        // A host that moved to another address leaves its old client behind.
+        clients.retain(|known, _| known.host != to.host || known.address == to.address);
+        let make = || TlsClient::to_host(&to.address.to_string(), to.host, self.config.clone());
+        clients.entry(to).or_insert_with(make).clone()
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        to: HostAddress,
+        within: Duration,
+        method: Method,
+        path: String,
+        body: &impl Serialize,
+    ) -> Result<T, CallError> {
+        self.client(to).request_within(within, method, &path, Some(body)).await
+    }
+}
+
+#[async_trait]
+impl HostDriver for TlsDriver {
+    async fn start_vm(&self, to: HostAddress, vm: VmId, command: &StartVm) -> Result<VmReport, CallError> {
+        self.send(to, SPAWN_TIME, Method::PUT, format!("/v1/vms/{vm}"), command).await
+    }
+
+    async fn stop_vm(&self, to: HostAddress, vm: VmId, command: &StopVm) -> Result<VmReport, CallError> {
+        let patience = match command.mode {
+            StopMode::Graceful { timeout_ms } => Duration::from_millis(timeout_ms),
+            StopMode::Kill => Duration::ZERO,
+        };
+        self.send(to, COMMAND_TIME + patience, Method::POST, format!("/v1/vms/{vm}/stop"), command).await
+    }
+
+    async fn pause_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
+        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/pause"), command).await
+    }
+
+    async fn resume_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
+        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/resume"), command).await
+    }
+
+    async fn prepare_incoming(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &PrepareIncoming,
+    ) -> Result<IncomingReady, CallError> {
+        self.send(to, SPAWN_TIME, Method::PUT, format!("/v1/vms/{vm}/incoming"), command).await
+    }
+
+    async fn start_outgoing(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StartOutgoing,
+    ) -> Result<VmReport, CallError> {
+        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/outgoing"), command).await
+    }
+
+    async fn cancel_migration(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &CancelMigration,
+    ) -> Result<VmReport, CallError> {
+        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/migration/cancel"), command).await
+    }
+
+    async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError> {
+        let path = format!("/v1/vms/{vm}?epoch={epoch}");
+        self.client(to).request_within(COMMAND_TIME, Method::DELETE, &path, NO_BODY).await
+    }
+
+    async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {
+        let stream = self.client(to).upgrade(&format!("/v1/vms/{vm}/serial"), SERIAL_UPGRADE).await?;
+        Ok(Box::new(stream))
+    }
+}

@@ -1,0 +1,332 @@
+//! Writes collected by a decider.
+
+use super::Books;
+use crate::model::limits::MAX_EVENTS;
+use crate::model::{
+    Actor, DeletedVm, Event, Host, JoinToken, Maintenance, Migration, Operation, Severity, Subject, Vm,
+};
+use crate::store::{Compare, Revision, Txn, Write};
+use crate::view::View;
+use godwit_wire::id::{HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use jiff::Timestamp;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Writes that become one transaction.
+#[derive(Debug)]
+pub struct Draft<'a> {
+    view: &'a View,
+    books: &'a Books,
+    now: Timestamp,
+    records: Records,
+    /// Keys to compare and to write; `None` deletes.
+    raw: BTreeMap<String, Option<Vec<u8>>>,
+    tokens: BTreeMap<String, Option<JoinToken>>,
+    deleted: Vec<DeletedVm>,
+    forgotten: BTreeSet<VmId>,
+    events: Vec<Arc<Event>>,
+    broken: Option<serde_json::Error>,
+}
+
+/// Changed records; `None` is gone.
+#[derive(Debug, Default)]
+pub(super) struct Records {
+    vms: BTreeMap<VmId, Option<Arc<Vm>>>,
+    hosts: BTreeMap<HostId, Option<Arc<Host>>>,
+    operations: BTreeMap<OperationId, Option<Arc<Operation>>>,
+    maintenances: BTreeMap<MaintenanceId, Option<Arc<Maintenance>>>,
+    migrations: BTreeMap<MigrationId, Option<Arc<Migration>>>,
+}
+
+/// A finished draft.
+#[derive(Debug)]
+pub(super) struct Written {
+    pub(super) txn: Txn,
+    pub(super) records: Records,
+    pub(super) tokens: BTreeMap<String, Option<JoinToken>>,
+    pub(super) deleted: Vec<DeletedVm>,
+    pub(super) forgotten: BTreeSet<VmId>,
+    pub(super) events: Vec<Arc<Event>>,
+}
+
+/// Keys of the store.
+pub(super) mod key {
+    use std::fmt::Display;
+
+    pub(in crate::ledger) const VM: &str = "vm/";
+    pub(in crate::ledger) const HOST: &str = "host/";
+    pub(in crate::ledger) const OPERATION: &str = "operation/";
+    pub(in crate::ledger) const MAINTENANCE: &str = "maintenance/";
+    pub(in crate::ledger) const MIGRATION: &str = "migration/";
+    pub(in crate::ledger) const EVENT: &str = "event/";
+    pub(in crate::ledger) const TOKEN: &str = "token/";
+    pub(in crate::ledger) const DELETED_VM: &str = "deleted-vm/";
+
+    /// Held by the living VM of that name: what makes names unique.
+    pub(in crate::ledger) fn vm_name(name: &str) -> String {
+        format!("name/vm/{name}")
+    }
+
+    /// As [`vm_name`], for hosts.
+    pub(in crate::ledger) fn host_name(name: &str) -> String {
+        format!("name/host/{name}")
+    }
+
+    pub(in crate::ledger) fn of(prefix: &str, id: impl Display) -> String {
+        format!("{prefix}{id}")
+    }
+
+    /// Sorts by number.
+    pub(in crate::ledger) fn event(revision: u64) -> String {
+        format!("{EVENT}{revision:020}")
+    }
+}
+
+impl<'a> Draft<'a> {
+    pub(super) fn on(view: &'a View, books: &'a Books) -> Self {
+        Self {
+            view,
+            books,
+            now: Timestamp::now(),
+            records: Records::default(),
+            raw: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            deleted: Vec::new(),
+            forgotten: BTreeSet::new(),
+            events: Vec::new(),
+            broken: None,
+        }
+    }
+
+    /// Time to write into records.
+    pub fn now(&self) -> Timestamp {
+        self.now
+    }
+
+    fn put_raw(&mut self, key: String, value: &impl Serialize) {
+        match serde_json::to_vec(value) {
+            Ok(bytes) => drop(self.raw.insert(key, Some(bytes))),
+            Err(error) => self.broken = Some(error),
+        }
+    }
+
+    /// Writes a VM; its name is taken or changed along with it.
+    pub fn put_vm(&mut self, mut vm: Vm) {
+        let before = match self.records.vms.get(&vm.id) {
+            Some(drafted) => drafted.as_ref(),
+            None => self.view.vms.get(&vm.id),
+        };
+        if let Some(before) = before.filter(|before| before.name != vm.name) {
+            self.raw.insert(key::vm_name(&before.name), None);
+        }
+        if before.is_none_or(|before| before.name != vm.name) {
+            self.put_raw(key::vm_name(&vm.name), &vm.id);
+        }
+        vm.changed_at = self.now;
+        self.put_raw(key::of(key::VM, vm.id), &vm);
+        self.records.vms.insert(vm.id, Some(Arc::new(vm)));
+    }
+
+    /// Deletes a VM, frees its name and remembers its id.
+    pub fn delete_vm(&mut self, vm: &Vm) {
+        self.raw.insert(key::of(key::VM, vm.id), None);
+        self.raw.insert(key::vm_name(&vm.name), None);
+        let deleted = DeletedVm { vm: vm.id, epoch: vm.epoch };
+        self.put_raw(key::of(key::DELETED_VM, vm.id), &deleted);
+        self.deleted.push(deleted);
+        self.records.vms.insert(vm.id, None);
+    }
+
+    /// Forgets that a VM was deleted.
+    pub fn forget_deleted(&mut self, vm: VmId) {
+        self.raw.insert(key::of(key::DELETED_VM, vm), None);
+        self.forgotten.insert(vm);
+    }
+
+    /// Writes a host; its name is taken along with it.
+    pub fn put_host(&mut self, host: Host) {
+        let before = self.view.hosts.get(&host.id);
+        if let Some(before) = before.filter(|before| before.name() != host.name()) {
+            self.raw.insert(key::host_name(before.name()), None);
+        }
+        if before.is_none_or(|before| before.name() != host.name()) {
+            self.put_raw(key::host_name(host.name()), &host.id);
+        }
+        self.put_raw(key::of(key::HOST, host.id), &host);
+        self.records.hosts.insert(host.id, Some(Arc::new(host)));
+    }
+
+    /// Deletes a host and frees its name.
+    pub fn delete_host(&mut self, host: &Host) {
+        self.raw.insert(key::of(key::HOST, host.id), None);
+        self.raw.insert(key::host_name(host.name()), None);
+        self.records.hosts.insert(host.id, None);
+    }
+
+    /// Writes an operation.
+    pub fn put_operation(&mut self, operation: Operation) {
+        self.put_raw(key::of(key::OPERATION, operation.id), &operation);
+        self.records.operations.insert(operation.id, Some(Arc::new(operation)));
+    }
+
+    /// Forgets an operation.
+    pub fn delete_operation(&mut self, id: OperationId) {
+        self.raw.insert(key::of(key::OPERATION, id), None);
+        self.records.operations.insert(id, None);
+    }
+
+    /// Writes a maintenance.
+    pub fn put_maintenance(&mut self, mut maintenance: Maintenance) {
+        maintenance.changed_at = self.now;
+        self.put_raw(key::of(key::MAINTENANCE, maintenance.id), &maintenance);
+        self.records.maintenances.insert(maintenance.id, Some(Arc::new(maintenance)));
+    }
+
+    /// Forgets a maintenance.
+    pub fn delete_maintenance(&mut self, id: MaintenanceId) {
+        self.raw.insert(key::of(key::MAINTENANCE, id), None);
+        self.records.maintenances.insert(id, None);
+    }
+
+    /// Writes a migration.
+    pub fn put_migration(&mut self, migration: Migration) {
+        self.put_raw(key::of(key::MIGRATION, migration.id), &migration);
+        self.records.migrations.insert(migration.id, Some(Arc::new(migration)));
+    }
+
+    /// Forgets a migration.
+    pub fn delete_migration(&mut self, id: MigrationId) {
+        self.raw.insert(key::of(key::MIGRATION, id), None);
+        self.records.migrations.insert(id, None);
+    }
+
+    /// The join token with this digest.
+    pub fn token(&self, digest: &str) -> Option<&'a JoinToken> {
+        self.books.tokens.get(digest)
+    }
+
+    /// All join tokens by digest.
+    pub fn tokens(&self) -> &'a BTreeMap<String, JoinToken> {
+        &self.books.tokens
+    }
+
+    /// Writes a join token.
+    pub fn put_token(&mut self, digest: String, token: JoinToken) {
+        self.put_raw(key::of(key::TOKEN, &digest), &token);
+        self.tokens.insert(digest, Some(token));
+    }
+
+    /// Forgets a join token.
+    pub fn delete_token(&mut self, digest: String) {
+        self.raw.insert(key::of(key::TOKEN, &digest), None);
+        self.tokens.insert(digest, None);
+    }
+
+    /// Tells what happens, in the same transaction.
+    pub fn event(
+        &mut self,
+        severity: Severity,
+        kind: &str,
+        subject: Subject,
+        actor: &Actor,
+        message: impl Into<String>,
+    ) {
+        let revision = self.view.event_revision + 1 + self.events.len() as u64;
+        let event = Event {
+            revision,
+            time: self.now,
+            kind: kind.into(),
+            severity,
+            subject,
+            message: message.into(),
+            actor: actor.clone(),
+        };
+        self.put_raw(key::event(revision), &event);
+        if let Some(oldest) = revision.checked_sub(MAX_EVENTS as u64)
+            && oldest > 0
+        {
+            self.raw.insert(key::event(oldest), None);
+        }
+        self.events.push(Arc::new(event));
+    }
+
+    /// Tells that all is well.
+    pub fn info(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+        self.event(Severity::Info, kind, subject, actor, message);
+    }
+
+    /// Tells that someone should look by day.
+    pub fn warning(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+        self.event(Severity::Warning, kind, subject, actor, message);
+    }
+
+    /// Tells that someone should look now.
+    pub fn error(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+        self.event(Severity::Error, kind, subject, actor, message);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.raw.is_empty() && self.broken.is_none()
+    }
+
+    pub(super) fn finish(self) -> Result<Written, serde_json::Error> {
+        if let Some(error) = self.broken {
+            return Err(error);
+        }
+        let compare = |key: &String| match self.books.revisions.get(key) {
+            Some(revision) => Compare::Unchanged { key: key.clone(), revision: *revision },
+            None => Compare::Absent { key: key.clone() },
+        };
+        let compares = self.raw.keys().map(compare).collect();
+        let writes = self.raw.into_iter().map(|(key, value)| match value {
+            Some(value) => Write::Put { key, value },
+            None => Write::Delete { key },
+        });
+        Ok(Written {
+            txn: Txn { compares, writes: writes.collect() },
+            records: self.records,
+            tokens: self.tokens,
+            deleted: self.deleted,
+            forgotten: self.forgotten,
+            events: self.events,
+        })
+    }
+}
+
+impl Written {
+    pub(super) fn note_revisions(&self, revisions: &mut BTreeMap<String, Revision>, revision: Revision) {
+        for write in &self.txn.writes {
+            match write {
+                Write::Put { key, .. } => drop(revisions.insert(key.clone(), revision)),
+                Write::Delete { key } => drop(revisions.remove(key)),
+            }
+        }
+    }
+}
+
+impl Records {
+    pub(super) fn apply(self, view: &mut View) {
+        merge(&mut view.vms, self.vms);
+        merge(&mut view.hosts, self.hosts);
+        merge(&mut view.operations, self.operations);
+        merge(&mut view.maintenances, self.maintenances);
+        merge(&mut view.migrations, self.migrations);
+    }
+}
+
+fn merge<Id: Ord + Copy, T>(
+    records: &mut crate::view::Records<Id, T>,
+    changed: BTreeMap<Id, Option<Arc<T>>>,
+) {
+    if changed.is_empty() {
+        return;
+    }
+    let records = Arc::make_mut(records);
+    for (id, record) in changed {
+        match record {
+            Some(record) => drop(records.insert(id, record)),
+            None => drop(records.remove(&id)),
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! One attempt to move one VM, and the decision about it that stands for ever.
+
+use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, OperationId, VmId};
+use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationProgress};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// A migration as stored.
+///
+/// ```text
+/// open ── the target's commit, owner and epoch moved in the same transaction ──▶ committed
+///   └──── cancel, failure, the source's question, failover ────────────────────▶ void
+/// ```
+/// Neither end state is ever left.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Migration {
+    /// Identity.
+    pub id: MigrationId,
+    /// What moves.
+    pub vm: VmId,
+    /// Its name at the time.
+    pub vm_name: String,
+    /// From where.
+    pub source: HostId,
+    /// Name at the time.
+    pub source_name: String,
+    /// To where.
+    pub target: HostId,
+    /// Name at the time.
+    pub target_name: String,
+    /// Epoch at the source.
+    pub epoch: Epoch,
+    /// Generation of the command to the target.
+    pub prepare_generation: Generation,
+    /// Generation of the command to the source.
+    pub send_generation: Generation,
+    /// Limits.
+    pub policy: MigrationPolicy,
+    /// The operation that drives it.
+    pub operation: OperationId,
+    /// The decision.
+    pub state: MigrationState,
+    /// Latest phase at the source, once the migration has ended.
+    pub phase: Option<MigrationPhase>,
+    /// Figures of the source, once the migration has ended.
+    pub progress: Option<MigrationProgress>,
+    /// When it began.
+    pub started_at: Timestamp,
+    /// When it was decided.
+    pub ended_at: Option<Timestamp>,
+}
+
+/// Who owns the VM, as far as this migration matters.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum MigrationState {
+    /// The source owns the VM.
+    Open,
+    /// The target owns it.
+    Committed {
+        /// Under this epoch.
+        epoch: Epoch,
+    },
+    /// The source keeps it.
+    Void {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl MigrationState {
+    /// The name in the API.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Committed { .. } => "committed",
+            Self::Void { .. } => "void",
+        }
+    }
+}
+
+impl Migration {
+    /// Whether the decision is still to come.
+    pub const fn is_open(&self) -> bool {
+        matches!(self.state, MigrationState::Open)
+    }
+}

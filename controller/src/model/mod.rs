@@ -1,0 +1,38 @@
+//! What the controller knows: VMs, hosts, maintenances, operations, migrations and events, as they are stored.
+//!
+//! Every record is JSON in the store. Enums are tagged and new fields carry defaults, so that a newer server
+//! reads what an older one wrote.
+
+pub mod limits;
+
+pub mod actor;
+
+pub mod name;
+
+pub mod vm;
+
+pub mod host;
+
+pub mod rejection;
+
+pub mod migration;
+
+pub mod maintenance;
+
+pub mod operation;
+
+pub mod event;
+
+pub use actor::Actor;
+pub use event::{Event, Severity, Subject, SubjectKind};
+pub use host::{Cordon, DeletedVm, Host, HostState, JoinToken, Liveness, TokenUse};
+pub use maintenance::{
+    Blocker, BlockerKind, Maintenance, MaintenancePlan, MaintenanceState, MoveAction, MovedState, MovedVm,
+    PlannedMove, RestoreOnCancel, ReturnPolicy,
+};
+pub use migration::{Migration, MigrationState};
+pub use operation::{
+    MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, StartCause, Step, StepState, Work,
+};
+pub use rejection::{HostRejection, Rejection};
+pub use vm::{MaintenancePolicy, PowerIntent, Retry, Trouble, Vm, VmState};

@@ -1,0 +1,366 @@
+//! Durable operations: what is being done, recorded step by step so that a server killed at any instant resumes.
+
+use crate::model::limits::MAX_STEPS;
+use crate::model::{Actor, MoveAction, Subject};
+use godwit_wire::host_api::StopMode;
+use godwit_wire::id::{Epoch, Generation, HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use godwit_wire::migration::MigrationPolicy;
+use godwit_wire::problem::Problem;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+/// An operation as stored.
+///
+/// ```text
+/// pending ─▶ running ─▶ succeeded | failed | cancelled
+/// ```
+/// `work` holds what a resumed executor needs: the stage it had recorded before it acted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Operation {
+    /// Identity.
+    pub id: OperationId,
+    /// What is done, and how far it is.
+    pub work: Work,
+    /// What it is done to.
+    pub subject: Subject,
+    /// Where it stands.
+    pub state: OperationState,
+    /// What was done so far, oldest first, at most [`MAX_STEPS`].
+    pub steps: Vec<Step>,
+    /// Why it failed.
+    pub error: Option<Problem>,
+    /// Who asked for it to be called off.
+    pub cancel: Option<Actor>,
+    /// The operation this one is part of.
+    pub parent: Option<OperationId>,
+    /// Who asked for it.
+    pub actor: Actor,
+    /// When.
+    pub created_at: Timestamp,
+    /// When it ended.
+    pub ended_at: Option<Timestamp>,
+}
+
+/// Where an operation stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OperationState {
+    /// Accepted.
+    Pending,
+    /// Under way.
+    Running,
+    /// Done.
+    Succeeded,
+    /// Not done; what it had begun is undone.
+    Failed,
+    /// Called off; what it had begun is undone.
+    Cancelled,
+}
+
+impl OperationState {
+    /// Whether nothing will change any more.
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
+    }
+}
+
+/// One step of an operation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// What it does.
+    pub name: String,
+    /// Where it stands.
+    pub state: StepState,
+    /// With which values, or with what result.
+    pub detail: String,
+    /// When it was recorded.
+    pub started_at: Timestamp,
+    /// When its result was.
+    pub ended_at: Option<Timestamp>,
+}
+
+/// Where a step stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StepState {
+    /// Recorded; it may or may not have reached the host.
+    Running,
+    /// Carried out.
+    Done,
+    /// Refused.
+    Failed,
+}
+
+/// What an operation does, with the stage a resumed executor goes on from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Work {
+    /// Places a VM and starts it; also after a crash or the loss of its host.
+    Start {
+        /// Which VM.
+        vm: VmId,
+        /// The only host to consider.
+        wanted: Option<HostId>,
+        /// Why.
+        cause: StartCause,
+        /// Hosts that failed, in order.
+        tried: Vec<HostId>,
+        /// Set before the host is told.
+        placed: Option<Placed>,
+    },
+    /// Stops a VM and frees its host.
+    Stop {
+        /// Which VM.
+        vm: VmId,
+        /// How.
+        mode: StopMode,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
+    /// Stops a VM and starts it again, on the same host or on another.
+    Restart {
+        /// Which VM.
+        vm: VmId,
+        /// How to stop it.
+        mode: StopMode,
+        /// The host to start it on.
+        target: HostId,
+        /// Set before the host is told to stop it. Once it has stopped, the work goes on as a `Start`.
+        sent: Option<Placed>,
+    },
+    /// Pauses a VM.
+    Pause {
+        /// Which VM.
+        vm: VmId,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
+    /// Lets a paused VM run.
+    Resume {
+        /// Which VM.
+        vm: VmId,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
+    /// Moves a VM live.
+    Migrate {
+        /// Which VM.
+        vm: VmId,
+        /// The only host to consider.
+        wanted: Option<HostId>,
+        /// Limits.
+        policy: MigrationPolicy,
+        /// Why.
+        cause: MigrateCause,
+        /// The attempt under way; set before any host is told.
+        migration: Option<MigrationId>,
+    },
+    /// Kills a VM and forgets it.
+    Delete {
+        /// Which VM.
+        vm: VmId,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
+    /// Moves everything off a host.
+    Evacuate {
+        /// Which host.
+        host: HostId,
+        /// VM by VM.
+        moves: Vec<MoveTask>,
+    },
+    /// Empties a host for a maintenance.
+    Drain {
+        /// Which maintenance.
+        maintenance: MaintenanceId,
+        /// Its host.
+        host: HostId,
+        /// VM by VM.
+        moves: Vec<MoveTask>,
+    },
+    /// Brings VMs back after a maintenance.
+    Restore {
+        /// Which maintenance.
+        maintenance: MaintenanceId,
+        /// Its host.
+        host: HostId,
+        /// VM by VM.
+        moves: Vec<MoveTask>,
+    },
+}
+
+impl Work {
+    /// Stable name for the API.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Start { cause: StartCause::Asked, .. } => "start",
+            Self::Start { cause: StartCause::Rebooted { .. }, .. } => "reboot",
+            Self::Start { .. } => "restart",
+            Self::Stop { .. } => "stop",
+            Self::Restart { .. } => "reboot",
+            Self::Pause { .. } => "pause",
+            Self::Resume { .. } => "resume",
+            Self::Migrate { .. } => "migrate",
+            Self::Delete { .. } => "delete",
+            Self::Evacuate { .. } => "evacuate",
+            Self::Drain { .. } => "drain",
+            Self::Restore { .. } => "restore",
+        }
+    }
+
+    /// The VM it changes, if it is about one.
+    pub fn vm(&self) -> Option<VmId> {
+        match self {
+            Self::Start { vm, .. }
+            | Self::Stop { vm, .. }
+            | Self::Restart { vm, .. }
+            | Self::Pause { vm, .. }
+            | Self::Resume { vm, .. }
+            | Self::Migrate { vm, .. }
+            | Self::Delete { vm, .. } => Some(*vm),
+            Self::Evacuate { .. } | Self::Drain { .. } | Self::Restore { .. } => None,
+        }
+    }
+
+    /// Its moves, if it consists of some.
+    pub fn moves(&self) -> &[MoveTask] {
+        match self {
+            Self::Evacuate { moves, .. } | Self::Drain { moves, .. } | Self::Restore { moves, .. } => moves,
+            _ => &[],
+        }
+    }
+
+    /// Its moves, to change them.
+    pub fn moves_mut(&mut self) -> Option<&mut Vec<MoveTask>> {
+        match self {
+            Self::Evacuate { moves, .. } | Self::Drain { moves, .. } | Self::Restore { moves, .. } => Some(moves),
+            _ => None,
+        }
+    }
+}
+
+/// A command's address: the host and the counters it is sent with. A resumed executor repeats it unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// To whom.
+    pub host: HostId,
+    /// Epoch under which the host owns the VM.
+    pub epoch: Epoch,
+    /// Order of commands.
+    pub generation: Generation,
+}
+
+/// Why a VM is started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cause", rename_all = "snake_case")]
+pub enum StartCause {
+    /// Someone asked.
+    Asked,
+    /// It has no owner and shall run.
+    Wanted,
+    /// It was stopped only to be started again.
+    Rebooted {
+        /// There, if that host takes it.
+        target: HostId,
+    },
+    /// Its host has been silent for longer than its lease, the stop time and the clock margin.
+    HostSilent {
+        /// Which host.
+        host: HostId,
+    },
+    /// Its VMM process is gone, as its own host says.
+    Crashed {
+        /// Which host.
+        host: HostId,
+    },
+}
+
+/// Why a VM moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrateCause {
+    /// Someone asked for it: where it goes is its new home.
+    ByHand,
+    /// Part of a drain, an evacuation or a restore: its home stays.
+    ByPlan,
+}
+
+/// One VM of a drain, an evacuation or a restore.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveTask {
+    /// Which VM.
+    pub vm: VmId,
+    /// Its name.
+    pub vm_name: String,
+    /// How.
+    pub action: MoveAction,
+    /// To where; `None` leaves it to placement at the time.
+    pub to: Option<HostId>,
+    /// Attempts so far.
+    pub attempts: u32,
+    /// Where it stands.
+    pub state: MoveState,
+}
+
+/// Where one VM's move stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum MoveState {
+    /// Its turn has not come.
+    Waiting,
+    /// Under way.
+    Running {
+        /// The operation that moves it.
+        operation: OperationId,
+    },
+    /// Moved.
+    Done,
+    /// Nothing to do.
+    Skipped {
+        /// Why.
+        reason: String,
+    },
+    /// Given up.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl MoveState {
+    /// Whether nothing will change any more.
+    pub const fn is_final(&self) -> bool {
+        matches!(self, Self::Done | Self::Skipped { .. } | Self::Failed { .. })
+    }
+}
+
+impl Operation {
+    /// Records a step that is about to be taken. A resumed executor finds it running and does not record it twice.
+    pub fn begin_step(&mut self, name: impl Into<String>, detail: impl Into<String>, now: Timestamp) {
+        let (name, detail) = (name.into(), detail.into());
+        if let Some(last) = self.steps.last()
+            && last.state == StepState::Running
+            && last.name == name
+        {
+            return;
+        }
+        self.end_step(StepState::Done, None, now);
+        if self.steps.len() >= MAX_STEPS {
+            self.steps.remove(0);
+        }
+        self.steps.push(Step { name, state: StepState::Running, detail, started_at: now, ended_at: None });
+    }
+
+    /// Records how the running step ended; nothing happens when there is none.
+    pub fn end_step(&mut self, state: StepState, detail: Option<String>, now: Timestamp) {
+        if let Some(last) = self.steps.last_mut()
+            && last.state == StepState::Running
+        {
+            last.state = state;
+            last.ended_at = Some(now);
+            if let Some(detail) = detail {
+                last.detail = detail;
+            }
+        }
+    }
+}

@@ -1,0 +1,14 @@
+//! What should be done, as pure functions of a picture of the pool: no clock, no network, no randomness, and the
+//! same answer for the same picture.
+
+pub mod picture;
+
+pub mod placement;
+
+pub mod estimate;
+
+pub mod maintenance;
+
+pub mod restore;
+
+pub mod reconcile;

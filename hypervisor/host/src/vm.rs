@@ -1,0 +1,56 @@
+//! One VM on this host: one driver task owns everything about it.
+//!
+//! ```text
+//!             StartVm                      StopVm, guest halts
+//!   absent ───────────▶ owned, live ───────────────────────────▶ owned, ended ──StartVm──▶ owned, live
+//!     ▲ ▲                │    ▲  │ process dies unasked               │   ▲
+//!     │ │     migration  │    │  └───────────▶ owned, lost (None) ────┼───┘
+//!     │ │     completed  │    │ granted, VMM told                     │
+//!     │ └────────────────┘    │                                       │
+//!     │  PrepareIncoming   receiving ──refused, failed, cancelled──▶ absent
+//!     └────────────────────────────── DELETE, Destroy ◀───────────────┘
+//! ```
+//!
+//! Every change is written to `vm.json` before it is acted on. What fails leaves either the state before it or, where
+//! a process may have been half started, nothing: the half is killed. The agent may die at any point; its successor
+//! goes on from the record and the processes it finds (see [`adoption`](crate::adoption)).
+
+mod driver;
+mod handover;
+mod observe;
+mod start;
+mod stop;
+
+#[cfg(test)]
+mod tests;
+
+pub(crate) use driver::{Context, Registry, adopt};
+
+use godwit_wire::host_api::{
+    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+};
+use godwit_wire::id::Epoch;
+use godwit_wire::problem::Problem;
+use godwit_wire::vmm_api::IncomingReady;
+use tokio::sync::oneshot;
+
+/// Where an answer goes; a caller that has gone away does not stop the work.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Problem>>;
+
+/// What a driver can be told.
+#[derive(Debug)]
+pub(crate) enum Command {
+    Start(StartVm, Reply<VmReport>),
+    Stop(StopVm, Reply<VmReport>),
+    Pause(VmCommand, Reply<VmReport>),
+    Resume(VmCommand, Reply<VmReport>),
+    Prepare(PrepareIncoming, Reply<IncomingReady>),
+    Send(StartOutgoing, Reply<VmReport>),
+    Cancel(CancelMigration, Reply<VmReport>),
+    /// Kill what has at most this epoch and forget it.
+    Destroy(Epoch, Reply<()>),
+    /// The server's order after a lease had run out.
+    ResumeAfterLease(Epoch),
+    /// The agent ends and takes its VMMs along.
+    KillProcess(Reply<()>),
+}

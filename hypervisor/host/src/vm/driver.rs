@@ -1,0 +1,519 @@
+//! The driver task: receives commands and news, one at a time.
+
+use super::handover::Handover;
+use super::observe::{Observation, Observer};
+use super::stop::Stopping;
+use super::{Command, Reply};
+use crate::admission::{Admission, Fence, Stale};
+use crate::board::Board;
+use crate::control::ControlPlane;
+use crate::process::{Exit, VmmProcess};
+use crate::record::{End, Purpose, StateDirectory, VmDirectory, VmRecord};
+use crate::sys::AfterAgent;
+use godwit_channel::CallError;
+use godwit_channel::file::FileError;
+use godwit_channel::uds::UdsClient;
+use godwit_wire::host_api::{CommitReply, Resolution, VmReport};
+use godwit_wire::id::{Epoch, Generation, HostId, VmId};
+use godwit_wire::migration::MigrationStatus;
+use godwit_wire::problem::Problem;
+use godwit_wire::usage::VmUsage;
+use godwit_wire::vmm_api::{PauseReason, StopReason, VmmInfo, VmmState};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// Commands that may wait for one VM; more are refused.
+const MAX_WAITING_COMMANDS: usize = 32;
+/// News that may wait for a driver; whoever brings more waits.
+const MAX_WAITING_NEWS: usize = 32;
+
+/// What every driver of this agent shares.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) host: HostId,
+    pub(crate) state: StateDirectory,
+    pub(crate) boot_id: Uuid,
+    pub(crate) program: PathBuf,
+    pub(crate) after_agent: AfterAgent,
+    /// Where VMMs listen for incoming migrations.
+    pub(crate) migration_address: IpAddr,
+    pub(crate) control: ControlPlane,
+    pub(crate) board: Board,
+}
+
+/// All drivers of this agent.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    context: Arc<Context>,
+    drivers: Mutex<BTreeMap<VmId, Handle>>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    inbox: mpsc::Sender<Command>,
+    /// Highest epoch that must go: cuts short whatever the driver is waiting for.
+    doom: watch::Sender<Epoch>,
+}
+
+impl Registry {
+    pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
+        Arc::new(Self { context, drivers: Mutex::new(BTreeMap::new()) })
+    }
+
+    pub(crate) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Has a command carried out by the VM's driver, which is started if there is none.
+    pub(crate) async fn ask<T>(
+        self: &Arc<Self>,
+        vm: VmId,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<T, Problem> {
+        let (reply, answer) = oneshot::channel();
+        self.tell(vm, command(reply))?;
+        answer.await.unwrap_or_else(|_| Err(Problem::internal(format!("the driver of VM {vm} ended"))))
+    }
+
+    /// Hands a command to the VM's driver.
+    pub(crate) fn tell(self: &Arc<Self>, vm: VmId, command: Command) -> Result<(), Problem> {
+        let mut drivers = self.drivers();
+        if !drivers.contains_key(&vm) {
+            let fence = self.context.state.read_fence(vm).map_err(|error| unwritable(&error))?;
+            drivers.insert(vm, Driver::spawn(self, vm, fence.unwrap_or_default(), None));
+        }
+        let handle = drivers.get(&vm).expect("a driver was put there if there was none");
+        if let Command::Destroy(epoch, _) = &command {
+            handle.doom.send_if_modified(|doom| {
+                let later = *epoch > *doom;
+                *doom = (*doom).max(*epoch);
+                later
+            });
+        }
+        handle.inbox.try_send(command).map_err(|_| {
+            Problem::new(503, "busy", "Busy", format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}"))
+        })
+    }
+
+    /// VMs with a driver.
+    pub(crate) fn vms(&self) -> Vec<VmId> {
+        self.drivers().keys().copied().collect()
+    }
+
+    fn drivers(&self) -> MutexGuard<'_, BTreeMap<VmId, Handle>> {
+        // Every critical section leaves the map whole.
+        self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Starts the driver of a VM that a former agent has left.
+pub(crate) fn adopt(registry: &Arc<Registry>, record: VmRecord, found: Option<(VmmProcess, Option<VmmInfo>)>) {
+    let (vm, fence) = (record.vm, record.fence);
+    let handle = Driver::spawn(registry, vm, fence, Some((record, found)));
+    registry.drivers().insert(vm, handle);
+}
+
+/// What is brought to a driver by its own tasks.
+#[derive(Debug)]
+pub(super) enum News {
+    Observed(Box<Observation>),
+    Migration(MigrationStatus),
+    Verdict(CommitReply),
+    Resolution(Resolution),
+}
+
+/// A VM that is here, in whatever state.
+#[derive(Debug)]
+pub(super) struct Holding {
+    pub(super) record: VmRecord,
+    /// `None` when the machine is no more; the record says how it ended.
+    pub(super) live: Option<Live>,
+    /// The migration under way.
+    pub(super) handover: Option<Handover>,
+    /// The latest migration's last status.
+    pub(super) migration: Option<MigrationStatus>,
+    pub(super) usage: VmUsage,
+}
+
+/// A machine with its process.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub(super) process: VmmProcess,
+    pub(super) vmm: UdsClient,
+    pub(super) state: VmmState,
+    pub(super) stopping: Option<Stopping>,
+    pub(super) observer: Observer,
+}
+
+#[derive(Debug)]
+pub(super) struct Driver {
+    pub(super) vm: VmId,
+    pub(super) context: Arc<Context>,
+    pub(super) directory: VmDirectory,
+    pub(super) fence: Fence,
+    pub(super) holding: Option<Holding>,
+    /// Why the latest generation failed, should it be asked again.
+    pub(super) refusal: Option<(Epoch, Generation, Problem)>,
+    pub(super) news: mpsc::Sender<News>,
+    pub(super) doom: watch::Receiver<Epoch>,
+}
+
+/// What wakes a driver.
+enum Wake {
+    Command(Command),
+    News(News),
+    Exited(Exit),
+    Timer,
+}
+
+impl Driver {
+    fn spawn(
+        registry: &Arc<Registry>,
+        vm: VmId,
+        fence: Fence,
+        adopted: Option<(VmRecord, Option<(VmmProcess, Option<VmmInfo>)>)>,
+    ) -> Handle {
+        let (inbox, commands) = mpsc::channel(MAX_WAITING_COMMANDS);
+        let (news, arriving) = mpsc::channel(MAX_WAITING_NEWS);
+        let (doom, doomed) = watch::channel(Epoch(0));
+        let context = registry.context.clone();
+        let directory = context.state.vm(vm);
+        let mut driver =
+            Self { vm, context, directory, fence, holding: None, refusal: None, news, doom: doomed };
+        if let Some((record, found)) = adopted {
+            driver.take_over(record, found);
+        }
+        tokio::spawn(driver.run(registry.clone(), commands, arriving));
+        Handle { inbox, doom }
+    }
+
+    async fn run(
+        mut self,
+        registry: Arc<Registry>,
+        mut commands: mpsc::Receiver<Command>,
+        mut arriving: mpsc::Receiver<News>,
+    ) {
+        loop {
+            self.publish();
+            if self.holding.is_none() {
+                // Under the lock nobody can send: a driver that has nothing leaves no command behind.
+                let mut drivers = registry.drivers();
+                if commands.is_empty() {
+                    drivers.remove(&self.vm);
+                    return;
+                }
+            }
+            let wake = tokio::select! {
+                biased;
+                exit = exited(self.process()) => Wake::Exited(exit),
+                Some(news) = arriving.recv() => Wake::News(news),
+                command = commands.recv() => match command {
+                    Some(command) => Wake::Command(command),
+                    None => return,
+                },
+                () = sleep_until(self.next_look()) => Wake::Timer,
+            };
+            match wake {
+                Wake::Command(command) => self.carry_out(command).await,
+                Wake::News(news) => self.take_note(news).await,
+                Wake::Exited(exit) => self.process_ended(&exit).await,
+                Wake::Timer => self.time_passed().await,
+            }
+        }
+    }
+
+    async fn carry_out(&mut self, command: Command) {
+        // A caller that no longer listens is no reason not to have acted.
+        match command {
+            Command::Start(ask, reply) => drop(reply.send(self.start(ask).await)),
+            Command::Stop(ask, reply) => self.stop(ask, reply).await,
+            Command::Pause(ask, reply) => drop(reply.send(self.pause(ask).await)),
+            Command::Resume(ask, reply) => drop(reply.send(self.resume(ask).await)),
+            Command::Prepare(ask, reply) => drop(reply.send(self.prepare(ask).await)),
+            Command::Send(ask, reply) => drop(reply.send(self.send(ask).await)),
+            Command::Cancel(ask, reply) => drop(reply.send(self.cancel(ask).await)),
+            Command::Destroy(epoch, reply) => drop(reply.send(self.destroy(epoch).await)),
+            Command::ResumeAfterLease(epoch) => self.resume_after_lease(epoch).await,
+            Command::KillProcess(reply) => drop(reply.send(self.kill_process().await)),
+        }
+    }
+
+    async fn take_note(&mut self, news: News) {
+        match news {
+            News::Observed(observation) => self.observed(*observation).await,
+            News::Migration(status) => self.migration_seen(status).await,
+            News::Verdict(reply) => self.verdict_given(reply).await,
+            News::Resolution(resolution) => self.resolution_given(resolution).await,
+        }
+    }
+
+    async fn time_passed(&mut self) {
+        if self.live().and_then(|live| live.stopping.as_ref()).is_some_and(Stopping::is_over) {
+            self.kill_after_patience().await;
+        }
+        self.advance_handover().await;
+    }
+
+    fn next_look(&self) -> Option<Instant> {
+        let holding = self.holding.as_ref()?;
+        let stop = holding.live.as_ref().and_then(|live| live.stopping.as_ref()).map(Stopping::deadline);
+        let handover = holding.handover.as_ref().and_then(Handover::look_again_at);
+        stop.into_iter().chain(handover).min()
+    }
+
+    fn process(&self) -> Option<VmmProcess> {
+        self.live().map(|live| live.process.clone())
+    }
+
+    pub(super) fn live(&self) -> Option<&Live> {
+        self.holding.as_ref()?.live.as_ref()
+    }
+
+    pub(super) fn live_mut(&mut self) -> Option<&mut Live> {
+        self.holding.as_mut()?.live.as_mut()
+    }
+
+    fn publish(&self) {
+        if let Some(report) = self.report() {
+            self.context.board.publish(report);
+        }
+    }
+
+    /// What the server is told.
+    pub(super) fn report(&self) -> Option<VmReport> {
+        let holding = self.holding.as_ref()?;
+        let state = match (&holding.live, &holding.record.end) {
+            (Some(live), _) => Some(live.state.clone()),
+            (None, Some(End::Stopped { reason })) => Some(VmmState::Stopped { reason: reason.clone() }),
+            (None, Some(End::Lost) | None) => None,
+        };
+        Some(VmReport {
+            vm: self.vm,
+            epoch: holding.record.epoch,
+            generation: holding.record.generation,
+            state,
+            usage: holding.usage,
+            migration: holding.migration.clone(),
+        })
+    }
+
+    /// The report, of a VM that is known to be here.
+    pub(super) fn answer(&self) -> Result<VmReport, Problem> {
+        self.report().ok_or_else(|| Problem::not_found("VM", self.vm))
+    }
+
+    /// Judges a command to a VM that must be here under exactly this epoch.
+    pub(super) fn admit_here(&mut self, epoch: Epoch, generation: Generation) -> Result<Admission, Problem> {
+        let here = self.present_under(epoch)?;
+        debug_assert_eq!(here, epoch);
+        let admission = self.fence.admit(epoch, generation).map_err(|stale| stale.problem(self.vm))?;
+        if admission == Admission::New {
+            self.note_generation(generation)?;
+        }
+        Ok(admission)
+    }
+
+    /// Checks that the VM is here under exactly this epoch.
+    pub(super) fn present_under(&self, epoch: Epoch) -> Result<Epoch, Problem> {
+        if epoch < self.fence.epoch {
+            return Err(Stale::Epoch { given: epoch, known: self.fence.epoch }.problem(self.vm));
+        }
+        let here = self.holding.as_ref().ok_or_else(|| Problem::not_found("VM", self.vm))?.record.epoch;
+        if epoch > here {
+            let detail = format!("VM {} is here under epoch {here}, not yet under {epoch}", self.vm);
+            return Err(Problem::conflict("epoch-ahead", detail));
+        }
+        Ok(here)
+    }
+
+    /// Writes down that this generation is being carried out.
+    fn note_generation(&mut self, generation: Generation) -> Result<(), Problem> {
+        let fence = self.fence;
+        self.change_record(|record| {
+            record.generation = generation;
+            record.fence = fence;
+        })
+    }
+
+    /// Changes the record on disk, then in memory.
+    pub(super) fn change_record(&mut self, change: impl FnOnce(&mut VmRecord)) -> Result<(), Problem> {
+        let Some(holding) = &mut self.holding else { return Err(Problem::not_found("VM", self.vm)) };
+        let mut record = holding.record.clone();
+        change(&mut record);
+        self.directory.write_record(&record).map_err(|error| unwritable(&error))?;
+        holding.record = record;
+        Ok(())
+    }
+
+    /// The same command again: the same answer.
+    pub(super) fn repeat(&self, epoch: Epoch, generation: Generation) -> Result<VmReport, Problem> {
+        if let Some((refused_epoch, refused, problem)) = &self.refusal
+            && (*refused_epoch, *refused) == (epoch, generation)
+        {
+            return Err(problem.clone());
+        }
+        self.report().ok_or_else(|| {
+            let detail = format!("generation {generation} was carried out for VM {}, and the VM is not here", self.vm);
+            Problem::conflict("generation-spent", detail).with_remedy("send a later generation")
+        })
+    }
+
+    /// Remembers a failure, for [`repeat`](Self::repeat).
+    pub(super) fn refuse<T>(&mut self, epoch: Epoch, generation: Generation, problem: Problem) -> Result<T, Problem> {
+        tracing::warn!(vm = %self.vm, %epoch, %generation, %problem, "a command failed");
+        self.refusal = Some((epoch, generation, problem.clone()));
+        Err(problem)
+    }
+
+    /// Waits for a VMM's answer, but not longer than the VM may stay.
+    pub(super) async fn vmm_answer<T>(
+        &mut self,
+        call: impl Future<Output = Result<T, CallError>>,
+    ) -> Result<T, Problem> {
+        let epoch = self.holding.as_ref().map_or(Epoch(u64::MAX), |holding| holding.record.epoch);
+        let mut doom = self.doom.clone();
+        tokio::select! {
+            biased;
+            Ok(_) = doom.wait_for(|doom| *doom >= epoch) => {
+                Err(Problem::conflict("destroyed", format!("VM {} is being destroyed", self.vm)))
+            }
+            answer = call => answer.map_err(CallError::into_problem),
+        }
+    }
+
+    /// A process that ended unasked, or as expected.
+    async fn process_ended(&mut self, exit: &Exit) {
+        let Some(holding) = &mut self.holding else { return };
+        let Some(live) = holding.live.take() else { return };
+        let pid = live.process.id().pid;
+        if let Some(stopping) = live.stopping {
+            tracing::info!(vm = %self.vm, pid, %exit, "the VM has stopped");
+            self.stopped(stop_reason(&live.state), stopping).await;
+            return;
+        }
+        let end = match &live.state {
+            VmmState::Stopped { reason } => End::Stopped { reason: reason.clone() },
+            _ => End::Lost,
+        };
+        let words = crate::process::last_words(&self.directory);
+        tracing::error!(vm = %self.vm, pid, %exit, state = ?live.state, last_words = words, "the VMM process ended unasked");
+        self.record_end(end);
+        self.advance_handover().await;
+    }
+
+    /// Writes down how the machine ended. A failure to write is only logged: a successor finds no process.
+    pub(super) fn record_end(&mut self, end: End) {
+        let written = self.change_record(|record| {
+            record.end = Some(end.clone());
+            record.process = None;
+        });
+        if let Err(problem) = written {
+            tracing::error!(vm = %self.vm, %problem, "the VM's end could not be written down");
+            if let Some(holding) = &mut self.holding {
+                holding.record.end = Some(end);
+            }
+        }
+        if let Err(error) = self.directory.remove_sockets() {
+            tracing::warn!(vm = %self.vm, %error, "sockets of an ended VMM are left");
+        }
+    }
+
+    async fn observed(&mut self, observation: Observation) {
+        let Some(holding) = &mut self.holding else { return };
+        let Some(live) = &mut holding.live else { return };
+        if !live.observer.is_current(&observation) {
+            return;
+        }
+        holding.usage = observation.usage;
+        if live.state != observation.info.state {
+            tracing::info!(vm = %self.vm, from = ?live.state, to = ?observation.info.state, "the VM's state changed");
+            live.state = observation.info.state.clone();
+        }
+        live.observer.set_state(&live.state);
+        let stopped = matches!(live.state, VmmState::Stopped { .. });
+        if stopped && live.stopping.is_some() {
+            self.finish_stop().await;
+            return;
+        }
+        if let Some(status) = observation.info.migration {
+            self.adopt_handover(status);
+            self.advance_handover().await;
+        }
+    }
+
+    /// Goes on with what a former agent has left.
+    fn take_over(&mut self, record: VmRecord, found: Option<(VmmProcess, Option<VmmInfo>)>) {
+        let purpose = record.purpose;
+        self.holding = Some(Holding {
+            record,
+            live: None,
+            handover: None,
+            migration: None,
+            usage: VmUsage::default(),
+        });
+        let Some((process, info)) = found else { return };
+        let silent = || VmmState::Paused {
+            reason: PauseReason::Fault { detail: "its VMM does not answer the agent".to_owned() },
+        };
+        let (state, migration) = info.map_or_else(|| (silent(), None), |info| (info.state, info.migration));
+        let live = self.watch_over(process, state);
+        if let Some(holding) = &mut self.holding {
+            holding.live = Some(live);
+        }
+        match purpose {
+            Purpose::Receiving { migration: id } | Purpose::Granted { migration: id } => {
+                self.resume_receiving(id, migration);
+            }
+            Purpose::Owned => {
+                if let Some(status) = migration {
+                    self.adopt_handover(status);
+                }
+            }
+        }
+        // Whatever there is to do is done by the first turn of the loop.
+        if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) {
+            handover.look_now();
+        }
+    }
+
+    /// A live machine with its observer.
+    pub(super) fn watch_over(&self, process: VmmProcess, state: VmmState) -> Live {
+        let vmm = UdsClient::new(self.directory.api_socket());
+        let observer = Observer::start(self.vm, vmm.clone(), process.id().pid, self.news.clone());
+        observer.set_state(&state);
+        Live { process, vmm, state, stopping: None, observer }
+    }
+}
+
+fn stop_reason(state: &VmmState) -> StopReason {
+    match state {
+        VmmState::Stopped { reason } => reason.clone(),
+        _ => StopReason::Killed,
+    }
+}
+
+/// A file of ours that cannot be read or written.
+pub(super) fn unwritable(error: &FileError) -> Problem {
+    Problem::internal(format!("{error}: {}", error.source))
+        .with_remedy("make room on the agent's state directory, and check its permissions")
+}
+
+async fn exited(process: Option<VmmProcess>) -> Exit {
+    match process {
+        Some(process) => process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}

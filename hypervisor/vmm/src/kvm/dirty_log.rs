@@ -1,0 +1,264 @@
+//! Which pages the guest has written.
+//!
+//! With `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` reading the log and clearing it are two steps: a slice is cleared
+//! just before its pages are copied, so a write during the copy marks the page again, and nothing is protected
+//! long before its turn. `INITIALLY_SET` makes switching the log on cheap: every page starts as dirty.
+
+use super::{DirtyLogging, KvmError, ioctl, map_memory};
+use kvm_ioctls::VmFd;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+/// One bit per page of one memory slot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirtyBitmap {
+    words: Vec<u64>,
+    pages: u64,
+}
+
+impl DirtyBitmap {
+    /// A bitmap of `pages` pages from the kernel's words; bits past the end are dropped.
+    pub fn new(mut words: Vec<u64>, pages: u64) -> Self {
+        words.resize(pages.div_ceil(64) as usize, 0);
+        if let (Some(last), rest @ 1..) = (words.last_mut(), pages % 64) {
+            *last &= (1 << rest) - 1;
+        }
+        Self { words, pages }
+    }
+
+    /// Pages covered.
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Number of dirty pages.
+    pub fn count(&self) -> u64 {
+        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Counts the dirty pages of `other`, a bitmap of the same slot, as dirty here too.
+    pub fn merge(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "bitmaps of one slot have one size");
+        for (word, more) in self.words.iter_mut().zip(&other.words) {
+            *word |= more;
+        }
+    }
+
+    /// Maximal runs of dirty pages within `range`, as (first page, number).
+    pub fn runs(&self, range: std::ops::Range<u64>) -> Runs<'_> {
+        Runs { bitmap: self, next: range.start, end: range.end.min(self.pages) }
+    }
+
+    fn is_set(&self, page: u64) -> bool {
+        self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
+    }
+
+    fn words(&self, range: std::ops::Range<u64>) -> &[u64] {
+        &self.words[(range.start / 64) as usize..range.end.div_ceil(64) as usize]
+    }
+}
+
+/// See [`DirtyBitmap::runs`].
+#[derive(Debug)]
+pub struct Runs<'a> {
+    bitmap: &'a DirtyBitmap,
+    next: u64,
+    end: u64,
+}
+
+impl Iterator for Runs<'_> {
+    type Item = (u64, u64);
+
+    fn next(&mut self) -> Option<(u64, u64)> {
+        while self.next < self.end && !self.bitmap.is_set(self.next) {
+            let word = self.bitmap.words[(self.next / 64) as usize] >> (self.next % 64);
+            // A word without further bits is skipped whole.
+            self.next += if word == 0 { 64 - self.next % 64 } else { u64::from(word.trailing_zeros()) };
+        }
+        if self.next >= self.end {
+            return None;
+        }
+        let first = self.next;
+        while self.next < self.end && self.bitmap.is_set(self.next) {
+            self.next += 1;
+        }
+        Some((first, self.next - first))
+    }
+}
+
+/// A memory slot as the log sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct LoggedSlot {
+    /// KVM's slot number.
+    pub slot: u32,
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// Where it is mapped in this process.
+    pub host_address: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// A machine's dirty log, which one user at a time may switch on: a second one would switch it off under the first.
+#[derive(Clone, Debug)]
+pub struct DirtyLogSource {
+    vm: Arc<VmFd>,
+    slots: Arc<[LoggedSlot]>,
+    in_use: Arc<(Mutex<bool>, Condvar)>,
+}
+
+/// The dirty log of all of a machine's memory, switched on while this value lives.
+#[derive(Debug)]
+pub struct DirtyLog {
+    source: DirtyLogSource,
+    protocol: Protocol,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Protocol {
+    /// Reading leaves the bits; they are cleared in slices. All pages start dirty.
+    Manual,
+    /// Reading clears. All pages start clean.
+    ReadAndClear,
+}
+
+impl DirtyLogSource {
+    /// Asks KVM for the manual protocol. Done once for `vm` with memory in `slots`, before the first vCPU runs.
+    pub fn new(vm: Arc<VmFd>, slots: Vec<LoggedSlot>) -> Self {
+        let cap = kvm_bindings::kvm_enable_cap {
+            cap: kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+            args: [u64::from(kvm_bindings::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm_bindings::KVM_DIRTY_LOG_INITIALLY_SET), 0, 0, 0],
+            ..Default::default()
+        };
+        // An older KVM lacks it; `start` finds out which protocol is in force.
+        let _ = vm.enable_cap(&cap);
+        Self { vm, slots: slots.into(), in_use: Arc::default() }
+    }
+
+    /// Switches the log on, as soon as nobody else uses it. Every page counts as dirty until it has been cleared
+    /// once.
+    pub fn start(&self) -> Result<DirtyLog, KvmError> {
+        let mut in_use = self.in_use.0.lock().unwrap_or_else(PoisonError::into_inner);
+        while *in_use {
+            in_use = self.in_use.1.wait(in_use).unwrap_or_else(PoisonError::into_inner);
+        }
+        *in_use = true;
+        drop(in_use);
+        let manual = u64::from(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+        let offered = self.vm.check_extension_raw(manual);
+        let protocol = if offered & 2 != 0 { Protocol::Manual } else { Protocol::ReadAndClear };
+        // From here on dropping the log gives it back, also when switching it on fails half way.
+        let log = DirtyLog { source: self.clone(), protocol };
+        self.switch(DirtyLogging::On)?;
+        Ok(log)
+    }
+
+    fn switch(&self, logging: DirtyLogging) -> Result<(), KvmError> {
+        self.slots.iter().try_for_each(|slot| {
+            map_memory(&self.vm, slot.slot, slot.guest_address, slot.host_address, slot.bytes, logging)
+        })
+    }
+}
+
+impl DirtyLog {
+    /// Memory slots covered, in order of address.
+    pub fn slots(&self) -> &[LoggedSlot] {
+        &self.source.slots
+    }
+
+    /// Pages to send first: all.
+    pub fn first_round(&self) -> Vec<DirtyBitmap> {
+        self.slots()
+            .iter()
+            .map(|slot| {
+                let pages = slot.bytes / godwit_wire::unit::PAGE_BYTES;
+                DirtyBitmap::new(vec![u64::MAX; pages.div_ceil(64) as usize], pages)
+            })
+            .collect()
+    }
+
+    /// Pages written since they were last cleared, per slot.
+    pub fn read(&self) -> Result<Vec<DirtyBitmap>, KvmError> {
+        self.slots()
+            .iter()
+            .map(|slot| {
+                let words = self
+                    .source
+                    .vm
+                    .get_dirty_log(slot.slot, slot.bytes as usize)
+                    .map_err(KvmError::during("KVM_GET_DIRTY_LOG"))?;
+                Ok(DirtyBitmap::new(words, slot.bytes / godwit_wire::unit::PAGE_BYTES))
+            })
+            .collect()
+    }
+
+    /// Makes the dirty pages of `range` in slot number `index` count as clean, because they are about to be
+    /// copied. `range.start` is a multiple of 64; so is its length, except at the end of the slot.
+    pub fn clear(&self, index: usize, bitmap: &DirtyBitmap, range: std::ops::Range<u64>) -> Result<(), KvmError> {
+        match self.protocol {
+            Protocol::ReadAndClear => Ok(()),
+            Protocol::Manual => {
+                let pages = (range.end - range.start) as u32;
+                ioctl::clear_dirty_log(
+                    &self.source.vm,
+                    self.slots()[index].slot,
+                    range.start,
+                    pages,
+                    bitmap.words(range.start..range.end),
+                )
+            }
+        }
+    }
+
+    /// Bytes of all of memory that the guest wrote within `window`, which starts now.
+    pub fn watch(&self, window: std::time::Duration) -> Result<u64, KvmError> {
+        for (index, bitmap) in self.first_round().iter().enumerate() {
+            self.clear(index, bitmap, 0..bitmap.pages())?;
+        }
+        // Waiting is what is asked for here: the guest's writes announce themselves to nobody.
+        std::thread::sleep(window);
+        Ok(self.read()?.iter().map(DirtyBitmap::count).sum::<u64>() * godwit_wire::unit::PAGE_BYTES)
+    }
+}
+
+impl Drop for DirtyLog {
+    fn drop(&mut self) {
+        // A log left on only costs speed; the next one starts afresh with every page dirty either way.
+        if let Err(error) = self.source.switch(DirtyLogging::Off) {
+            tracing::warn!(%error, "the dirty log could not be switched off");
+        }
+        *self.source.in_use.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        self.source.in_use.1.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn bits_past_the_end_are_dropped() {
+        assert_eq!(DirtyBitmap::new(vec![u64::MAX; 2], 65).count(), 65);
+        assert_eq!(DirtyBitmap::new(vec![u64::MAX], 64).count(), 64);
+    }
+
+    proptest! {
+        #[test]
+        fn runs_name_exactly_the_dirty_pages(words in prop::collection::vec(any::<u64>(), 1..6), cut in 0u64..64) {
+            let pages = words.len() as u64 * 64 - cut;
+            let bitmap = DirtyBitmap::new(words.clone(), pages);
+            let mut named = vec![false; pages as usize];
+            let mut last_end = None;
+            for (first, number) in bitmap.runs(0..pages) {
+                prop_assert!(number > 0 && last_end.is_none_or(|end| first > end));
+                for page in first..first + number {
+                    named[page as usize] = true;
+                }
+                last_end = Some(first + number);
+            }
+            for page in 0..pages {
+                prop_assert_eq!(named[page as usize], words[(page / 64) as usize] >> (page % 64) & 1 == 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! One thread per vCPU.
+//!
+//! ```text
+//!            call(f)                 run                      stop requested, lease over,
+//!   waiting ────────▶ waiting     waiting ──────▶ running ──────────────────────────────▶ waiting
+//!                                                          guest reset, power-off, fault
+//! ```
+//!
+//! While waiting the thread executes calls (save, restore, …) on its vCPU; while running it is in `KVM_RUN` or
+//! handles an exit. It looks at the stop flag and, after every interruption, at the lease before it enters the
+//! guest again: a process that was frozen past its lease therefore never runs guest code again, whatever the
+//! rest of it does.
+
+use super::MachineError;
+use crate::devices::{PortBus, PowerEvent};
+use crate::kvm::{Kick, Kickable, KvmError, VcpuExit, VcpuFd};
+use crate::memory::LeasePage;
+use godwit_wire::lease::LeaseState;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How long a vCPU may take to answer, before the machine counts as broken. Entering the kernel's slowest
+/// ioctls takes milliseconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// A vCPU that has not stopped after this long is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(50);
+
+/// What a vCPU reports by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest restarts or ends its machine.
+    Power(PowerEvent),
+    /// The lease is over; the vCPU has stopped.
+    LeaseExpired,
+    /// KVM cannot go on with this vCPU.
+    Fault(String),
+}
+
+/// Where vCPUs report to.
+pub(super) type EventSink = Arc<dyn Fn(MachineEvent) + Send + Sync>;
+
+/// Counters of one vCPU.
+#[derive(Debug, Default)]
+pub struct VcpuStats {
+    /// Exits to this process.
+    pub exits: AtomicU64,
+    /// Port exits.
+    pub io_exits: AtomicU64,
+    /// MMIO exits.
+    pub mmio_exits: AtomicU64,
+    /// Kernel's id of the thread.
+    pub thread: AtomicI32,
+}
+
+/// What all vCPUs of a machine look at before they enter the guest.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    pub(super) stop: AtomicBool,
+    pub(super) lease: Option<LeasePage>,
+}
+
+impl Gate {
+    /// Whether the lease, if there is one, allows guest code to run now.
+    pub(super) fn lease_allows(&self) -> bool {
+        self.lease.as_ref().is_none_or(|lease| matches!(lease.state(), LeaseState::Held { .. }))
+    }
+}
+
+type Call = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
+enum Command {
+    Call(Call),
+    Run,
+}
+
+/// A vCPU thread.
+pub(super) struct Vcpu {
+    index: u8,
+    commands: Option<Sender<Command>>,
+    kick: Kick,
+    pub(super) stats: Arc<VcpuStats>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vcpu {
+    /// Moves `fd` to a thread of its own.
+    pub(super) fn start(
+        index: u8,
+        fd: VcpuFd,
+        bus: PortBus,
+        gate: Arc<Gate>,
+        events: EventSink,
+    ) -> Result<Self, MachineError> {
+        let (commands, inbox) = mpsc::channel();
+        let (kick, stats) = (Kick::new(), Arc::new(VcpuStats::default()));
+        let (thread_kick, thread_stats) = (kick.clone(), stats.clone());
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .spawn(move || {
+                thread_stats.thread.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Relaxed);
+                let vcpu = Kickable::register(fd, thread_kick);
+                Runner { vcpu, bus, gate, stats: thread_stats, events }.serve(&inbox);
+            })
+            .map_err(|source| MachineError::Os { what: "a vCPU thread cannot be started", source })?;
+        Ok(Self { index, commands: Some(commands), kick, stats, thread: Some(thread) })
+    }
+
+    /// Enters the guest.
+    pub(super) fn run(&self) -> Result<(), MachineError> {
+        self.send(Command::Run)
+    }
+
+    /// Interrupts the guest, so that the gate is looked at.
+    pub(super) const fn kick(&self) -> &Kick {
+        &self.kick
+    }
+
+    /// Starts `f` on the vCPU as soon as it waits; the answer comes through the receiver.
+    pub(super) fn call<T: Send + 'static>(
+        &self,
+        f: impl FnOnce(&mut VcpuFd) -> T + Send + 'static,
+    ) -> Result<Answer<T>, MachineError> {
+        let (answer, receiver) = mpsc::sync_channel(1);
+        self.send(Command::Call(Box::new(move |vcpu| {
+            // A caller that gave up waiting is no error.
+            let _ = answer.send(f(vcpu));
+        })))?;
+        Ok(Answer { receiver, index: self.index, kick: self.kick.clone() })
+    }
+
+    fn send(&self, command: Command) -> Result<(), MachineError> {
+        let commands = self.commands.as_ref().ok_or(MachineError::VcpuGone(self.index))?;
+        commands.send(command).map_err(|_| MachineError::VcpuGone(self.index))
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        // The thread ends when it waits and nobody can command it any more; the gate's stop flag is set by then.
+        self.commands = None;
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            self.kick.kick();
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// An answer that is on its way.
+pub(super) struct Answer<T> {
+    receiver: Receiver<T>,
+    index: u8,
+    kick: Kick,
+}
+
+impl<T> Answer<T> {
+    /// Waits for it.
+    pub(super) fn wait(self) -> Result<T, MachineError> {
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        loop {
+            match self.receiver.recv_timeout(KICK_AGAIN) {
+                Ok(answer) => return Ok(answer),
+                Err(mpsc::RecvTimeoutError::Timeout) if Instant::now() < deadline => self.kick.kick(),
+                Err(_) => return Err(MachineError::VcpuGone(self.index)),
+            }
+        }
+    }
+}
+
+struct Runner {
+    vcpu: Kickable,
+    bus: PortBus,
+    gate: Arc<Gate>,
+    stats: Arc<VcpuStats>,
+    events: EventSink,
+}
+
+/// Whether the guest goes on after an exit.
+enum Next {
+    Enter,
+    Wait,
+}
+
+impl Runner {
+    fn serve(mut self, inbox: &Receiver<Command>) {
+        while let Ok(command) = inbox.recv() {
+            match command {
+                Command::Call(f) => f(self.vcpu.vcpu()),
+                Command::Run => self.run(),
+            }
+        }
+    }
+
+    fn run(&mut self) {
+        loop {
+            // In this order: a kick that comes after `accept_kicks` ends the KVM_RUN below at once, one that
+            // came before has set what is looked at here.
+            self.vcpu.accept_kicks();
+            if self.gate.stop.load(Ordering::SeqCst) {
+                break;
+            }
+            if !self.gate.lease_allows() {
+                (self.events)(MachineEvent::LeaseExpired);
+                break;
+            }
+            if matches!(self.run_until_interrupted(), Next::Wait) {
+                break;
+            }
+        }
+        self.vcpu.finish_io();
+    }
+
+    /// Handles exits until a kick, or until the guest cannot go on.
+    fn run_until_interrupted(&mut self) -> Next {
+        loop {
+            let exit = self.vcpu.vcpu().run();
+            if let Err(error) = &exit
+                && matches!(error.errno(), libc::EINTR | libc::EAGAIN)
+            {
+                return Next::Enter;
+            }
+            self.stats.exits.fetch_add(1, Ordering::Relaxed);
+            let event = match exit {
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
+                    self.bus.read(port, data);
+                    continue;
+                }
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
+                    match self.bus.write(port, data) {
+                        None => continue,
+                        Some(event) => MachineEvent::Power(event),
+                    }
+                }
+                Ok(VcpuExit::MmioRead(_, data)) => {
+                    self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
+                    data.fill(0xff);
+                    continue;
+                }
+                Ok(VcpuExit::MmioWrite(..)) => {
+                    self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => return Next::Enter,
+                // A triple fault restarts a PC.
+                Ok(VcpuExit::Shutdown) => MachineEvent::Power(PowerEvent::Reset),
+                Ok(other) => MachineEvent::Fault(format!("{other:?}")),
+                Err(error) => MachineEvent::Fault(KvmError::during("KVM_RUN")(error).to_string()),
+            };
+            let event = match event {
+                MachineEvent::Fault(reason) => MachineEvent::Fault(self.describe(&reason)),
+                event => event,
+            };
+            (self.events)(event);
+            return Next::Wait;
+        }
+    }
+
+    /// A fault with what a developer needs to find it.
+    fn describe(&mut self, reason: &str) -> String {
+        let vcpu = self.vcpu.vcpu();
+        let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
+        let cr3 = vcpu.get_sregs().map_or(0, |sregs| sregs.cr3);
+        format!("{reason} at rip {rip:#x} (cr3 {cr3:#x})")
+    }
+}

@@ -1,0 +1,281 @@
+//! Guest RAM: one memfd, mapped shared, below and above the hole under 4 GiB.
+
+use crate::kvm::{self, DirtyLogging, KvmError, VmFd};
+use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
+use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use vm_memory::{
+    Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    VolatileSlice,
+};
+
+/// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
+const HOLE_START: u64 = 0xc000_0000;
+const HOLE_END: u64 = 0x1_0000_0000;
+/// Unit of hashing.
+const HASH_CHUNK_BYTES: usize = 1 << 20;
+
+/// Guest RAM cannot be had or accessed.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The host does not have that much left.
+    #[error("the guest needs {needed} and the host has {available} available")]
+    NotEnough {
+        /// What the spec asks for.
+        needed: Mib,
+        /// `MemAvailable`.
+        available: Mib,
+    },
+    /// The kernel refused.
+    #[error("guest memory of {0} cannot be set up")]
+    Setup(Mib, #[source] io::Error),
+    /// Mapping failed.
+    #[error("guest memory cannot be mapped")]
+    Map(#[source] vm_memory::mmap::FromRangesError),
+    /// An address outside guest memory.
+    #[error("guest memory has no {bytes} bytes at {address:#x}")]
+    OutOfRange {
+        /// Guest physical address.
+        address: u64,
+        /// Length of the access.
+        bytes: u64,
+    },
+    /// Reading or writing failed.
+    #[error("guest memory at {address:#x} cannot be accessed")]
+    Access {
+        /// Guest physical address.
+        address: u64,
+        /// What went wrong.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One contiguous piece of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// First guest physical address.
+    pub start: u64,
+    /// Length.
+    pub bytes: u64,
+    /// Where it begins in the memfd.
+    pub file_offset: u64,
+}
+
+/// Guest RAM; cheap to clone, freed with the last clone.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    map: GuestMemoryMmap,
+    file: Arc<File>,
+    segments: Arc<[Segment]>,
+}
+
+/// Splits `bytes` of RAM around the hole.
+fn layout(bytes: u64) -> Vec<Segment> {
+    let low = bytes.min(HOLE_START);
+    let mut segments = vec![Segment { start: 0, bytes: low, file_offset: 0 }];
+    if bytes > low {
+        segments.push(Segment { start: HOLE_END, bytes: bytes - low, file_offset: low });
+    }
+    segments
+}
+
+impl GuestRam {
+    /// Reserves `size` of guest memory; pages are taken from the host when first touched.
+    pub fn new(size: Mib) -> Result<Self, RamError> {
+        if let Some(available) = available_memory() && available < size {
+            return Err(RamError::NotEnough { needed: size, available });
+        }
+        let setup = |error: rustix::io::Errno| RamError::Setup(size, error.into());
+        let file = File::from(
+            rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL)
+                .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC))
+                .map_err(setup)?,
+        );
+        rustix::fs::ftruncate(&file, size.bytes().0).map_err(setup)?;
+        let file = Arc::new(file);
+        let segments: Arc<[Segment]> = layout(size.bytes().0).into();
+        let ranges = segments.iter().map(|segment| {
+            (
+                GuestAddress(segment.start),
+                segment.bytes as usize,
+                Some(FileOffset::from_arc(file.clone(), segment.file_offset)),
+            )
+        });
+        let map = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(RamError::Map)?;
+        Ok(Self { map, file, segments })
+    }
+
+    /// The memory as rust-vmm's crates know it.
+    pub const fn map(&self) -> &GuestMemoryMmap {
+        &self.map
+    }
+
+    /// Contiguous pieces, by address.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// Size in all.
+    pub fn size(&self) -> Bytes {
+        Bytes(self.segments.iter().map(|segment| segment.bytes).sum())
+    }
+
+    /// Host memory that guest pages take now.
+    pub fn resident(&self) -> Bytes {
+        rustix::fs::fstat(&*self.file).map_or(Bytes(0), |stat| Bytes(stat.st_blocks as u64 * 512))
+    }
+
+    /// Gives the memory to a VM, one slot per segment.
+    pub fn give_to(&self, vm: &VmFd) -> Result<(), KvmError> {
+        self.slots().iter().try_for_each(|slot| {
+            kvm::map_memory(vm, slot.slot, slot.guest_address, slot.host_address, slot.bytes, DirtyLogging::Off)
+        })
+    }
+
+    /// The slots [`Self::give_to`] makes.
+    pub fn slots(&self) -> Vec<kvm::LoggedSlot> {
+        (0..)
+            .zip(self.segments.iter())
+            .map(|(slot, segment)| {
+                let host = self.map.get_host_address(GuestAddress(segment.start)).expect("a segment is mapped");
+                kvm::LoggedSlot {
+                    slot,
+                    guest_address: segment.start,
+                    host_address: host as u64,
+                    bytes: segment.bytes,
+                }
+            })
+            .collect()
+    }
+
+    /// Copies guest memory into `buffer`.
+    pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), RamError> {
+        self.map.read_slice(buffer, GuestAddress(address)).map_err(|error| Self::access(address, error))
+    }
+
+    /// Copies `bytes` into guest memory.
+    pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), RamError> {
+        self.map.write_slice(bytes, GuestAddress(address)).map_err(|error| Self::access(address, error))
+    }
+
+    /// The memory itself, to be filled from or written to a file descriptor. The whole range must lie within one
+    /// segment.
+    pub fn slice(&self, address: u64, bytes: u64) -> Result<VolatileSlice<'_>, RamError> {
+        let out_of_range = || RamError::OutOfRange { address, bytes };
+        let length = usize::try_from(bytes).map_err(|_| out_of_range())?;
+        self.map.get_slice(GuestAddress(address), length).map_err(|_| out_of_range())
+    }
+
+    /// Makes `pages` pages from `address` on read as zeros and gives them back to the host.
+    pub fn discard(&self, address: u64, pages: u64) -> Result<(), RamError> {
+        let bytes = pages.saturating_mul(PAGE_BYTES);
+        let segment = self.segment_of(address, bytes).ok_or(RamError::OutOfRange { address, bytes })?;
+        let offset = segment.file_offset + (address - segment.start);
+        rustix::fs::fallocate(&*self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, bytes)
+            .map_err(|error| RamError::Access { address, source: error.into() })
+    }
+
+    /// First run of pages within `pages` pages from `address` on that the host has memory for, as (pages to skip,
+    /// pages in the run); the rest has never been touched and is zero. All within one segment.
+    pub fn next_resident(&self, address: u64, pages: u64) -> Result<Option<(u64, u64)>, RamError> {
+        let bytes = pages * PAGE_BYTES;
+        let segment = self.segment_of(address, bytes).ok_or(RamError::OutOfRange { address, bytes })?;
+        let start = segment.file_offset + (address - segment.start);
+        let access = |error: rustix::io::Errno| RamError::Access { address, source: error.into() };
+        let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(start)) {
+            Ok(data) if data < start + bytes => data,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Err(error) => return Err(access(error)),
+        };
+        let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(data)).map_err(access)?.min(start + bytes);
+        Ok(Some(((data - start) / PAGE_BYTES, (hole - data).div_ceil(PAGE_BYTES))))
+    }
+
+    /// XXH3-128 over all of guest memory in order of address, as 32 hex digits. The guest must stand still.
+    pub fn hash(&self) -> Result<String, RamError> {
+        let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+        let mut buffer = vec![0; HASH_CHUNK_BYTES];
+        for region in self.map.iter() {
+            let start = region.start_addr();
+            for offset in (0..region.len()).step_by(HASH_CHUNK_BYTES) {
+                let address = start.unchecked_add(offset).0;
+                let length = (region.len() - offset).min(HASH_CHUNK_BYTES as u64);
+                let chunk = &mut buffer[..length as usize];
+                // Memory that was never touched is not brought into being only to be hashed.
+                match self.next_resident(address, length / PAGE_BYTES)? {
+                    Some(_) => self.read(address, chunk)?,
+                    None => chunk.fill(0),
+                }
+                hasher.update(chunk);
+            }
+        }
+        Ok(format!("{:032x}", hasher.digest128()))
+    }
+
+    fn segment_of(&self, address: u64, bytes: u64) -> Option<&Segment> {
+        let end = address.checked_add(bytes)?;
+        self.segments.iter().find(|s| address >= s.start && end <= s.start + s.bytes)
+    }
+
+    fn access(address: u64, error: vm_memory::GuestMemoryError) -> RamError {
+        RamError::Access { address, source: io::Error::other(error) }
+    }
+}
+
+/// `MemAvailable` of this host; `None` where /proc does not tell.
+fn available_memory() -> Option<Mib> {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(Mib(kib / 1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_goes_around_the_hole_below_4_gib() {
+        assert_eq!(layout(1 << 30), [Segment { start: 0, bytes: 1 << 30, file_offset: 0 }]);
+        assert_eq!(
+            layout(5 << 30),
+            [
+                Segment { start: 0, bytes: 3 << 30, file_offset: 0 },
+                Segment { start: 4 << 30, bytes: 2 << 30, file_offset: 3 << 30 }
+            ]
+        );
+    }
+
+    #[test]
+    fn untouched_memory_is_found_without_touching_it() {
+        let ram = GuestRam::new(Mib(16)).unwrap();
+        assert_eq!(ram.next_resident(0, 4096).unwrap(), None);
+        ram.write(5 * PAGE_BYTES, &[1]).unwrap();
+        ram.write(6 * PAGE_BYTES, &[1]).unwrap();
+        assert_eq!(ram.next_resident(0, 4096).unwrap(), Some((5, 2)));
+        assert_eq!(ram.next_resident(6 * PAGE_BYTES, 10).unwrap(), Some((0, 1)));
+        assert_eq!(ram.resident(), Bytes(2 * PAGE_BYTES));
+        ram.discard(5 * PAGE_BYTES, 2).unwrap();
+        assert_eq!(ram.resident(), Bytes(0));
+    }
+
+    #[test]
+    fn equal_memory_has_equal_hashes_however_it_came_about() {
+        let (one, other) = (GuestRam::new(Mib(16)).unwrap(), GuestRam::new(Mib(16)).unwrap());
+        one.write(PAGE_BYTES, &[0; 4096]).unwrap();
+        assert_eq!(one.hash().unwrap(), other.hash().unwrap());
+        one.write(PAGE_BYTES + 7, &[9]).unwrap();
+        assert_ne!(one.hash().unwrap(), other.hash().unwrap());
+    }
+
+    #[test]
+    fn accesses_past_the_end_are_errors() {
+        let ram = GuestRam::new(Mib(16)).unwrap();
+        assert!(ram.slice((16 << 20) - 4096, 8192).is_err());
+        assert!(ram.discard(u64::MAX - 4095, 1).is_err());
+        assert!(ram.write(16 << 20, &[1]).is_err());
+    }
+}

@@ -1,0 +1,120 @@
+//! Frames on a connection: bounded, timed, and never trusted.
+
+use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::io::{self, Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+/// A peer that says nothing for this long is taken for dead.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+/// Unacknowledged data older than this ends the connection (TCP_USER_TIMEOUT).
+const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(2);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+const KEEPALIVE_PROBES: u32 = 5;
+
+/// The connection or what came over it is no good.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The connection broke or went silent.
+    #[error("the connection to the other end failed: {0}")]
+    Io(#[from] io::Error),
+    /// Not a frame of ours.
+    #[error("the other end does not speak this protocol: {0}")]
+    Frame(#[from] FrameError),
+    /// A control message that cannot be read.
+    #[error("a control message cannot be read: {0}")]
+    Message(#[from] serde_json::Error),
+    /// A frame that does not belong here.
+    #[error("a {got:?} frame came where {expected} was expected")]
+    Unexpected {
+        /// What came.
+        got: FrameKind,
+        /// What should have come.
+        expected: &'static str,
+    },
+}
+
+/// One migration connection.
+#[derive(Debug)]
+pub(super) struct FrameStream {
+    socket: TcpStream,
+}
+
+impl FrameStream {
+    /// Prepares `socket` for a migration: no delay, dead peers noticed.
+    pub(super) fn new(socket: TcpStream) -> io::Result<Self> {
+        use rustix::net::sockopt;
+        socket.set_nodelay(true)?;
+        socket.set_read_timeout(Some(SILENCE_LIMIT))?;
+        socket.set_write_timeout(Some(SILENCE_LIMIT))?;
+        sockopt::set_socket_keepalive(&socket, true)?;
+        sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE)?;
+        sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL)?;
+        sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES)?;
+        sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS)?;
+        Ok(Self { socket })
+    }
+
+    /// A second handle on the same connection.
+    pub(super) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { socket: self.socket.try_clone()? })
+    }
+
+    /// Lets reads wait as long as the store needs; keepalive still notices a dead peer.
+    pub(super) fn wait_without_limit(&self) -> io::Result<()> {
+        self.socket.set_read_timeout(None)
+    }
+
+    /// Ends the connection for every handle.
+    pub(super) fn shutdown(&self) {
+        // It may be down already.
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
+    /// The socket, for payloads.
+    pub(super) const fn socket(&mut self) -> &mut TcpStream {
+        &mut self.socket
+    }
+
+    /// Sends one control message.
+    pub(super) fn send<T: Serialize>(&mut self, message: &T) -> Result<(), StreamError> {
+        let payload = serde_json::to_vec(message)?;
+        assert!(payload.len() <= MAX_CONTROL_BYTES as usize, "control messages are short");
+        self.send_frame(FrameHeader::control(payload.len() as u32), &payload)
+    }
+
+    /// Sends a header and its payload in one write.
+    pub(super) fn send_frame(&mut self, header: FrameHeader, payload: &[u8]) -> Result<(), StreamError> {
+        assert_eq!(header.length as usize, payload.len(), "the header announces the payload");
+        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
+        frame.extend_from_slice(&header.encode());
+        frame.extend_from_slice(payload);
+        Ok(self.socket.write_all(&frame)?)
+    }
+
+    /// Reads the next header; the payload is still to be read.
+    pub(super) fn header(&mut self) -> Result<FrameHeader, StreamError> {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        self.socket.read_exact(&mut bytes)?;
+        Ok(FrameHeader::decode(&bytes)?)
+    }
+
+    /// Reads the payload behind `header`.
+    pub(super) fn payload(&mut self, header: &FrameHeader) -> Result<Vec<u8>, StreamError> {
+        let mut bytes = vec![0; header.length as usize];
+        self.socket.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Reads a control message and refuses anything else.
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<T, StreamError> {
+        let header = self.header()?;
+        if header.kind != FrameKind::Control {
+            return Err(StreamError::Unexpected { got: header.kind, expected: "a control message" });
+        }
+        Ok(serde_json::from_slice(&self.payload(&header)?)?)
+    }
+}

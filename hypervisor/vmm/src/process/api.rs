@@ -1,0 +1,115 @@
+//! HTTP + JSON on the UNIX socket: `godwit_wire::vmm_api` as routes.
+
+use super::driver::{Driver, DriverHandle};
+use axum::extract::State;
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use godwit_channel::problem::{Answer, JsonBody, QueryArgs, Refusal, no_such_path};
+use godwit_wire::migration::MigrationStatus;
+use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::vmm_api::{
+    CreateRequest, DirtyRate, DirtyRateRequest, IncomingReady, IncomingRequest, OutgoingRequest, VmmInfo,
+};
+use serde::Deserialize;
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Longest a caller may wait for news of a migration in one request.
+const MAX_WAIT_MS: u64 = 60_000;
+/// Sensible windows for watching dirty pages.
+const DIRTY_WINDOW_MS: RangeInclusive<u64> = 10..=2_000;
+
+pub(super) fn router(driver: DriverHandle) -> Router {
+    Router::new()
+        .route("/v1/info", get(info))
+        .route("/v1/machine", put(create))
+        .route("/v1/incoming", put(incoming))
+        .route("/v1/boot", command(Driver::boot))
+        .route("/v1/pause", command(Driver::pause))
+        .route("/v1/resume", command(Driver::resume))
+        .route("/v1/stop", command(Driver::stop))
+        .route("/v1/kill", command(Driver::kill))
+        .route("/v1/dirty-rate", post(dirty_rate))
+        .route("/v1/outgoing", post(outgoing))
+        .route("/v1/migration", get(migration))
+        .route("/v1/migration/cancel", command(Driver::cancel))
+        .route("/v1/migration/abort", command(Driver::abort))
+        .route("/v1/migration/release", command(Driver::release))
+        .route("/v1/migration/commit", command(Driver::commit))
+        .fallback(no_such_path)
+        .with_state(driver)
+}
+
+/// A route whose body is handed to one of the driver's methods.
+fn command<B, T>(
+    act: fn(&mut Driver, B) -> Result<T, Problem>,
+) -> axum::routing::MethodRouter<DriverHandle>
+where
+    B: serde::de::DeserializeOwned + Send + 'static,
+    T: serde::Serialize + Send + 'static,
+{
+    post(move |State(driver): State<DriverHandle>, JsonBody(body): JsonBody<B>| async move {
+        let answer: Answer<T> = driver.call(move |d| act(d, body)).await.map(Json).map_err(Refusal);
+        answer
+    })
+}
+
+async fn info(State(driver): State<DriverHandle>) -> Answer<VmmInfo> {
+    Ok(Json(driver.call(Driver::info).await?))
+}
+
+async fn create(State(driver): State<DriverHandle>, JsonBody(request): JsonBody<CreateRequest>) -> Answer<VmmInfo> {
+    Ok(Json(driver.call(move |d| d.create(request)).await?))
+}
+
+async fn incoming(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<IncomingRequest>,
+) -> Answer<IncomingReady> {
+    Ok(Json(driver.call(move |d| d.incoming(request)).await?))
+}
+
+async fn outgoing(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<OutgoingRequest>,
+) -> Answer<MigrationStatus> {
+    Ok(Json(driver.call(move |d| d.outgoing(request)).await?))
+}
+
+async fn dirty_rate(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<DirtyRateRequest>,
+) -> Answer<DirtyRate> {
+    if !DIRTY_WINDOW_MS.contains(&request.window_ms) {
+        return Err(Refusal(Problem::invalid(vec![FieldProblem::new(
+            "window_ms",
+            format!("{} is outside {DIRTY_WINDOW_MS:?}", request.window_ms),
+            "choose a window within the limits",
+        )])));
+    }
+    let source = driver.call(|d| d.dirty_log()).await?;
+    let window = Duration::from_millis(request.window_ms);
+    let watched = tokio::task::spawn_blocking(move || source.start().and_then(|log| log.watch(window)))
+        .await
+        .map_err(|error| Problem::internal(error.to_string()))?
+        .map_err(|error| Problem::internal(error.to_string()))?;
+    Ok(Json(DirtyRate { bytes_per_s: watched * 1_000 / request.window_ms }))
+}
+
+#[derive(Debug, Deserialize)]
+struct Wait {
+    #[serde(default)]
+    after: u64,
+    #[serde(default)]
+    wait_ms: u64,
+}
+
+/// Answers when the migration has changed since `after`, or when the wait is over.
+async fn migration(State(driver): State<DriverHandle>, QueryArgs(wait): QueryArgs<Wait>) -> Answer<MigrationStatus> {
+    let (mut sequence, status) = driver.call(|d| d.watch_migration()).await?;
+    let limit = Duration::from_millis(wait.wait_ms.min(MAX_WAIT_MS));
+    let changed = sequence.wait_for(|sequence| *sequence > wait.after);
+    // Running out of time is an answer too: the figures have moved on.
+    let _ = tokio::time::timeout(limit, changed).await;
+    Ok(Json(status()))
+}

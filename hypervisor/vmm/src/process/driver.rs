@@ -1,0 +1,424 @@
+//! The one thread that changes the machine's state.
+//!
+//! API handlers, migration threads and vCPUs send it closures and events; it takes them one by one. Long work
+//! (copying memory, watching dirty pages) happens on other threads, which come back here for every step that
+//! changes what the machine does.
+
+use super::admission::{Admission, Request, admit, admit_epoch};
+use crate::devices::{Console, PowerEvent, SerialPort};
+use crate::kvm::{self, DirtyLogSource};
+use crate::machine::{Machine, MachineError, MachineEvent, MachineParts};
+use crate::migration::{
+    Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine, send_machine,
+};
+use godwit_wire::id::{Epoch, VmId};
+use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
+use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
+use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::unit::Bytes;
+use godwit_wire::vmm_api::{
+    Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand, OutgoingRequest, PauseReason,
+    StopReason, VmmInfo, VmmState,
+};
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender};
+use std::sync::{Arc, RwLock};
+use std::time::Instant;
+use tokio::sync::{mpsc as tokio_mpsc, oneshot, watch};
+
+mod migrating;
+
+/// The byte that asks a guest without ACPI to stop: end of transmission, as a terminal's Ctrl-D.
+const END_OF_TRANSMISSION: u8 = 4;
+
+type Work = Box<dyn FnOnce(&mut Driver) + Send>;
+
+enum Message {
+    Work(Work),
+    /// From the machine with this number; an earlier machine's events mean nothing any more.
+    Event(u64, MachineEvent),
+}
+
+/// How a VMM ends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It was told to end.
+    Dismissed,
+    /// Its machine stopped.
+    Stopped(StopReason),
+    /// Its machine cannot go on.
+    Fault(String),
+}
+
+/// Talks to the driver.
+#[derive(Clone)]
+pub(super) struct DriverHandle {
+    inbox: Sender<Message>,
+    console: Console,
+    serial: Arc<RwLock<Option<SerialPort>>>,
+    state: watch::Receiver<VmmState>,
+}
+
+impl DriverHandle {
+    /// Starts the driver. The receiver gives the outcome once the driver has decided to end the process.
+    pub(super) fn start(builtin: &'static [u8]) -> io::Result<(Self, tokio_mpsc::Receiver<Outcome>)> {
+        let (inbox, messages) = std::sync::mpsc::channel();
+        let (end, ended) = tokio_mpsc::channel(1);
+        let (state_sender, state) = watch::channel(VmmState::Empty);
+        let handle = Self { inbox, console: Console::default(), serial: Arc::default(), state };
+        let driver = Driver {
+            builtin,
+            started: Instant::now(),
+            handle: handle.clone(),
+            end,
+            cpu: None,
+            vm: None,
+            epoch: Epoch(0),
+            spec: None,
+            lease: None,
+            machine: None,
+            machine_number: 0,
+            resets: 0,
+            state: state_sender,
+            migration: Migration::None,
+        };
+        std::thread::Builder::new().name("driver".into()).spawn(move || driver.serve(&messages))?;
+        Ok((handle, ended))
+    }
+
+    /// Lets the driver do `work` and gives its answer.
+    pub(super) async fn call<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Driver) -> Result<T, Problem> + Send + 'static,
+    ) -> Result<T, Problem> {
+        let (answer, receiver) = oneshot::channel();
+        self.post(move |driver| {
+            let _ = answer.send(work(driver));
+        });
+        receiver.await.unwrap_or_else(|_| Err(Problem::internal("this VMM is ending")))
+    }
+
+    /// [`Self::call`] from a thread that may block.
+    fn call_blocking<T: Send + 'static>(&self, work: impl FnOnce(&mut Driver) -> T + Send + 'static) -> Option<T> {
+        let (answer, receiver) = oneshot::channel();
+        self.post(move |driver| {
+            let _ = answer.send(work(driver));
+        });
+        receiver.blocking_recv().ok()
+    }
+
+    fn post(&self, work: impl FnOnce(&mut Driver) + Send + 'static) {
+        // Without a driver the process is ending, and whoever waits for an answer hears that.
+        let _ = self.inbox.send(Message::Work(Box::new(work)));
+    }
+
+    /// What the guest wrote.
+    pub(super) const fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// Input for the guest's serial port.
+    pub(super) fn type_in(&self, bytes: &[u8]) -> Result<(), Problem> {
+        match &*self.serial.read().unwrap_or_else(std::sync::PoisonError::into_inner) {
+            None => Err(Problem::conflict("wrong-state", "there is no machine to type to")),
+            Some(port) => port.send(bytes).map_err(|error| Problem::conflict("serial-input-full", error.to_string())),
+        }
+    }
+
+    /// Waits until the machine has stopped or cannot go on.
+    pub(super) async fn wait_until_over(&self) -> Outcome {
+        let over = |state: &VmmState| match state {
+            VmmState::Stopped { reason } => Some(Outcome::Stopped(reason.clone())),
+            VmmState::Paused { reason: PauseReason::Fault { detail } } => Some(Outcome::Fault(detail.clone())),
+            _ => None,
+        };
+        let mut state = self.state.clone();
+        match state.wait_for(|state| over(state).is_some()).await {
+            Ok(state) => over(&state).unwrap_or(Outcome::Dismissed),
+            Err(_) => Outcome::Dismissed,
+        }
+    }
+
+    /// Drops the machine, whatever it does.
+    pub(super) async fn dismiss(&self) {
+        let _ = self
+            .call(|driver| {
+                driver.drop_machine();
+                Ok(())
+            })
+            .await;
+    }
+}
+
+enum Migration {
+    None,
+    Outgoing(Arc<Outgoing>),
+    Incoming(Arc<Incoming>, Epoch),
+}
+
+/// See the module's documentation.
+pub(super) struct Driver {
+    builtin: &'static [u8],
+    started: Instant,
+    handle: DriverHandle,
+    end: tokio_mpsc::Sender<Outcome>,
+    cpu: Option<CpuFacts>,
+    vm: Option<VmId>,
+    epoch: Epoch,
+    spec: Option<MachineSpec>,
+    lease: Option<PathBuf>,
+    machine: Option<Machine>,
+    machine_number: u64,
+    resets: u64,
+    state: watch::Sender<VmmState>,
+    migration: Migration,
+}
+
+impl Driver {
+    fn serve(mut self, messages: &Receiver<Message>) {
+        while let Ok(message) = messages.recv() {
+            match message {
+                Message::Work(work) => work(&mut self),
+                Message::Event(number, event) if number == self.machine_number => self.handle_event(event),
+                Message::Event(..) => {}
+            }
+        }
+    }
+
+    /// Everything about this VMM.
+    pub(super) fn info(&mut self) -> Result<VmmInfo, Problem> {
+        let mut counters = Counters { resets: self.resets, serial_tx_bytes: self.handle.console.written(), ..Default::default() };
+        let mut vcpus = Vec::new();
+        let mut resident = Bytes(0);
+        if let Some(machine) = &self.machine {
+            (vcpus, counters.io_exits, counters.mmio_exits) = machine.vcpu_info();
+            counters.exits = vcpus.iter().map(|vcpu| vcpu.exits).sum();
+            counters.serial_rx_bytes = machine.serial().received();
+            resident = machine.ram().resident();
+        }
+        let cpu = self.cpu()?;
+        Ok(VmmInfo {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            vm: self.vm,
+            epoch: self.epoch,
+            spec: self.spec.clone(),
+            state: self.state.borrow().clone(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            cpu,
+            guest_resident_bytes: resident,
+            counters,
+            vcpus,
+            migration: self.migration_status(),
+        })
+    }
+
+    /// Builds the machine.
+    pub(super) fn create(&mut self, request: CreateRequest) -> Result<VmmInfo, Problem> {
+        self.build(request.vm, request.epoch, request.spec, request.lease)?;
+        self.enter(VmmState::Created);
+        self.info()
+    }
+
+    /// Lets the machine run from its kernel's first instruction.
+    pub(super) fn boot(&mut self, command: Command) -> Result<VmmInfo, Problem> {
+        if self.admit(Request::Boot, command)? == Admission::Act {
+            let machine = self.machine()?;
+            machine.load(self.builtin).map_err(|error| error.problem("spec"))?;
+            self.let_run(machine)?;
+            self.enter(VmmState::Running);
+        }
+        self.info()
+    }
+
+    /// Stops the vCPUs.
+    pub(super) fn pause(&mut self, command: Command) -> Result<VmmInfo, Problem> {
+        if self.admit(Request::Pause, command)? == Admission::Act {
+            self.machine()?.pause().map_err(|error| error.problem("spec"))?;
+            self.enter(VmmState::Paused { reason: PauseReason::Requested });
+        }
+        self.info()
+    }
+
+    /// Lets the vCPUs go on.
+    pub(super) fn resume(&mut self, command: Command) -> Result<VmmInfo, Problem> {
+        if self.admit(Request::Resume, command)? == Admission::Act {
+            self.let_run(self.machine()?)?;
+            self.enter(VmmState::Running);
+        }
+        self.info()
+    }
+
+    /// Asks the guest to stop; whether it does is up to it.
+    pub(super) fn stop(&mut self, command: Command) -> Result<VmmInfo, Problem> {
+        if self.admit(Request::Stop, command)? == Admission::Act {
+            let pilot = self.spec.as_ref().is_some_and(|spec| spec.boot == Boot::Pilot);
+            if !pilot {
+                return Err(Problem::conflict(
+                    "cannot-ask",
+                    "this machine has no power button that a Linux guest would hear",
+                )
+                .with_remedy("shut the guest down from inside, or kill it"));
+            }
+            self.handle.type_in(&[END_OF_TRANSMISSION])?;
+        }
+        self.info()
+    }
+
+    /// Ends the machine at once, and then this process.
+    pub(super) fn kill(&mut self, command: Command) -> Result<VmmInfo, Problem> {
+        if self.admit(Request::Kill, command)? == Admission::Act {
+            self.cancel_migration("the VM was killed");
+            self.drop_machine();
+            self.enter(VmmState::Stopped { reason: StopReason::Killed });
+        }
+        let info = self.info();
+        let _ = self.end.try_send(Outcome::Stopped(StopReason::Killed));
+        info
+    }
+
+    /// Where to watch dirty pages, if nothing else does.
+    pub(super) fn dirty_log(&self) -> Result<DirtyLogSource, Problem> {
+        if self.migration_status().is_some_and(|status| !status.phase.is_final()) {
+            return Err(Problem::conflict("migrating", "a migration is watching dirty pages")
+                .with_remedy("read the dirty rate from the migration's progress"));
+        }
+        Ok(self.machine()?.dirty_log().clone())
+    }
+
+    fn build(&mut self, vm: VmId, epoch: Epoch, spec: MachineSpec, lease: Option<PathBuf>) -> Result<(), Problem> {
+        admit(Request::Build, &self.state.borrow())?;
+        let problems = spec.problems("spec");
+        if !problems.is_empty() {
+            return Err(Problem::invalid(problems));
+        }
+        if let Err(mismatch) = self.cpu()?.admits(spec.cpu, None) {
+            return Err(Problem::invalid(vec![FieldProblem::new(
+                "spec.cpu",
+                mismatch.to_string(),
+                "choose a lower baseline or another host",
+            )]));
+        }
+        self.machine = Some(self.build_machine(&spec, lease.as_deref()).map_err(|error| error.problem("spec"))?);
+        (self.vm, self.epoch, self.spec, self.lease) = (Some(vm), epoch, Some(spec), lease);
+        self.publish_serial();
+        Ok(())
+    }
+
+    fn build_machine(&mut self, spec: &MachineSpec, lease: Option<&std::path::Path>) -> Result<Machine, MachineError> {
+        kvm::install_kick_handler()?;
+        self.machine_number += 1;
+        let (number, inbox) = (self.machine_number, self.handle.inbox.clone());
+        let parts = MachineParts {
+            spec: spec.clone(),
+            console: self.handle.console.clone(),
+            events: Arc::new(move |event| {
+                let _ = inbox.send(Message::Event(number, event));
+            }),
+        };
+        Machine::build(&parts, lease)
+    }
+
+    fn handle_event(&mut self, event: MachineEvent) {
+        match event {
+            MachineEvent::LeaseExpired => {
+                if *self.state.borrow() != VmmState::Running {
+                    return;
+                }
+                tracing::warn!(epoch = %self.epoch, "the lease ran out: the guest stands still");
+                self.stop_vcpus();
+                self.enter(VmmState::Paused { reason: PauseReason::LeaseExpired });
+            }
+            MachineEvent::Fault(detail) => {
+                tracing::error!(%detail, "the guest cannot go on");
+                self.stop_vcpus();
+                self.cancel_migration("the guest cannot go on");
+                self.enter(VmmState::Paused { reason: PauseReason::Fault { detail } });
+            }
+            MachineEvent::Power(PowerEvent::Off) => {
+                tracing::info!("the guest powered off");
+                self.cancel_migration("the guest powered off");
+                self.drop_machine();
+                self.enter(VmmState::Stopped { reason: StopReason::GuestHalted });
+            }
+            MachineEvent::Power(PowerEvent::Reset) => {
+                tracing::info!("the guest restarts");
+                self.cancel_migration("the guest restarted");
+                self.reset();
+            }
+        }
+    }
+
+    /// A fresh machine from the same spec, as after pressing a PC's reset button.
+    fn reset(&mut self) {
+        self.drop_machine();
+        let (Some(spec), lease) = (self.spec.clone(), self.lease.clone()) else { return };
+        let booted = self.build_machine(&spec, lease.as_deref()).and_then(|machine| {
+            machine.load(self.builtin)?;
+            machine.run()?;
+            Ok(machine)
+        });
+        match booted {
+            Ok(machine) => {
+                self.machine = Some(machine);
+                self.resets += 1;
+                self.publish_serial();
+                self.enter(VmmState::Running);
+            }
+            Err(error) => {
+                let detail = error.problem("spec").detail;
+                tracing::error!(%detail, "the guest restarted and cannot be booted again");
+                self.enter(VmmState::Stopped { reason: StopReason::Failed { detail } });
+            }
+        }
+    }
+
+    fn let_run(&self, machine: &Machine) -> Result<(), Problem> {
+        if !machine.lease_allows() {
+            return Err(Problem::conflict("lease-expired", "this host's lease does not allow the guest to run")
+                .with_remedy("it runs again once the host agent has renewed its lease"));
+        }
+        machine.run().map_err(|error| error.problem("spec"))
+    }
+
+    fn stop_vcpus(&self) {
+        if let Some(machine) = &self.machine
+            && let Err(error) = machine.pause()
+        {
+            tracing::error!(%error, "a vCPU did not stop");
+        }
+    }
+
+    fn drop_machine(&mut self) {
+        *self.handle.serial.write().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        self.machine = None;
+    }
+
+    fn publish_serial(&self) {
+        let port = self.machine.as_ref().map(|machine| machine.serial().clone());
+        *self.handle.serial.write().unwrap_or_else(std::sync::PoisonError::into_inner) = port;
+    }
+
+    fn enter(&self, state: VmmState) {
+        tracing::debug!(?state, "state");
+        self.state.send_replace(state);
+    }
+
+    fn admit(&self, request: Request, command: Command) -> Result<Admission, Problem> {
+        admit_epoch(command.epoch, self.epoch)?;
+        admit(request, &self.state.borrow())
+    }
+
+    fn machine(&self) -> Result<&Machine, Problem> {
+        self.machine.as_ref().ok_or_else(|| Problem::conflict("wrong-state", "there is no machine"))
+    }
+
+    fn cpu(&mut self) -> Result<CpuFacts, Problem> {
+        if self.cpu.is_none() {
+            let facts = kvm::open().and_then(|kvm| kvm::cpu_facts(&kvm));
+            self.cpu = Some(facts.map_err(|error| MachineError::from(error).problem("spec"))?);
+        }
+        Ok(self.cpu.clone().expect("set above"))
+    }
+}

@@ -1,0 +1,292 @@
+//! The driver's part in migrations: starting them, and every step that decides whether the guest may run.
+
+use super::*;
+use crate::machine::SavedMachine;
+use crate::migration::{HandOverError, SourceMachine, TargetMachine};
+use std::time::Duration;
+
+impl Driver {
+    /// The latest migration.
+    pub(super) fn migration_status(&self) -> Option<MigrationStatus> {
+        match &self.migration {
+            Migration::None => None,
+            Migration::Outgoing(outgoing) => Some(outgoing.ledger.status()),
+            Migration::Incoming(incoming, _) => Some(incoming.ledger.status()),
+        }
+    }
+
+    /// The latest migration and its sequence number to wait on.
+    pub(in crate::process) fn watch_migration(&self) -> Result<(watch::Receiver<u64>, StatusReader), Problem> {
+        match &self.migration {
+            Migration::None => Err(Problem::not_found("migration", "of this machine")),
+            Migration::Outgoing(outgoing) => {
+                let ledger = outgoing.ledger.clone();
+                Ok((ledger.subscribe(), Box::new(move || ledger.status())))
+            }
+            Migration::Incoming(incoming, _) => {
+                let ledger = incoming.ledger.clone();
+                Ok((ledger.subscribe(), Box::new(move || ledger.status())))
+            }
+        }
+    }
+
+    /// Builds the machine and waits for its content.
+    pub(in crate::process) fn incoming(&mut self, request: IncomingRequest) -> Result<IncomingReady, Problem> {
+        self.build(request.vm, request.epoch, request.spec.clone(), request.lease.clone())?;
+        let bound = MigrationListener::bind(request.listen).map_err(|error| {
+            let listen = request.listen;
+            Problem::invalid(vec![FieldProblem::new(
+                "listen",
+                format!("{listen} cannot be listened on: {error}"),
+                "choose an address of this host and a free port, or port 0",
+            )])
+        });
+        let (listener, address) = bound.inspect_err(|_| self.drop_machine())?;
+        let ledger = Ledger::new(request.migration, MigrationRole::Target, TargetHandOver::Filling);
+        let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener));
+        self.migration = Migration::Incoming(incoming.clone(), request.epoch);
+        let (ram, cpu, owner) = (self.machine()?.ram().clone(), self.cpu()?, Owner(self.handle.clone()));
+        spawn("migration-in", move || receive_machine(&incoming, &request, &cpu, &ram, &owner))?;
+        self.enter(VmmState::Incoming);
+        Ok(IncomingReady { address })
+    }
+
+    /// Starts to send the machine away.
+    pub(in crate::process) fn outgoing(&mut self, request: OutgoingRequest) -> Result<MigrationStatus, Problem> {
+        admit_epoch(request.epoch, self.epoch)?;
+        if let Some(status) = self.migration_status() {
+            if status.migration == request.migration && status.role == MigrationRole::Source {
+                return Ok(status);
+            }
+            if !status.phase.is_final() {
+                return Err(Problem::conflict("migrating", format!("migration {} is under way", status.migration)));
+            }
+        }
+        admit(Request::SendAway, &self.state.borrow())?;
+        let ledger = Ledger::new(request.migration, MigrationRole::Source, SourceHandOver::Copying);
+        let outgoing = Arc::new(Outgoing::new(Arc::new(ledger)));
+        let machine = self.machine()?;
+        let (ram, log) = (machine.ram().clone(), machine.dirty_log().clone());
+        let (vm, spec) = match (self.vm, self.spec.clone()) {
+            (Some(vm), Some(spec)) => (vm, spec),
+            _ => return Err(Problem::internal("a machine without identity")),
+        };
+        let (cpu, owner) = (self.cpu()?, Owner(self.handle.clone()));
+        self.migration = Migration::Outgoing(outgoing.clone());
+        let status = outgoing.ledger.status();
+        spawn("migration-out", move || {
+            let start_log = move || Ok(log.start()?);
+            send_machine(&outgoing, &request, (vm, &spec, &cpu), &ram, start_log, &owner);
+        })?;
+        Ok(status)
+    }
+
+    /// The operator calls the migration off.
+    pub(in crate::process) fn cancel(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+        match self.addressed(command)? {
+            Addressed::Outgoing(outgoing) => {
+                outgoing.cancel("cancelled by request").map_err(refused)?;
+                self.resume_after_migration();
+            }
+            Addressed::Incoming(incoming, _) => {
+                incoming.abort("cancelled by request").map_err(refused)?;
+                self.void_incoming();
+            }
+        }
+        self.status()
+    }
+
+    /// The store has voided the migration.
+    pub(in crate::process) fn abort(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+        match self.addressed(command)? {
+            Addressed::Outgoing(outgoing) => {
+                outgoing.abort().map_err(refused)?;
+                self.resume_after_migration();
+            }
+            Addressed::Incoming(incoming, _) => {
+                incoming.abort("the store voided the migration").map_err(refused)?;
+                self.void_incoming();
+            }
+        }
+        self.status()
+    }
+
+    /// The store has given the VM to the target: end here, and then this process.
+    pub(in crate::process) fn release(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+        let Addressed::Outgoing(outgoing) = self.addressed(command)? else {
+            return Err(Problem::conflict("wrong-role", "a target cannot be released; abort it"));
+        };
+        outgoing.release().map_err(refused)?;
+        self.migrated_away();
+        let _ = self.end.try_send(Outcome::Stopped(StopReason::MigratedAway));
+        self.status()
+    }
+
+    /// The store has given the VM to this side under `command.epoch`.
+    pub(in crate::process) fn commit(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+        // The epoch is checked against the source's by the hand-over itself.
+        let Addressed::Incoming(incoming, source_epoch) =
+            self.addressed(MigrationCommand { epoch: self.epoch, ..command })?
+        else {
+            return Err(Problem::conflict("wrong-role", "this is the source of the migration"));
+        };
+        let machine = self.machine()?;
+        if incoming.ledger.hand_over() == TargetHandOver::Whole && !machine.lease_allows() {
+            return Err(Problem::conflict("lease-expired", "this host's lease does not allow the guest to run")
+                .with_remedy("repeat the commit once the host agent has renewed its lease"));
+        }
+        let first = !matches!(incoming.ledger.hand_over(), TargetHandOver::Running(_));
+        incoming.commit(command.epoch, source_epoch).map_err(refused)?;
+        self.epoch = command.epoch;
+        if first {
+            match incoming.arrival() {
+                Some(Arrival::StayPaused) => self.enter(VmmState::Paused { reason: PauseReason::Requested }),
+                _ => {
+                    self.machine()?.run().map_err(|error| error.problem("spec"))?;
+                    self.enter(VmmState::Running);
+                }
+            }
+            incoming.announce_running(command.epoch);
+        }
+        self.status()
+    }
+
+    pub(super) fn cancel_migration(&mut self, reason: &str) {
+        let refused = match &self.migration {
+            Migration::Outgoing(outgoing) if !outgoing.ledger.status().phase.is_final() => outgoing.cancel(reason).err(),
+            Migration::Incoming(incoming, _) if !incoming.ledger.status().phase.is_final() => {
+                incoming.abort(reason).err()
+            }
+            _ => None,
+        };
+        if let Some(refused) = refused {
+            tracing::error!(%refused, reason, "the migration could not be called off");
+        }
+    }
+
+    fn status(&self) -> Result<MigrationStatus, Problem> {
+        self.migration_status().ok_or_else(|| Problem::not_found("migration", "of this machine"))
+    }
+
+    fn addressed(&self, command: MigrationCommand) -> Result<Addressed, Problem> {
+        let status = self.status()?;
+        if status.migration != command.migration {
+            return Err(Problem::not_found("migration", command.migration)
+                .with_remedy(format!("the latest migration of this machine is {}", status.migration)));
+        }
+        admit_epoch(command.epoch, self.epoch)?;
+        Ok(match &self.migration {
+            Migration::Outgoing(outgoing) => Addressed::Outgoing(outgoing.clone()),
+            Migration::Incoming(incoming, epoch) => Addressed::Incoming(incoming.clone(), *epoch),
+            Migration::None => unreachable!("it has a status"),
+        })
+    }
+
+    /// Lets a guest that was paused for the hand-over go on here.
+    fn resume_after_migration(&mut self) {
+        if (*self.state.borrow() != VmmState::Paused { reason: PauseReason::HandOver }) {
+            return;
+        }
+        let Some(machine) = &self.machine else { return };
+        let state = match machine.run() {
+            // If the lease is over the vCPUs stop themselves at once and say so.
+            Ok(()) => VmmState::Running,
+            Err(error) => VmmState::Paused { reason: PauseReason::Fault { detail: error.to_string() } },
+        };
+        self.enter(state);
+    }
+
+    fn pause_for_hand_over(&mut self) -> Result<Arrival, MachineError> {
+        let state = self.state.borrow().clone();
+        match state {
+            VmmState::Running => {
+                self.machine.as_ref().ok_or(MachineError::VcpuGone(0))?.pause()?;
+                self.enter(VmmState::Paused { reason: PauseReason::HandOver });
+                Ok(Arrival::Run)
+            }
+            VmmState::Paused { reason: PauseReason::Requested } => Ok(Arrival::StayPaused),
+            state => Err(MachineError::BadState(format!("the machine is {state:?} and cannot be handed over"))),
+        }
+    }
+
+    fn migrated_away(&mut self) {
+        self.drop_machine();
+        self.enter(VmmState::Stopped { reason: StopReason::MigratedAway });
+    }
+
+    fn void_incoming(&mut self) {
+        if *self.state.borrow() == VmmState::Incoming {
+            self.drop_machine();
+            self.enter(VmmState::Stopped { reason: StopReason::IncomingAborted });
+        }
+    }
+}
+
+/// Reads a migration's status without the driver.
+pub(in crate::process) type StatusReader = Box<dyn Fn() -> MigrationStatus + Send>;
+
+enum Addressed {
+    Outgoing(Arc<Outgoing>),
+    Incoming(Arc<Incoming>, Epoch),
+}
+
+fn refused(error: HandOverError) -> Problem {
+    let kind = match error {
+        HandOverError::TooLate => "too-late",
+        HandOverError::Over(_) => "migration-over",
+        HandOverError::NotWhole => "not-whole",
+        HandOverError::StaleEpoch { .. } => "stale-epoch",
+    };
+    Problem::conflict(kind, error.to_string())
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Problem> {
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(body)
+        .map(drop)
+        .map_err(|error| Problem::internal(format!("a thread cannot be started: {error}")))
+}
+
+/// The driver, as migration threads know it.
+struct Owner(DriverHandle);
+
+const DRIVER_GONE: &str = "this VMM is ending";
+
+impl SourceMachine for Owner {
+    fn pause(&self) -> Result<Arrival, MachineError> {
+        let paused = self.0.call_blocking(Driver::pause_for_hand_over);
+        paused.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+    }
+
+    fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {
+        let saved = self.0.call_blocking(|driver| match &driver.machine {
+            Some(machine) => machine.save(),
+            None => Err(MachineError::BadState("the machine is gone".into())),
+        });
+        saved.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+    }
+
+    fn resume(&self) {
+        self.0.post(Driver::resume_after_migration);
+    }
+
+    fn gone(&self) {
+        self.0.post(Driver::migrated_away);
+    }
+}
+
+impl TargetMachine for Owner {
+    fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError> {
+        let asked = Instant::now();
+        let restored = self.0.call_blocking(move |driver| match &driver.machine {
+            Some(machine) => machine.restore(saved, age + asked.elapsed()),
+            None => Err(MachineError::BadState("the machine is gone".into())),
+        });
+        restored.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+    }
+
+    fn void(&self) {
+        self.0.post(Driver::void_incoming);
+    }
+}

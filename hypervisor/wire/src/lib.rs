@@ -1,0 +1,21 @@
+//! The words Godwit's processes exchange, and nothing else: no I/O happens here.
+//!
+//! A module uses only the modules above it in this list.
+
+pub mod unit;
+
+pub mod id;
+
+pub mod problem;
+
+pub mod machine;
+
+pub mod lease;
+
+pub mod migration;
+
+pub mod usage;
+
+pub mod vmm_api;
+
+pub mod host_api;

@@ -1,0 +1,233 @@
+//! The API of one VMM process: HTTP + JSON on a UNIX socket.
+//!
+//! | method and path | body | answer |
+//! |---|---|---|
+//! | `GET /v1/info` | | [`VmmInfo`] |
+//! | `PUT /v1/machine` | [`CreateRequest`] | [`VmmInfo`] |
+//! | `PUT /v1/incoming` | [`IncomingRequest`] | [`IncomingReady`] |
+//! | `POST /v1/boot`, `/v1/pause`, `/v1/resume`, `/v1/kill` | [`Command`] | [`VmmInfo`] |
+//! | `POST /v1/stop` | [`Command`] | [`VmmInfo`]; asks the guest to stop, returns at once |
+//! | `POST /v1/dirty-rate` | [`DirtyRateRequest`] | [`DirtyRate`] |
+//! | `POST /v1/outgoing` | [`OutgoingRequest`] | [`MigrationStatus`] |
+//! | `GET /v1/migration?after=SEQ&wait_ms=MS` | | [`MigrationStatus`]; waits until `sequence > SEQ` |
+//! | `POST /v1/migration/cancel`, `/abort`, `/release` | [`MigrationCommand`] | [`MigrationStatus`] |
+//! | `POST /v1/migration/commit` | [`MigrationCommand`] | [`MigrationStatus`]; target only: run now |
+//!
+//! Errors are [`Problem`](crate::problem::Problem) bodies. `cancel` works until the source has sent everything;
+//! `abort` is the store's word that the migration is void (source: run again, target: forget the machine);
+//! `release` is the store's word that the target owns the VM (source: end).
+
+use crate::id::{Epoch, MigrationId, VmId};
+use crate::machine::{CpuFacts, MachineSpec};
+use crate::migration::{MigrationPolicy, MigrationStatus};
+use crate::unit::Bytes;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Builds the machine (it does not run yet).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateRequest {
+    /// Identity of the VM.
+    pub vm: VmId,
+    /// Epoch under which it may run here.
+    pub epoch: Epoch,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// The lease page to watch; a machine without one runs until it is told otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<PathBuf>,
+}
+
+/// Builds the machine and waits for its content from another VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncomingRequest {
+    /// Identity of the VM.
+    pub vm: VmId,
+    /// Epoch under which it runs at the source.
+    pub epoch: Epoch,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// As in [`CreateRequest`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<PathBuf>,
+    /// The migration to accept; any other is refused.
+    pub migration: MigrationId,
+    /// Where to listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+}
+
+/// The target waits.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IncomingReady {
+    /// Where the source shall connect.
+    pub address: SocketAddr,
+}
+
+/// A command that changes a machine's state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Command {
+    /// Must be the machine's epoch; an older one is refused.
+    pub epoch: Epoch,
+}
+
+/// Starts to send the machine to another VMM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutgoingRequest {
+    /// Must be the machine's epoch.
+    pub epoch: Epoch,
+    /// The migration.
+    pub migration: MigrationId,
+    /// Where the target listens.
+    pub target: SocketAddr,
+    /// Limits.
+    #[serde(default)]
+    pub policy: MigrationPolicy,
+}
+
+/// A word about the migration under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationCommand {
+    /// The migration meant.
+    pub migration: MigrationId,
+    /// For `commit`: the epoch under which the target runs; else the machine's present epoch.
+    pub epoch: Epoch,
+}
+
+/// Asks how fast the guest dirties memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRateRequest {
+    /// How long to watch, 10 to 2,000 ms.
+    pub window_ms: u64,
+}
+
+/// How fast the guest dirties memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyRate {
+    /// Distinct pages dirtied in the window, as bytes per second.
+    pub bytes_per_s: u64,
+}
+
+/// What a VMM is doing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum VmmState {
+    /// No machine yet.
+    Empty,
+    /// Built, never run.
+    Created,
+    /// vCPUs run.
+    Running,
+    /// vCPUs stand still.
+    Paused {
+        /// Why.
+        reason: PauseReason,
+    },
+    /// A target: the machine is being filled.
+    Incoming,
+    /// The guest is gone for good.
+    Stopped {
+        /// Why.
+        reason: StopReason,
+    },
+}
+
+/// Why a machine is paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum PauseReason {
+    /// Someone asked for it.
+    Requested,
+    /// The host's lease ran out.
+    LeaseExpired,
+    /// A migration's blackout, or its outcome is not known yet.
+    HandOver,
+    /// KVM could not go on.
+    Fault {
+        /// What it said.
+        detail: String,
+    },
+}
+
+/// Why a machine stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StopReason {
+    /// The guest powered off.
+    GuestHalted,
+    /// Someone killed it.
+    Killed,
+    /// It runs at another host now.
+    MigratedAway,
+    /// The incoming migration ended before the commit.
+    IncomingAborted,
+    /// The guest restarted itself and could not be booted again.
+    Failed {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// Counters of a VMM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counters {
+    /// Exits from guest mode, all vCPUs.
+    pub exits: u64,
+    /// Port exits.
+    pub io_exits: u64,
+    /// MMIO exits.
+    pub mmio_exits: u64,
+    /// Bytes the guest wrote to its serial port.
+    pub serial_tx_bytes: u64,
+    /// Bytes sent to the guest's serial port.
+    pub serial_rx_bytes: u64,
+    /// Times the guest restarted itself.
+    pub resets: u64,
+}
+
+/// One vCPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct VcpuInfo {
+    /// Number, from 0.
+    pub index: u8,
+    /// CPU time of its thread.
+    pub cpu_time_ms: u64,
+    /// Exits from guest mode.
+    pub exits: u64,
+}
+
+/// Everything a VMM tells about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmInfo {
+    /// Version of the program.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// The VM, once there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vm: Option<VmId>,
+    /// Its epoch.
+    pub epoch: Epoch,
+    /// Its machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spec: Option<MachineSpec>,
+    /// What it is doing.
+    #[serde(flatten)]
+    pub state: VmmState,
+    /// Since the process started.
+    pub uptime_ms: u64,
+    /// CPU of this host.
+    pub cpu: CpuFacts,
+    /// Resident guest memory.
+    pub guest_resident_bytes: Bytes,
+    /// Counters.
+    pub counters: Counters,
+    /// Its vCPUs.
+    #[serde(default)]
+    pub vcpus: Vec<VcpuInfo>,
+    /// The latest migration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration: Option<MigrationStatus>,
+}

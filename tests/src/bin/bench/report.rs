@@ -1,0 +1,193 @@
+//! What a bench found: raw figures on the terminal, judged figures in a JSON file.
+
+use anyhow::{Context, bail};
+use godwit_tests::program;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::process::Command;
+
+/// Everything a bench found.
+#[derive(Debug, Default)]
+pub(crate) struct Report {
+    options: BTreeMap<&'static str, String>,
+    runs: BTreeMap<&'static str, usize>,
+    figures: BTreeMap<&'static str, Figure>,
+}
+
+/// Which side of its goal a figure has to be on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(crate) enum Op {
+    #[serde(rename = ">=")]
+    AtLeast,
+    #[serde(rename = "<=")]
+    AtMost,
+}
+
+#[derive(Debug, Serialize)]
+struct Figure {
+    value: f64,
+    unit: &'static str,
+    goal: f64,
+    op: Op,
+    holds: bool,
+}
+
+#[derive(Serialize)]
+struct File<'a> {
+    machine: String,
+    commit: String,
+    options: &'a BTreeMap<&'static str, String>,
+    runs: &'a BTreeMap<&'static str, usize>,
+    figures: &'a BTreeMap<&'static str, Figure>,
+}
+
+impl Report {
+    /// Notes under which circumstances the bench ran.
+    pub(crate) fn option(&mut self, name: &'static str, value: impl Into<String>) {
+        self.options.insert(name, value.into());
+    }
+
+    /// Prints raw values and their spread; returns their median.
+    pub(crate) fn raw(&mut self, name: &'static str, unit: &str, values: &[f64]) -> f64 {
+        let sorted = sorted(values);
+        let list = values
+            .iter()
+            .map(|value| format!("{value:.3}"))
+            .collect::<Vec<_>>()
+            .join(" ");
+        let median = quantile(&sorted, 0.5);
+        println!("{name} [{unit}]: {list}");
+        println!(
+            "  n={} min={:.3} p50={median:.3} p90={:.3} max={:.3}",
+            values.len(),
+            quantile(&sorted, 0.0),
+            quantile(&sorted, 0.9),
+            quantile(&sorted, 1.0)
+        );
+        self.runs.insert(name, values.len());
+        median
+    }
+
+    /// Judges a figure.
+    pub(crate) fn figure(
+        &mut self,
+        name: &'static str,
+        value: f64,
+        unit: &'static str,
+        op: Op,
+        goal: f64,
+    ) {
+        let holds = match op {
+            Op::AtLeast => value >= goal,
+            Op::AtMost => value <= goal,
+        };
+        let sign = if op == Op::AtLeast { ">=" } else { "<=" };
+        println!(
+            "{} {name} = {value:.3} {unit} (goal {sign} {goal})",
+            if holds { "HOLDS" } else { "MISSES" }
+        );
+        self.figures.insert(
+            name,
+            Figure {
+                value,
+                unit,
+                goal,
+                op,
+                holds,
+            },
+        );
+    }
+
+    /// Writes the JSON file; an error if a figure misses its goal.
+    pub(crate) fn finish(&self, name: &str) -> anyhow::Result<()> {
+        let file = File {
+            machine: machine(),
+            commit: commit(),
+            options: &self.options,
+            runs: &self.runs,
+            figures: &self.figures,
+        };
+        let folder = program::target_dir().join("bench");
+        std::fs::create_dir_all(&folder)?;
+        let path = folder.join(format!("{name}.json"));
+        std::fs::write(&path, serde_json::to_string_pretty(&file)? + "\n")
+            .context("write the report")?;
+        println!("wrote {}", path.display());
+        let missed: Vec<_> = self
+            .figures
+            .iter()
+            .filter(|(_, figure)| !figure.holds)
+            .map(|(name, _)| *name)
+            .collect();
+        if missed.is_empty() {
+            return Ok(());
+        }
+        bail!("goals missed: {}", missed.join(", "))
+    }
+}
+
+/// The largest of some values.
+pub(crate) fn maximum(values: &[f64]) -> f64 {
+    quantile(&sorted(values), 1.0)
+}
+
+fn sorted(values: &[f64]) -> Vec<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted
+}
+
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    // Between two values for a median of an even number.
+    let at = share * last as f64;
+    let (low, high) = (at.floor() as usize, at.ceil() as usize);
+    sorted
+        .get(low)
+        .zip(sorted.get(high))
+        .map_or(f64::NAN, |(low, high)| low + (high - low) * at.fract())
+}
+
+fn machine() -> String {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .unwrap_or("unknown CPU");
+    let memory = read("/proc/meminfo");
+    let memory_kib: u64 = memory
+        .split_whitespace()
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .unwrap_or(0);
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    let kernel = read("/proc/sys/kernel/osrelease");
+    let model = model.trim_start_matches(['\t', ' ', ':']);
+    format!(
+        "{model}, {cores} cores, {} GiB, Linux {}",
+        memory_kib >> 20,
+        kernel.trim()
+    )
+}
+
+fn commit() -> String {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git")
+            .current_dir(program::checkout())
+            .args(arguments)
+            .output()
+            .ok()?;
+        output
+            .status
+            .success()
+            .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let head = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
+    let clean = git(&["status", "--porcelain"]).is_some_and(|changes| changes.is_empty());
+    if clean {
+        head
+    } else {
+        format!("{head}+changes")
+    }
+}

@@ -1,0 +1,194 @@
+//! A guest's serial console: lines in, lines out, and the replies of the pilot and the Linux guest agent.
+
+use anyhow::{Context, anyhow, bail};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+/// Longest wait for a reply; filling or verifying a large guest takes seconds.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// An attached console; dropping it detaches.
+#[derive(Debug)]
+pub struct Serial {
+    writer: OwnedWriteHalf,
+    lines: mpsc::UnboundedReceiver<String>,
+    reader: JoinHandle<()>,
+    /// Everything seen so far, for failure messages.
+    transcript: Vec<String>,
+    syncs: u32,
+}
+
+/// A guest's `ok key=value …`.
+#[derive(Clone, Debug, Default)]
+pub struct Reply {
+    /// The line after `ok`.
+    pub text: String,
+    values: BTreeMap<String, String>,
+}
+
+impl Serial {
+    /// Attaches to the console behind a VMM's serial socket; what its ring holds comes first.
+    pub async fn attach(socket: &Path) -> anyhow::Result<Self> {
+        let stream = UnixStream::connect(socket)
+            .await
+            .with_context(|| format!("serial {}", socket.display()))?;
+        let (mut from, writer) = stream.into_split();
+        let (sender, lines) = mpsc::unbounded_channel();
+        let reader = tokio::spawn(async move {
+            let mut chunk = [0; 4096];
+            let mut line = Vec::new();
+            while let Ok(read @ 1..) = from.read(&mut chunk).await {
+                for byte in &chunk[..read] {
+                    match byte {
+                        b'\n' => {
+                            _ = sender.send(
+                                String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned(),
+                            )
+                        }
+                        b'\r' => {}
+                        byte => line.push(*byte),
+                    }
+                }
+            }
+        });
+        Ok(Self {
+            writer,
+            lines,
+            reader,
+            transcript: Vec::new(),
+            syncs: 0,
+        })
+    }
+
+    /// Sends raw bytes.
+    pub async fn send(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
+        Ok(self.writer.write_all(bytes).await?)
+    }
+
+    /// Sends a line without waiting for an answer.
+    pub async fn send_line(&mut self, line: &str) -> anyhow::Result<()> {
+        self.send(format!("{line}\n").as_bytes()).await
+    }
+
+    /// The next line that contains `text`.
+    pub async fn wait_for(&mut self, text: &str, patience: Duration) -> anyhow::Result<String> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let line = self
+                .next_line(deadline)
+                .await
+                .with_context(|| format!("waiting for {text:?}"))?;
+            if line.contains(text) {
+                return Ok(line);
+            }
+        }
+    }
+
+    /// Sends a command line and waits for its reply; `error …` is an error.
+    pub async fn command(&mut self, line: &str) -> anyhow::Result<Reply> {
+        self.send_line(line).await?;
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        loop {
+            let answer = self
+                .next_line(deadline)
+                .await
+                .with_context(|| format!("waiting for the reply to {line:?}"))?;
+            if let Some(text) = answer.strip_prefix("ok") {
+                return Ok(Reply::parse(text.trim()));
+            }
+            if answer.starts_with("error") {
+                bail!("the guest answered {line:?} with {answer:?}");
+            }
+        }
+    }
+
+    /// Skips everything the guest said before now, the ring's content included.
+    pub async fn sync(&mut self) -> anyhow::Result<()> {
+        self.syncs += 1;
+        let word = format!("sync-{}-{}", std::process::id(), self.syncs);
+        self.send_line(&word).await?;
+        self.wait_for(&format!("unknown command '{word}'"), REPLY_TIMEOUT)
+            .await?;
+        Ok(())
+    }
+
+    /// Everything seen so far.
+    pub fn transcript(&self) -> String {
+        self.transcript.join("\n")
+    }
+
+    async fn next_line(&mut self, deadline: Instant) -> anyhow::Result<String> {
+        let line = match timeout_at(deadline, self.lines.recv()).await {
+            Ok(Some(line)) => line,
+            Ok(None) => {
+                return Err(anyhow!(
+                    "the console was closed; seen so far:\n{}",
+                    self.transcript()
+                ));
+            }
+            Err(_) => {
+                return Err(anyhow!(
+                    "the guest is silent; seen so far:\n{}",
+                    self.transcript()
+                ));
+            }
+        };
+        self.transcript.push(line.clone());
+        Ok(line)
+    }
+}
+
+impl Drop for Serial {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+impl Reply {
+    fn parse(text: &str) -> Self {
+        let values = text
+            .split_whitespace()
+            .filter_map(|word| word.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.to_owned()))
+            .collect();
+        Self {
+            text: text.to_owned(),
+            values,
+        }
+    }
+
+    /// The number under `key`.
+    ///
+    /// # Panics
+    /// When the reply has none: the test and the guest speak different languages.
+    pub fn number(&self, key: &str) -> u64 {
+        let value = self.values.get(key).and_then(|value| value.parse().ok());
+        value.unwrap_or_else(|| panic!("no number {key} in {:?}", self.text))
+    }
+}
+
+impl fmt::Display for Reply {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.text.fmt(f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_gives_its_numbers_by_key() {
+        let reply = Reply::parse("verified_pages=25600 torn=0 clock=tsc");
+        assert_eq!(reply.number("verified_pages"), 25600);
+        assert_eq!(reply.number("torn"), 0);
+    }
+}

@@ -1,0 +1,6 @@
+//! Tests across processes, one program so that it is linked once.
+//!
+//! Those below `vmm` run two guests at a time at most, those below `cluster` and `browser` have the machine to
+//! themselves: see `.config/nextest.toml`.
+
+mod vmm;

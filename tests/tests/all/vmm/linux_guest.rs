@@ -1,0 +1,113 @@
+//! Linux boots, and lives through live migration under load.
+
+use super::{verify, verifying};
+use godwit_tests::linux::{AGENT_GREETING, LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
+use godwit_tests::migration::migrate;
+use godwit_tests::require;
+use godwit_tests::test_dir::TestDir;
+use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
+use godwit_wire::machine::{Boot, MachineSpec};
+use godwit_wire::unit::Mib;
+use godwit_wire::vmm_api::{CreateRequest, StopReason, VmmState};
+
+async fn boot_agent(
+    dir: &TestDir,
+    guest: &LinuxGuest,
+    vcpus: u8,
+    memory: Mib,
+) -> (Vmm, CreateRequest) {
+    let request = new_vm(vmm::linux(guest, vcpus, memory));
+    let vmm = Vmm::boot(dir, "vmm-0", &request)
+        .await
+        .expect("Linux boots");
+    vmm.serial()
+        .await
+        .expect("console")
+        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("init is up");
+    (vmm, request)
+}
+
+#[tokio::test]
+async fn linux_boots_to_a_shell_on_the_serial_console() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let boot = Boot::Linux {
+        kernel: guest.kernel.clone(),
+        initrd: Some(guest.initrd.clone()),
+        cmdline: SHELL_CMDLINE.to_owned(),
+    };
+    let request = new_vm(MachineSpec {
+        boot,
+        ..vmm::linux(&guest, 1, Mib(128))
+    });
+    let vmm = Vmm::boot(&dir, "vmm", &request).await.expect("Linux boots");
+    let mut serial = vmm.serial().await.expect("console");
+    serial
+        .wait_for(SHELL_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("the shell is up");
+    serial
+        .send_line("echo product=$((6 * 7))")
+        .await
+        .expect("type");
+    serial
+        .wait_for("product=42", BOOT_PATIENCE)
+        .await
+        .expect("the shell answers");
+    serial.send_line("poweroff -f").await.expect("type");
+    let halted = |state: &VmmState| {
+        *state
+            == VmmState::Stopped {
+                reason: StopReason::GuestHalted,
+            }
+    };
+    vmm.wait_for_state(BOOT_PATIENCE, halted)
+        .await
+        .expect("Linux powers off through ACPI");
+}
+
+#[tokio::test]
+async fn a_linux_guest_that_restarts_boots_again() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let (vmm, _) = boot_agent(&dir, &guest, 1, Mib(128)).await;
+    let mut shell = vmm.shell().await.expect("shell");
+    shell.command("reset").await.expect("reset");
+    shell
+        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("init is up again");
+    assert_eq!(vmm.info().await.expect("info").counters.resets, 1);
+}
+
+/// Sends a Linux guest that dirties memory through several VMMs.
+async fn a_linux_guest_under_load_survives_live_migration(vcpus: u8, flights: usize) {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let (mut here, mut request) = boot_agent(&dir, &guest, vcpus, Mib(256)).await;
+    let mut shell = here.shell().await.expect("shell");
+    shell.command("fill 128").await.expect("fill");
+    shell.command("dirty 20 16").await.expect("dirty");
+    for flight in 1..=flights {
+        let there = Vmm::start(&dir, &format!("vmm-{flight}"))
+            .await
+            .expect("a target");
+        migrate(&here, &there, &mut request, verifying())
+            .await
+            .unwrap_or_else(|error| panic!("{flight}: {error:#}"));
+        here = there;
+        verify(&mut here.shell().await.expect("shell")).await;
+    }
+}
+
+#[tokio::test]
+async fn a_linux_guest_with_1_vcpu_under_load_survives_live_migration() {
+    a_linux_guest_under_load_survives_live_migration(1, 5).await;
+}
+
+#[tokio::test]
+async fn a_linux_guest_with_2_vcpus_under_load_survives_live_migration() {
+    a_linux_guest_under_load_survives_live_migration(2, 5).await;
+}
