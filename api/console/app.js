@@ -45,9 +45,9 @@ function App() {
   return html`
     <a class="skip" href="#main" onClick=${focusMain}>Skip to content</a>
     <${Sidebar} pool=${pool} here=${route.name} />
-    <main id="main" class=${classes(lost && pool.loaded && 'is-stale')} data-testid="main" aria-busy=${String(!pool.loaded)}>
+    <main id="main" data-testid="main" aria-busy=${String(!pool.loaded)}>
       ${lost && html`<${Disconnected} connection=${pool.connection} loaded=${pool.loaded} />`}
-      <div class="page"><${View} key="${route.name}/${route.id}" pool=${pool} route=${route} /></div>
+      <div class=${classes('page', lost && pool.loaded && 'is-stale')}><${View} key="${route.name}/${route.id}" pool=${pool} route=${route} /></div>
     </main>
     <${NoticeHost} />
     <${DialogHost} />

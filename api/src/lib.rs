@@ -8,6 +8,10 @@ pub mod client;
 
 pub mod cli;
 
+#[cfg(feature = "control-plane")]
 pub mod rest;
+
+#[cfg(feature = "control-plane")]
+pub mod server;
 
 pub mod program;

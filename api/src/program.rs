@@ -1,33 +1,239 @@
-//! The command tree and the exit status.
+//! The command tree, logging and the exit status.
+//!
+//! `godwit host` is two things: `godwit host run` is the agent on a host, every other `godwit host …` asks the
+//! server about hosts.
 
-use clap::{Parser, Subcommand};
+use crate::cli::{
+    ClientOptions, EventCommand, Failure, HostCommand, MaintenanceCommand, MigrationCommand, OperationCommand, Session,
+    VmCommand,
+};
+#[cfg(feature = "control-plane")]
+use crate::server::{self, ServerArgs};
+use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap_complete::Shell;
+use std::error::Error;
+use std::future::Future;
+use std::io;
 use std::process::ExitCode;
+use tokio::runtime::{Builder, Runtime};
+use tracing_subscriber::EnvFilter;
+
+const AFTER_HELP: &str = "\
+Try it:       godwit demo
+Exit status:  0 done · 1 failed · 2 not a proper request · 3 no such thing · 4 refused by the present state
+              5 the server cannot be reached or wants a token";
 
 /// Runs virtual machines on a pool of hosts and moves them without stopping them.
 #[derive(Debug, Parser)]
-#[command(name = "godwit", version, max_term_width = 100)]
+#[command(name = "godwit", version, max_term_width = 100, after_help = AFTER_HELP)]
 struct Program {
     #[command(subcommand)]
-    command: Command,
+    role: Role,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum Role {
+    /// Run the control plane: controller, REST API and web console.
+    #[cfg(feature = "control-plane")]
+    Server {
+        #[command(flatten)]
+        arguments: ServerArgs,
+        #[command(flatten)]
+        service: ServiceOptions,
+    },
+    /// Run the agent on a host, or ask about hosts.
+    #[command(subcommand)]
+    Host(Host),
     /// Run one VM in this process; started by the host agent, usable alone.
     Vmm(godwit_vmm::VmmArgs),
+    /// Work with VMs.
+    #[command(subcommand)]
+    Vm(VmCommand),
+    /// Take every VM off a host, and back.
+    #[command(subcommand)]
+    Maintenance(MaintenanceCommand),
+    /// Look at what takes time.
+    #[command(subcommand)]
+    Operation(OperationCommand),
+    /// Look at live migrations.
+    #[command(subcommand)]
+    Migration(MigrationCommand),
+    /// Read what happened.
+    #[command(subcommand)]
+    Event(EventCommand),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Host {
+    #[command(flatten)]
+    Ask(HostCommand),
+}
+
+/// Options of processes that keep running.
+#[derive(Clone, Debug, Args)]
+struct ServiceOptions {
+    /// How log lines look on stderr.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
+    log_format: LogFormat,
+    /// What is logged, such as `info` or `godwit_api=debug,info`.
+    #[arg(long, env = "GODWIT_LOG", default_value = "info", value_name = "FILTER", help_heading = "Logging")]
+    log: String,
+    /// End when the process that started this one ends.
+    #[arg(long, hide = true)]
+    exit_with_parent: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
 }
 
 /// Runs what the command line asks for.
 pub fn main() -> ExitCode {
-    let program = Program::parse();
-    let outcome = match program.command {
-        Command::Vmm(arguments) => godwit_vmm::run(arguments, pilot::ELF).map_err(|error| error.to_string()),
+    let matches = command().get_matches();
+    let program = match Program::from_arg_matches(&matches) {
+        Ok(program) => program,
+        Err(error) => error.exit(),
+    };
+    match program.role {
+        #[cfg(feature = "control-plane")]
+        Role::Server { arguments, service } => serve(&service, || server::run(arguments)),
+        Role::Vmm(arguments) => report(godwit_vmm::run(arguments, pilot::ELF)),
+        Role::Host(Host::Ask(command)) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Vm(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Maintenance(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Operation(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Migration(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Event(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Completions { shell } => {
+            clap_complete::generate(shell, &mut command(), "godwit", &mut io::stdout());
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// Nouns whose commands ask the server.
+const ASKING: [&str; 6] = ["event", "host", "maintenance", "migration", "operation", "vm"];
+/// The command beneath an asking noun that does not.
+const AGENT: &str = "run";
+
+/// The whole command tree. Commands that ask the server get the options for that here, because they cannot be
+/// global: `godwit host run` has a `--server` of its own.
+fn command() -> Command {
+    let mut command = Program::command();
+    for noun in ASKING {
+        command = command.mut_subcommand(noun, |noun| {
+            let leaves: Vec<String> = noun.get_subcommands().map(|leaf| leaf.get_name().to_owned()).collect();
+            leaves.iter().filter(|leaf| *leaf != AGENT).fold(noun, |noun, leaf| {
+                noun.mut_subcommand(leaf, ClientOptions::augment_args)
+            })
+        });
+    }
+    command
+}
+
+/// Runs a command that asks the server.
+fn ask<F: Future<Output = Result<(), Failure>>>(matches: &ArgMatches, run: impl FnOnce(Session) -> F) -> ExitCode {
+    let mut leaf = matches;
+    while let Some((_, beneath)) = leaf.subcommand() {
+        leaf = beneath;
+    }
+    let options = match ClientOptions::from_arg_matches(leaf) {
+        Ok(options) => options,
+        Err(error) => error.exit(),
+    };
+    let outcome = match (Session::new(&options), Builder::new_current_thread().enable_all().build()) {
+        (Ok(session), Ok(runtime)) => runtime.block_on(run(session)),
+        (Err(failure), _) => Err(failure),
+        (_, Err(source)) => Err(Failure::Io { action: "cannot start", source }),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("godwit: {error}");
-            ExitCode::FAILURE
+        Err(failure) => {
+            eprintln!("godwit: {failure}");
+            failure.exit_code()
+        }
+    }
+}
+
+/// Runs a process that keeps running.
+fn serve<E, F>(options: &ServiceOptions, run: impl FnOnce() -> F) -> ExitCode
+where
+    E: Error,
+    F: Future<Output = Result<(), E>>,
+{
+    if options.exit_with_parent {
+        if let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
+            eprintln!("godwit: cannot follow the parent process: {error}");
+            return ExitCode::FAILURE;
+        }
+    }
+    if let Err(error) = log_to_stderr(options) {
+        eprintln!("godwit: --log {:?}: {error}", options.log);
+        return ExitCode::from(2);
+    }
+    match runtime() {
+        Ok(runtime) => {
+            let outcome = runtime.block_on(run());
+            // What still runs has been told to end and must not keep the process.
+            runtime.shutdown_background();
+            report(outcome)
+        }
+        Err(error) => report(Err(error)),
+    }
+}
+
+fn runtime() -> io::Result<Runtime> {
+    Builder::new_multi_thread().enable_all().build()
+}
+
+fn log_to_stderr(options: &ServiceOptions) -> Result<(), Box<dyn Error + Send + Sync>> {
+    let filter: EnvFilter = options.log.parse()?;
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match options.log_format {
+        LogFormat::Text => subscriber.try_init(),
+        LogFormat::Json => subscriber.json().try_init(),
+    }
+}
+
+/// Prints an error with its causes.
+fn report<E: Error>(outcome: Result<(), E>) -> ExitCode {
+    let Err(error) = outcome else { return ExitCode::SUCCESS };
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str("\n  because: ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    eprintln!("godwit: {text}");
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_tree_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn every_asking_command_takes_a_server_and_an_output_format() {
+        for noun in ASKING {
+            let command = command();
+            let noun = command.find_subcommand(noun).expect("a noun");
+            for leaf in noun.get_subcommands().filter(|leaf| leaf.get_name() != AGENT) {
+                let long: Vec<_> = leaf.get_arguments().filter_map(|argument| argument.get_long()).collect();
+                assert!(long.contains(&"server") && long.contains(&"output"), "{} {}", noun.get_name(), leaf.get_name());
+            }
         }
     }
 }

@@ -129,6 +129,11 @@ impl Ledger {
         self.deleted.read().unwrap_or_else(PoisonError::into_inner).get(&vm).copied()
     }
 
+    /// Ids of VMs that were deleted, oldest first.
+    pub fn deleted_vms(&self) -> Vec<VmId> {
+        self.deleted.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
+    }
+
     fn recent(&self) -> MutexGuard<'_, VecDeque<Arc<Event>>> {
         self.recent.lock().unwrap_or_else(PoisonError::into_inner)
     }

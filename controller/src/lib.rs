@@ -19,6 +19,8 @@ pub mod drive;
 
 mod core;
 
+mod maintenance;
+
 mod operation;
 
 mod loops;

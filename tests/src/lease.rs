@@ -47,11 +47,6 @@ impl LeasePage {
         self.set_deadline_ns(boottime_ns().saturating_add(duration.as_nanos() as u64))
     }
 
-    /// Ends the lease at once.
-    pub fn revoke(&self) -> anyhow::Result<()> {
-        self.set_deadline_ns(boottime_ns())
-    }
-
     /// Path of the page, for a VMM.
     pub fn path(&self) -> &Path {
         &self.path

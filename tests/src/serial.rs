@@ -4,6 +4,7 @@ use anyhow::{Context, anyhow, bail};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -23,7 +24,6 @@ pub struct Serial {
     reader: JoinHandle<()>,
     /// Everything seen so far, for failure messages.
     transcript: Vec<String>,
-    syncs: u32,
 }
 
 /// A guest's `ok key=value …`.
@@ -64,7 +64,6 @@ impl Serial {
             lines,
             reader,
             transcript: Vec::new(),
-            syncs: 0,
         })
     }
 
@@ -112,8 +111,13 @@ impl Serial {
 
     /// Skips everything the guest said before now, the ring's content included.
     pub async fn sync(&mut self) -> anyhow::Result<()> {
-        self.syncs += 1;
-        let word = format!("sync-{}-{}", std::process::id(), self.syncs);
+        // Never said before, on this console or on an earlier one whose words are still in the ring.
+        static SYNCS: AtomicU32 = AtomicU32::new(0);
+        let word = format!(
+            "sync-{}-{}",
+            std::process::id(),
+            SYNCS.fetch_add(1, Ordering::Relaxed)
+        );
         self.send_line(&word).await?;
         self.wait_for(&format!("unknown command '{word}'"), REPLY_TIMEOUT)
             .await?;

@@ -50,7 +50,7 @@ export function CreateVmDialog({ close }) {
           <${Field} label="vCPUs" hint="1 to 8" error=${error('spec.vcpus')}><input ...${bind('vcpus')} type="number" min="1" max="8" required /><//>
           <${Field} label="Memory, MiB" hint="16 or more" error=${error('spec.memory_mib')}><input ...${bind('memory')} type="number" min="16" step="1" required /><//>
           <${Field} label="Boots" error=${error('spec.boot')}><select ...${bind('boot')}><option value="pilot">Pilot (built-in test guest)</option><option value="linux">Linux kernel</option></select><//>
-          <${Field} label="CPU level" hint=${form.cpu === 'host' ? 'moves only between equal CPUs' : 'moves to any host that has it'}><select ...${bind('cpu')}><option>x86-64-v2</option><option>x86-64-v3</option><option>x86-64-v4</option><option value="host">host</option></select><//>
+          <${Field} label="CPU level" hint=${form.cpu === 'host' ? 'moves only between equal CPUs' : 'moves to any host that has it'}><select ...${bind('cpu')}><option value="x86-64-v2">x86-64-v2</option><option value="x86-64-v3">x86-64-v3</option><option value="x86-64-v4">x86-64-v4</option><option value="host">host</option></select><//>
           ${form.boot === 'linux' && html`
             <${Field} label="Kernel" hint="path of an uncompressed vmlinux on the hosts" error=${error('spec.boot.kernel')} wide><input ...${bind('kernel')} required placeholder="/var/lib/godwit/vmlinux" spellcheck=${false} /><//>
             <${Field} label="Initial RAM disk" hint="path on the hosts, if it needs one" error=${error('spec.boot.initrd')} wide><input ...${bind('initrd')} spellcheck=${false} /><//>

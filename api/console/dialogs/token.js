@@ -1,6 +1,6 @@
 // Asks for the API token when the server demands one.
 
-import { html, useEffect, useState } from '../lib/ui.js';
+import { html, useLayoutEffect, useState } from '../lib/ui.js';
 import { demand, giveToken, onDemand } from '../lib/auth.js';
 import { Dialog } from '../parts/dialog.js';
 import { Field } from '../parts/field.js';
@@ -9,7 +9,7 @@ import { Field } from '../parts/field.js';
 export function TokenPrompt() {
   const [asked, setAsked] = useState(demand());
   const [value, setValue] = useState('');
-  useEffect(() => onDemand(() => setAsked(demand())), []);
+  useLayoutEffect(() => onDemand(() => setAsked(demand())), []);
   if (!asked) return null;
   const submit = (event) => {
     event.preventDefault();

@@ -23,7 +23,8 @@ export function bytes(value) {
 }
 
 export function mib(value) {
-  return missing(value) ? NONE : bytes(value * MIB);
+  if (missing(value)) return NONE;
+  return value === 0 ? '0 MiB' : bytes(value * MIB);
 }
 
 /** Always in MiB, so that a running count does not jump between units. */

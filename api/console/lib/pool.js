@@ -1,6 +1,6 @@
 // Questions about the pool, answered from the store's content alone (pure functions).
 
-import { count, sentence } from './format.js';
+import { count, sentence, words } from './format.js';
 
 const GIB_IN_MIB = 1024;
 /** Share of the last ten seconds in which work stalled, from which a host counts as under pressure. */
@@ -65,21 +65,23 @@ export function capacity(pool) {
   return total;
 }
 
-/** "3 hosts up, 6 VMs running". */
+/** "3 hosts up, 5 of 6 VMs running (1 paused)". */
 export function census(pool) {
   const all = [...pool.host.values()];
   const guests = [...pool.vm.values()];
   const up = all.filter((host) => host.state !== 'unreachable' && host.state !== 'joining').length;
   const running = guests.filter((vm) => vm.state === 'running' || vm.state === 'migrating').length;
   const of = (number, whole, one) => (number === whole ? count(whole, one) : `${number} of ${count(whole, one)}`);
-  return `${of(up, all.length, 'host')} up, ${of(running, guests.length, 'VM')} running`;
+  const others = Map.groupBy(guests.filter((vm) => vm.state !== 'running' && vm.state !== 'migrating'), (vm) => vm.state);
+  const rest = [...others].sort().map(([state, vms]) => `${vms.length} ${words(state)}`).join(', ');
+  return `${of(up, all.length, 'host')} up, ${of(running, guests.length, 'VM')} running${rest && ` (${rest})`}`;
 }
 
 /** What an operator should look at, worst first: `{severity, key, text, detail, view, id}`. */
 export function attention(pool, now = Date.now()) {
   const found = [
     ...hosts(pool).flatMap((host) => hostAttention(pool, host)),
-    ...vms(pool).flatMap(vmAttention),
+    ...vms(pool).flatMap((vm) => vmAttention(pool, vm)),
     ...maintenances(pool).flatMap(maintenanceAttention),
     ...operations(pool).flatMap((operation) => operationAttention(operation, now)),
     ...reserveAttention(pool),
@@ -91,7 +93,9 @@ export function attention(pool, now = Date.now()) {
 function hostAttention(pool, host) {
   const about = (severity, text, detail) => ({ severity, key: `host-${host.id}-${text}`, text, detail, view: 'hosts', id: host.name });
   if (host.state === 'unreachable') {
-    return [about('error', `Host ${host.name} does not answer`, host.reason ?? 'its VMs start elsewhere once its lease has run out')];
+    const { here } = guestsOf(pool, host);
+    const affected = here.length ? ` and has ${count(here.length, 'VM')}` : '';
+    return [about('error', `Host ${host.name} does not answer${affected}`, host.reason)];
   }
   const found = [];
   if (host.state === 'cordoned' && !maintenanceOf(pool, host)) {
@@ -107,9 +111,11 @@ function hostAttention(pool, host) {
   return found;
 }
 
-function vmAttention(vm) {
+function vmAttention(pool, vm) {
   const trouble = VM_TROUBLE[vm.state];
-  if (!trouble) return [];
+  // A silent host is told once, with the number of its VMs.
+  const toldAlready = vm.state === 'unreachable' && pool.host.get(vm.host)?.state === 'unreachable';
+  if (!trouble || toldAlready) return [];
   return [{ severity: 'error', key: `vm-${vm.id}`, text: `VM ${vm.name} ${trouble}`, detail: vm.reason, view: 'vms', id: vm.name }];
 }
 

@@ -1,6 +1,6 @@
 // Which view is shown: the part of the address behind `#`, such as `#/vms/web-1?state=running`.
 
-import { useEffect, useState } from './ui.js';
+import { useLayoutEffect, useState } from './ui.js';
 
 /** `{name, id, query}` of the address now. */
 export function route() {
@@ -22,7 +22,7 @@ export function go(name, id) {
 /** The route, redrawing the calling component when it changes. */
 export function useRoute() {
   const [now, setNow] = useState(route);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const listener = () => setNow(route());
     window.addEventListener('hashchange', listener);
     return () => window.removeEventListener('hashchange', listener);

@@ -1,6 +1,6 @@
 // Everything the console knows of the pool, and who wants to hear when it changes.
 
-import { useEffect, useState } from './ui.js';
+import { useLayoutEffect, useState } from './ui.js';
 
 const MAX_EVENTS = 2000;
 const MAX_SAMPLES = 300;
@@ -73,7 +73,8 @@ export function setConnection(connection) {
 /** Redraws the calling component whenever the store changes. */
 export function useStore() {
   const [, redrawn] = useState(0);
-  useEffect(() => {
+  // At once, not after painting: a change in between would go unseen.
+  useLayoutEffect(() => {
     const listener = () => redrawn((count) => count + 1);
     listeners.add(listener);
     return () => listeners.delete(listener);

@@ -12,6 +12,7 @@ import { Meter } from './meter.js';
 import { State } from './state.js';
 
 const PRESSURE_SHOWN_PERCENT = 0.5;
+const CHIPS_SHOWN = 36;
 
 /** The usage bars of a host. */
 export function HostMeters({ host }) {
@@ -39,6 +40,7 @@ export function HostCard({ pool, host, compact }) {
   const now = useNow();
   const { here, coming } = guestsOf(pool, host);
   const maintenance = maintenanceOf(pool, host);
+  const shown = chipsOf(pool, here);
   const silent = host.state === 'unreachable';
   return html`<article class=${classes('host-card', `host-${host.state}`)} data-testid="host-${host.name}" data-state=${host.state} aria-label="Host ${host.name}">
     <header class="host-head">
@@ -47,10 +49,11 @@ export function HostCard({ pool, host, compact }) {
       ${maintenance && html`<a class="tag" href=${linkTo('maintenance', maintenance.id)} title="Maintenance: ${maintenance.state}">${maintenance.state}</a>`}
       <span class="host-count">${count(here.length, 'VM')}</span>
     </header>
-    ${silent && html`<p class="host-silent">No word ${host.last_seen ? `since ${ago(host.last_seen, now)}` : 'yet'}. ${host.reason ?? ''}</p>`}
+    ${silent && html`<p class="host-silent">${host.reason ?? `Last heard ${host.last_seen ? ago(host.last_seen, now) : 'never'}`}</p>`}
     <div class=${classes(silent && 'is-stale')}><${HostMeters} host=${host} /></div>
     <div class="chips" aria-label="VMs on ${host.name}">
-      ${here.map((vm) => html`<${VmChip} key=${vm.id} vm=${vm} leaving=${migrationOf(pool, vm)} />`)}
+      ${shown.map(({ vm, leaving }) => html`<${VmChip} key=${vm.id} vm=${vm} leaving=${leaving} />`)}
+      ${here.length > shown.length && html`<a class="chip chip-more" href=${linkTo('hosts', host.name)}>${here.length - shown.length} more</a>`}
       ${coming.map((migration) => html`<${ComingChip} key=${migration.id} migration=${migration} />`)}
       ${here.length + coming.length === 0 && html`<span class="quiet">No VMs here</span>`}
     </div>
@@ -63,6 +66,14 @@ export function HostCard({ pool, host, compact }) {
       </span>
     </footer>`}
   </article>`;
+}
+
+/** The VMs to show on a card: those that move in any case, the others as far as there is room. */
+function chipsOf(pool, here) {
+  const all = here.map((vm) => ({ vm, leaving: migrationOf(pool, vm) }));
+  if (all.length <= CHIPS_SHOWN) return all;
+  const moving = all.filter((chip) => chip.leaving);
+  return [...moving, ...all.filter((chip) => !chip.leaving).slice(0, CHIPS_SHOWN - moving.length)];
 }
 
 export const canBeMaintained = (host) => (host.state === 'up' || host.state === 'cordoned') && !host.maintenance;

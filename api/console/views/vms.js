@@ -25,6 +25,8 @@ const KEYS = {
   dirty: (vm) => vm.usage?.dirty_bytes_per_s ?? 0,
 };
 
+const UNMEASURED = ['unreachable', 'awaiting_fence', 'failed', 'stopped'];
+
 const GROUPS = [
   ['running', 'Running', ['running']],
   ['moving', 'Moving', ['migrating']],
@@ -61,6 +63,7 @@ export function VmsView({ pool }) {
 }
 
 function Row({ pool, vm }) {
+  const measured = vm.host && !UNMEASURED.includes(vm.state);
   const migration = migrationOf(pool, vm);
   const away = vm.home && vm.host && vm.home !== vm.host && pool.host.get(vm.home);
   return html`<tr data-testid="vm-${vm.name}" data-state=${vm.state} data-host=${vm.host_name}>
@@ -71,8 +74,8 @@ function Row({ pool, vm }) {
     <td>${vm.host_name ? html`<a href=${linkTo('hosts', vm.host_name)}>${vm.host_name}</a>` : html`<span class="quiet">–</span>`}${migration && html`<span class="way"> → ${migration.target_name}</span>`}${!migration && away && html`<span class="quiet"> (home: ${away.name})</span>`}</td>
     <td class="number">${vm.spec.vcpus}</td>
     <td class="number">${mib(vm.spec.memory_mib)}</td>
-    <td class="number">${vm.host ? html`<${CellBar} share=${(vm.usage?.cpu_percent ?? 0) / (100 * vm.spec.vcpus)} text=${percent(vm.usage?.cpu_percent)} label="CPU of ${vm.name}" />` : html`<span class="quiet">–</span>`}</td>
-    <td class="number">${vm.host ? rate(vm.usage?.dirty_bytes_per_s) : html`<span class="quiet">–</span>`}</td>
+    <td class="number">${measured ? html`<${CellBar} share=${(vm.usage?.cpu_percent ?? 0) / (100 * vm.spec.vcpus)} text=${percent(vm.usage?.cpu_percent)} label="CPU of ${vm.name}" />` : html`<span class="quiet">–</span>`}</td>
+    <td class="number">${measured ? rate(vm.usage?.dirty_bytes_per_s) : html`<span class="quiet">–</span>`}</td>
     <td class="tools"><${Actions} intents=${vmIntents(vm)} name=${vm.name} small /></td>
   </tr>`;
 }

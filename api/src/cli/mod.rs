@@ -43,7 +43,7 @@ pub struct ClientOptions {
     #[command(flatten)]
     connect: ConnectOptions,
     /// Print a table or the API's JSON.
-    #[arg(short, long, global = true, value_enum, default_value_t = Format::Table, help_heading = "Output")]
+    #[arg(short, long, value_enum, default_value_t = Format::Table, help_heading = "Output")]
     output: Format,
 }
 

@@ -20,13 +20,13 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, clap::Args)]
 pub struct ConnectOptions {
     /// Address of the server.
-    #[arg(long, global = true, env = "GODWIT_SERVER", default_value = DEFAULT_SERVER, value_name = "URL", help_heading = "Connection")]
+    #[arg(long, env = "GODWIT_SERVER", default_value = DEFAULT_SERVER, value_name = "URL", help_heading = "Connection")]
     pub server: String,
     /// API token; not needed on the server's own machine.
-    #[arg(long, global = true, env = "GODWIT_TOKEN", hide_env_values = true, value_name = "TOKEN", help_heading = "Connection")]
+    #[arg(long, env = "GODWIT_TOKEN", hide_env_values = true, value_name = "TOKEN", help_heading = "Connection")]
     pub token: Option<String>,
     /// CA certificates that may vouch for the server (PEM); the system's own when absent.
-    #[arg(long, global = true, env = "GODWIT_CA_FILE", value_name = "FILE", help_heading = "Connection")]
+    #[arg(long, env = "GODWIT_CA_FILE", value_name = "FILE", help_heading = "Connection")]
     pub ca_file: Option<PathBuf>,
 }
 

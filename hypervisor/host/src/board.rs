@@ -42,7 +42,9 @@ impl Board {
     fn put(&self, report: VmReport, stay: Stay) {
         let notable = {
             let mut entries = self.entries();
-            let notable = entries.get(&report.vm).is_none_or(|entry| differs(&entry.report, &report));
+            let notable = entries
+                .get(&report.vm)
+                .is_none_or(|entry| differs(&entry.report, &report));
             entries.insert(report.vm, Entry { report, stay });
             notable
         };
@@ -62,7 +64,10 @@ impl Board {
     pub(crate) fn heard(&self, reports: &[VmReport]) {
         let mut entries = self.entries();
         for heard in reports {
-            if entries.get(&heard.vm).is_some_and(|e| e.stay == Stay::UntilHeard && e.report == *heard) {
+            if entries
+                .get(&heard.vm)
+                .is_some_and(|e| e.stay == Stay::UntilHeard && e.report == *heard)
+            {
                 entries.remove(&heard.vm);
             }
         }
@@ -70,7 +75,10 @@ impl Board {
 
     /// All reports, sorted by VM.
     pub(crate) fn reports(&self) -> Vec<VmReport> {
-        self.entries().values().map(|entry| entry.report.clone()).collect()
+        self.entries()
+            .values()
+            .map(|entry| entry.report.clone())
+            .collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -79,7 +87,13 @@ impl Board {
 
     /// Whether a migration is under way, so that the operator wants news more often.
     pub(crate) fn is_busy(&self) -> bool {
-        let under_way = |entry: &Entry| entry.report.migration.as_ref().is_some_and(|m| !m.phase.is_final());
+        let under_way = |entry: &Entry| {
+            entry
+                .report
+                .migration
+                .as_ref()
+                .is_some_and(|m| !m.phase.is_final())
+        };
         self.entries().values().any(under_way)
     }
 
@@ -96,7 +110,8 @@ impl Board {
 
 fn differs(old: &VmReport, new: &VmReport) -> bool {
     let phase = |report: &VmReport| report.migration.as_ref().map(|m| (m.migration, m.phase));
-    (old.epoch, old.generation, &old.state, phase(old)) != (new.epoch, new.generation, &new.state, phase(new))
+    (old.epoch, old.generation, &old.state, phase(old))
+        != (new.epoch, new.generation, &new.state, phase(new))
 }
 
 #[cfg(test)]

@@ -2,7 +2,9 @@
 
 use godwit_channel::CallError;
 use godwit_channel::tls::TlsClient;
-use godwit_wire::host_api::{CommitReply, CommitRequest, Heartbeat, HeartbeatReply, Resolution, ResolveRequest};
+use godwit_wire::host_api::{
+    CommitReply, CommitRequest, Heartbeat, HeartbeatReply, Resolution, ResolveRequest,
+};
 use godwit_wire::id::MigrationId;
 use rustls::ClientConfig;
 use std::sync::Arc;
@@ -29,8 +31,18 @@ impl ControlPlane {
         }
     }
 
-    pub(crate) async fn heartbeat(&self, heartbeat: &Heartbeat) -> Result<HeartbeatReply, CallError> {
-        self.heartbeats.request_within(HEARTBEAT_TIMEOUT, http::Method::POST, "/v1/heartbeat", Some(heartbeat)).await
+    pub(crate) async fn heartbeat(
+        &self,
+        heartbeat: &Heartbeat,
+    ) -> Result<HeartbeatReply, CallError> {
+        self.heartbeats
+            .request_within(
+                HEARTBEAT_TIMEOUT,
+                http::Method::POST,
+                "/v1/heartbeat",
+                Some(heartbeat),
+            )
+            .await
     }
 
     pub(crate) async fn commit(
@@ -39,7 +51,9 @@ impl ControlPlane {
         request: &CommitRequest,
     ) -> Result<CommitReply, CallError> {
         let path = format!("/v1/migrations/{migration}/commit");
-        self.decisions.request_within(DECISION_TIMEOUT, http::Method::POST, &path, Some(request)).await
+        self.decisions
+            .request_within(DECISION_TIMEOUT, http::Method::POST, &path, Some(request))
+            .await
     }
 
     pub(crate) async fn resolve(
@@ -48,6 +62,8 @@ impl ControlPlane {
         request: &ResolveRequest,
     ) -> Result<Resolution, CallError> {
         let path = format!("/v1/migrations/{migration}/resolve");
-        self.decisions.request_within(DECISION_TIMEOUT, http::Method::POST, &path, Some(request)).await
+        self.decisions
+            .request_within(DECISION_TIMEOUT, http::Method::POST, &path, Some(request))
+            .await
     }
 }

@@ -1,7 +1,14 @@
 //! The host agent: one per host. It starts, adopts and watches one VMM process per VM, keeps the host's lease,
 //! samples what host and VMs really use, and carries out what the control plane asks, never twice and never late.
 //!
-//! A module uses only the modules above it in this list.
+//! ```text
+//! deciders (pure)   admission  handover  adoption  backoff
+//! on disk           record  lease
+//! one VM            vm: the driver task; process: its VMM
+//! the host          facts  api  heartbeat  join  agent
+//! ```
+//!
+//! A module uses only the modules above it in this file.
 
 // A `Problem` is made once per refused request: boxing it would only complicate every handler.
 #![allow(clippy::result_large_err)]
@@ -11,6 +18,8 @@ mod sys;
 mod clock;
 
 mod procfs;
+
+mod backoff;
 
 mod admission;
 
@@ -23,3 +32,27 @@ mod adoption;
 mod lease;
 
 mod process;
+
+mod control;
+
+mod board;
+
+mod vm;
+
+mod args;
+
+mod error;
+
+mod facts;
+
+mod join;
+
+mod api;
+
+mod heartbeat;
+
+mod agent;
+
+pub use agent::run;
+pub use args::{HostArgs, OnExit};
+pub use error::HostError;

@@ -151,10 +151,15 @@ impl VmmProcess {
     /// Completes when the process has ended.
     pub(crate) async fn exited(&self) -> Exit {
         let mut exit = self.exit.clone();
-        match exit.wait_for(Option::is_some).await {
-            Ok(how) => how.clone().unwrap_or(Exit::Unknown),
+        let how = exit
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|how| how.clone());
+        match how {
+            Some(how) => how,
             // The task that watches lives until the process ends or the runtime does.
-            Err(_) => std::future::pending().await,
+            None => std::future::pending().await,
         }
     }
 

@@ -59,7 +59,9 @@ id!(
 /// Ownership counter of a VM: grows by one each time the store gives the VM to a host.
 ///
 /// Agents and VMMs refuse commands that carry an older one (DESIGN: never twice, barrier 1).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
@@ -78,7 +80,9 @@ impl fmt::Display for Epoch {
 
 /// Order of the controller's commands to one VM within an epoch. A repeated one is answered again; an older
 /// one is refused.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Generation(pub u64);
 

@@ -50,7 +50,9 @@ impl LeaseState {
     /// Judges `deadline_ns` at `now_ns`, both on CLOCK_BOOTTIME.
     pub fn at(deadline_ns: u64, now_ns: u64) -> Self {
         match deadline_ns.checked_sub(now_ns) {
-            Some(remaining) if remaining > 0 => Self::Held { remaining: Duration::from_nanos(remaining) },
+            Some(remaining) if remaining > 0 => Self::Held {
+                remaining: Duration::from_nanos(remaining),
+            },
             _ => Self::Expired,
         }
     }
@@ -62,7 +64,12 @@ mod tests {
 
     #[test]
     fn a_lease_ends_exactly_at_its_deadline() {
-        assert_eq!(LeaseState::at(10, 9), LeaseState::Held { remaining: Duration::from_nanos(1) });
+        assert_eq!(
+            LeaseState::at(10, 9),
+            LeaseState::Held {
+                remaining: Duration::from_nanos(1)
+            }
+        );
         assert_eq!(LeaseState::at(10, 10), LeaseState::Expired);
         assert_eq!(LeaseState::at(0, 0), LeaseState::Expired);
     }

@@ -63,7 +63,9 @@ pub enum Boot {
 ///
 /// The levels are those of the x86-64 psABI; `host` passes the host's own features through and ties the VM to
 /// hosts with the same CPU signature.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 pub enum CpuBaseline {
     /// SSE4.2, POPCNT, CMPXCHG16B.
     #[default]
@@ -129,13 +131,23 @@ pub enum CpuMismatch {
 impl CpuFacts {
     /// Whether a guest with `baseline` can run here. `running_on` is the signature of the CPU the guest runs
     /// on now, if it runs.
-    pub fn admits(&self, baseline: CpuBaseline, running_on: Option<&str>) -> Result<(), CpuMismatch> {
+    pub fn admits(
+        &self,
+        baseline: CpuBaseline,
+        running_on: Option<&str>,
+    ) -> Result<(), CpuMismatch> {
         match (baseline, running_on) {
             (CpuBaseline::Host, Some(guest)) if guest != self.signature => {
-                Err(CpuMismatch::SignatureDiffers { guest: guest.to_owned(), host: self.signature.clone() })
+                Err(CpuMismatch::SignatureDiffers {
+                    guest: guest.to_owned(),
+                    host: self.signature.clone(),
+                })
             }
             (CpuBaseline::Host, _) => Ok(()),
-            (needed, _) if needed > self.level => Err(CpuMismatch::LevelTooLow { needed, offered: self.level }),
+            (needed, _) if needed > self.level => Err(CpuMismatch::LevelTooLow {
+                needed,
+                offered: self.level,
+            }),
             _ => Ok(()),
         }
     }
@@ -158,15 +170,26 @@ impl MachineSpec {
         if self.memory_mib < MIN_MEMORY || self.memory_mib > MAX_MEMORY {
             found.push(FieldProblem::new(
                 at("memory_mib"),
-                format!("{} is outside {MIN_MEMORY} to {MAX_MEMORY}", self.memory_mib),
+                format!(
+                    "{} is outside {MIN_MEMORY} to {MAX_MEMORY}",
+                    self.memory_mib
+                ),
                 "choose a size within the limits",
             ));
         }
-        if let Boot::Linux { kernel, initrd, cmdline } = &self.boot {
+        if let Boot::Linux {
+            kernel,
+            initrd,
+            cmdline,
+        } = &self.boot
+        {
             if cmdline.len() > MAX_CMDLINE_BYTES || cmdline.contains('\0') {
                 found.push(FieldProblem::new(
                     at("boot.cmdline"),
-                    format!("the command line has {} bytes or contains a NUL", cmdline.len()),
+                    format!(
+                        "the command line has {} bytes or contains a NUL",
+                        cmdline.len()
+                    ),
                     format!("keep it at {MAX_CMDLINE_BYTES} bytes or less, without NUL"),
                 ));
             }
@@ -209,7 +232,11 @@ mod tests {
 
     #[test]
     fn a_host_baseline_guest_moves_only_between_equal_cpus() {
-        let facts = CpuFacts { level: CpuBaseline::V3, signature: "a".into(), model: "m".into() };
+        let facts = CpuFacts {
+            level: CpuBaseline::V3,
+            signature: "a".into(),
+            model: "m".into(),
+        };
         assert_eq!(facts.admits(CpuBaseline::Host, None), Ok(()));
         assert_eq!(facts.admits(CpuBaseline::Host, Some("a")), Ok(()));
         assert!(facts.admits(CpuBaseline::Host, Some("b")).is_err());

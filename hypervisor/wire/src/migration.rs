@@ -53,7 +53,11 @@ pub struct MigrationPolicy {
 
 impl Default for MigrationPolicy {
     fn default() -> Self {
-        Self { downtime_limit_ms: 300, max_rounds: 30, verify: Verify::Frames }
+        Self {
+            downtime_limit_ms: 300,
+            max_rounds: 30,
+            verify: Verify::Frames,
+        }
     }
 }
 
@@ -314,22 +318,42 @@ pub enum FrameError {
 impl FrameHeader {
     /// Header of a control message of `length` bytes.
     pub const fn control(length: u32) -> Self {
-        Self { kind: FrameKind::Control, pages: 0, length, address: 0 }
+        Self {
+            kind: FrameKind::Control,
+            pages: 0,
+            length,
+            address: 0,
+        }
     }
 
     /// Header of `pages` pages of content from `address` on.
     pub const fn pages(address: u64, pages: u32) -> Self {
-        Self { kind: FrameKind::Pages, pages, length: pages * crate::unit::PAGE_BYTES as u32, address }
+        Self {
+            kind: FrameKind::Pages,
+            pages,
+            length: pages * crate::unit::PAGE_BYTES as u32,
+            address,
+        }
     }
 
     /// Header of `pages` pages of zeros from `address` on.
     pub const fn zero(address: u64, pages: u32) -> Self {
-        Self { kind: FrameKind::Zero, pages, length: 0, address }
+        Self {
+            kind: FrameKind::Zero,
+            pages,
+            length: 0,
+            address,
+        }
     }
 
     /// Header of a machine state of `length` bytes.
     pub const fn state(length: u32) -> Self {
-        Self { kind: FrameKind::State, pages: 0, length, address: 0 }
+        Self {
+            kind: FrameKind::State,
+            pages: 0,
+            length,
+            address: 0,
+        }
     }
 
     /// The bytes on the wire.
@@ -364,17 +388,27 @@ impl FrameHeader {
             FrameKind::Control => pages == 0 && length <= MAX_CONTROL_BYTES,
             FrameKind::State => pages == 0 && length <= MAX_STATE_BYTES,
             FrameKind::Pages => {
-                (1..=MAX_FRAME_PAGES).contains(&pages) && length == pages * crate::unit::PAGE_BYTES as u32
+                (1..=MAX_FRAME_PAGES).contains(&pages)
+                    && length == pages * crate::unit::PAGE_BYTES as u32
             }
             FrameKind::Zero => pages >= 1 && length == 0,
         };
         if !fits {
-            return Err(FrameError::BadLength { kind, pages, length });
+            return Err(FrameError::BadLength {
+                kind,
+                pages,
+                length,
+            });
         }
         if !address.is_multiple_of(crate::unit::PAGE_BYTES) {
             return Err(FrameError::Unaligned(address));
         }
-        Ok(Self { kind, pages, length, address })
+        Ok(Self {
+            kind,
+            pages,
+            length,
+            address,
+        })
     }
 }
 
@@ -398,7 +432,11 @@ mod tests {
     #[test]
     fn the_wire_form_of_a_page_frame_is_fixed() {
         expect_test::expect!["47574d310200000003000000003000000020000000000000"].assert_eq(
-            &FrameHeader::pages(0x2000, 3).encode().iter().map(|byte| format!("{byte:02x}")).collect::<String>(),
+            &FrameHeader::pages(0x2000, 3)
+                .encode()
+                .iter()
+                .map(|byte| format!("{byte:02x}"))
+                .collect::<String>(),
         );
     }
 

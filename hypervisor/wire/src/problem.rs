@@ -16,8 +16,16 @@ pub struct FieldProblem {
 
 impl FieldProblem {
     /// A problem with `field` and the way out of it.
-    pub fn new(field: impl Into<String>, problem: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { field: field.into(), problem: problem.into(), remedy: remedy.into() }
+    pub fn new(
+        field: impl Into<String>,
+        problem: impl Into<String>,
+        remedy: impl Into<String>,
+    ) -> Self {
+        Self {
+            field: field.into(),
+            problem: problem.into(),
+            remedy: remedy.into(),
+        }
     }
 }
 
@@ -43,7 +51,12 @@ pub struct Problem {
 
 impl Problem {
     /// A problem of `kind` answered with `status`.
-    pub fn new(status: u16, kind: impl Into<String>, title: impl Into<String>, detail: impl Into<String>) -> Self {
+    pub fn new(
+        status: u16,
+        kind: impl Into<String>,
+        title: impl Into<String>,
+        detail: impl Into<String>,
+    ) -> Self {
         Self {
             kind: kind.into(),
             title: title.into(),
@@ -63,13 +76,30 @@ impl Problem {
 
     /// A request with fields that cannot be accepted (422).
     pub fn invalid(fields: Vec<FieldProblem>) -> Self {
-        let detail = fields.iter().map(|f| format!("{}: {}", f.field, f.problem)).collect::<Vec<_>>().join("; ");
-        Self { fields, ..Self::new(422, "invalid-request", "The request has fields that cannot be accepted", detail) }
+        let detail = fields
+            .iter()
+            .map(|f| format!("{}: {}", f.field, f.problem))
+            .collect::<Vec<_>>()
+            .join("; ");
+        Self {
+            fields,
+            ..Self::new(
+                422,
+                "invalid-request",
+                "The request has fields that cannot be accepted",
+                detail,
+            )
+        }
     }
 
     /// Something named that does not exist (404).
     pub fn not_found(what: &str, name: impl fmt::Display) -> Self {
-        Self::new(404, "not-found", format!("No such {what}"), format!("there is no {what} {name}"))
+        Self::new(
+            404,
+            "not-found",
+            format!("No such {what}"),
+            format!("there is no {what} {name}"),
+        )
     }
 
     /// The request is fine, the present state forbids it (409).
@@ -85,9 +115,18 @@ impl Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.detail)?;
+        // The detail of a request with bad fields only strings them together.
+        f.write_str(if self.fields.is_empty() {
+            &self.detail
+        } else {
+            &self.title
+        })?;
         for field in &self.fields {
-            write!(f, "\n  {}: {} ({})", field.field, field.problem, field.remedy)?;
+            write!(
+                f,
+                "\n  {}: {} ({})",
+                field.field, field.problem, field.remedy
+            )?;
         }
         if let Some(remedy) = &self.remedy {
             write!(f, "\n  remedy: {remedy}")?;

@@ -18,7 +18,7 @@ use godwit_wire::id::{Epoch, Generation, HostId, VmId};
 use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::Problem;
 use godwit_wire::usage::VmUsage;
-use godwit_wire::vmm_api::{PauseReason, StopReason, VmmInfo, VmmState};
+use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmInfo, VmmState};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::IpAddr;
@@ -57,13 +57,25 @@ pub(crate) struct Registry {
 #[derive(Debug)]
 struct Handle {
     inbox: mpsc::Sender<Command>,
-    /// Highest epoch that must go: cuts short whatever the driver is waiting for.
-    doom: watch::Sender<Epoch>,
+    /// Cuts short whatever the driver is waiting for.
+    doom: watch::Sender<Doom>,
+}
+
+/// Orders to destroy that were given.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Doom {
+    /// How many.
+    orders: u64,
+    /// Highest epoch that must go.
+    epoch: Epoch,
 }
 
 impl Registry {
     pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
-        Arc::new(Self { context, drivers: Mutex::new(BTreeMap::new()) })
+        Arc::new(Self {
+            context,
+            drivers: Mutex::new(BTreeMap::new()),
+        })
     }
 
     pub(crate) fn context(&self) -> &Arc<Context> {
@@ -78,27 +90,46 @@ impl Registry {
     ) -> Result<T, Problem> {
         let (reply, answer) = oneshot::channel();
         self.tell(vm, command(reply))?;
-        answer.await.unwrap_or_else(|_| Err(Problem::internal(format!("the driver of VM {vm} ended"))))
+        answer
+            .await
+            .unwrap_or_else(|_| Err(Problem::internal(format!("the driver of VM {vm} ended"))))
     }
 
     /// Hands a command to the VM's driver.
     pub(crate) fn tell(self: &Arc<Self>, vm: VmId, command: Command) -> Result<(), Problem> {
         let mut drivers = self.drivers();
         if !drivers.contains_key(&vm) {
-            let fence = self.context.state.read_fence(vm).map_err(|error| unwritable(&error))?;
+            let fence = self
+                .context
+                .state
+                .read_fence(vm)
+                .map_err(|error| unwritable(&error))?;
             drivers.insert(vm, Driver::spawn(self, vm, fence.unwrap_or_default(), None));
         }
-        let handle = drivers.get(&vm).expect("a driver was put there if there was none");
-        if let Command::Destroy(epoch, _) = &command {
-            handle.doom.send_if_modified(|doom| {
-                let later = *epoch > *doom;
-                *doom = (*doom).max(*epoch);
-                later
+        let handle = drivers
+            .get(&vm)
+            .expect("a driver was put there if there was none");
+        let doomed = match &command {
+            Command::Destroy(epoch, _) => Some(*epoch),
+            _ => None,
+        };
+        handle.inbox.try_send(command).map_err(|_| {
+            Problem::new(
+                503,
+                "busy",
+                "Busy",
+                format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}"),
+            )
+        })?;
+        if let Some(epoch) = doomed {
+            handle.doom.send_modify(|doom| {
+                *doom = Doom {
+                    orders: doom.orders + 1,
+                    epoch: doom.epoch.max(epoch),
+                };
             });
         }
-        handle.inbox.try_send(command).map_err(|_| {
-            Problem::new(503, "busy", "Busy", format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}"))
-        })
+        Ok(())
     }
 
     /// VMs with a driver.
@@ -113,7 +144,11 @@ impl Registry {
 }
 
 /// Starts the driver of a VM that a former agent has left.
-pub(crate) fn adopt(registry: &Arc<Registry>, record: VmRecord, found: Option<(VmmProcess, Option<VmmInfo>)>) {
+pub(crate) fn adopt(
+    registry: &Arc<Registry>,
+    record: VmRecord,
+    found: Option<(VmmProcess, Option<VmmInfo>)>,
+) {
     let (vm, fence) = (record.vm, record.fence);
     let handle = Driver::spawn(registry, vm, fence, Some((record, found)));
     registry.drivers().insert(vm, handle);
@@ -161,7 +196,11 @@ pub(super) struct Driver {
     /// Why the latest generation failed, should it be asked again.
     pub(super) refusal: Option<(Epoch, Generation, Problem)>,
     pub(super) news: mpsc::Sender<News>,
-    pub(super) doom: watch::Receiver<Epoch>,
+    /// How the latest incoming migration was prepared, should it be asked again.
+    pub(super) prepared: Option<(Generation, IncomingReady)>,
+    pub(super) doom: watch::Receiver<Doom>,
+    /// Orders to destroy that were carried out.
+    pub(super) destructions: u64,
 }
 
 /// What wakes a driver.
@@ -181,11 +220,21 @@ impl Driver {
     ) -> Handle {
         let (inbox, commands) = mpsc::channel(MAX_WAITING_COMMANDS);
         let (news, arriving) = mpsc::channel(MAX_WAITING_NEWS);
-        let (doom, doomed) = watch::channel(Epoch(0));
+        let (doom, doomed) = watch::channel(Doom::default());
         let context = registry.context.clone();
         let directory = context.state.vm(vm);
-        let mut driver =
-            Self { vm, context, directory, fence, holding: None, refusal: None, news, doom: doomed };
+        let mut driver = Self {
+            vm,
+            context,
+            directory,
+            fence,
+            holding: None,
+            refusal: None,
+            news,
+            prepared: None,
+            doom: doomed,
+            destructions: 0,
+        };
         if let Some((record, found)) = adopted {
             driver.take_over(record, found);
         }
@@ -254,7 +303,11 @@ impl Driver {
     }
 
     async fn time_passed(&mut self) {
-        if self.live().and_then(|live| live.stopping.as_ref()).is_some_and(Stopping::is_over) {
+        if self
+            .live()
+            .and_then(|live| live.stopping.as_ref())
+            .is_some_and(Stopping::is_over)
+        {
             self.kill_after_patience().await;
         }
         self.advance_handover().await;
@@ -262,7 +315,11 @@ impl Driver {
 
     fn next_look(&self) -> Option<Instant> {
         let holding = self.holding.as_ref()?;
-        let stop = holding.live.as_ref().and_then(|live| live.stopping.as_ref()).map(Stopping::deadline);
+        let stop = holding
+            .live
+            .as_ref()
+            .and_then(|live| live.stopping.as_ref())
+            .map(Stopping::deadline);
         let handover = holding.handover.as_ref().and_then(Handover::look_again_at);
         stop.into_iter().chain(handover).min()
     }
@@ -290,7 +347,9 @@ impl Driver {
         let holding = self.holding.as_ref()?;
         let state = match (&holding.live, &holding.record.end) {
             (Some(live), _) => Some(live.state.clone()),
-            (None, Some(End::Stopped { reason })) => Some(VmmState::Stopped { reason: reason.clone() }),
+            (None, Some(End::Stopped { reason })) => Some(VmmState::Stopped {
+                reason: reason.clone(),
+            }),
             (None, Some(End::Lost) | None) => None,
         };
         Some(VmReport {
@@ -305,14 +364,22 @@ impl Driver {
 
     /// The report, of a VM that is known to be here.
     pub(super) fn answer(&self) -> Result<VmReport, Problem> {
-        self.report().ok_or_else(|| Problem::not_found("VM", self.vm))
+        self.report()
+            .ok_or_else(|| Problem::not_found("VM", self.vm))
     }
 
     /// Judges a command to a VM that must be here under exactly this epoch.
-    pub(super) fn admit_here(&mut self, epoch: Epoch, generation: Generation) -> Result<Admission, Problem> {
+    pub(super) fn admit_here(
+        &mut self,
+        epoch: Epoch,
+        generation: Generation,
+    ) -> Result<Admission, Problem> {
         let here = self.present_under(epoch)?;
         debug_assert_eq!(here, epoch);
-        let admission = self.fence.admit(epoch, generation).map_err(|stale| stale.problem(self.vm))?;
+        let admission = self
+            .fence
+            .admit(epoch, generation)
+            .map_err(|stale| stale.problem(self.vm))?;
         if admission == Admission::New {
             self.note_generation(generation)?;
         }
@@ -322,11 +389,23 @@ impl Driver {
     /// Checks that the VM is here under exactly this epoch.
     pub(super) fn present_under(&self, epoch: Epoch) -> Result<Epoch, Problem> {
         if epoch < self.fence.epoch {
-            return Err(Stale::Epoch { given: epoch, known: self.fence.epoch }.problem(self.vm));
+            return Err(Stale::Epoch {
+                given: epoch,
+                known: self.fence.epoch,
+            }
+            .problem(self.vm));
         }
-        let here = self.holding.as_ref().ok_or_else(|| Problem::not_found("VM", self.vm))?.record.epoch;
+        let here = self
+            .holding
+            .as_ref()
+            .ok_or_else(|| Problem::not_found("VM", self.vm))?
+            .record
+            .epoch;
         if epoch > here {
-            let detail = format!("VM {} is here under epoch {here}, not yet under {epoch}", self.vm);
+            let detail = format!(
+                "VM {} is here under epoch {here}, not yet under {epoch}",
+                self.vm
+            );
             return Err(Problem::conflict("epoch-ahead", detail));
         }
         Ok(here)
@@ -342,11 +421,18 @@ impl Driver {
     }
 
     /// Changes the record on disk, then in memory.
-    pub(super) fn change_record(&mut self, change: impl FnOnce(&mut VmRecord)) -> Result<(), Problem> {
-        let Some(holding) = &mut self.holding else { return Err(Problem::not_found("VM", self.vm)) };
+    pub(super) fn change_record(
+        &mut self,
+        change: impl FnOnce(&mut VmRecord),
+    ) -> Result<(), Problem> {
+        let Some(holding) = &mut self.holding else {
+            return Err(Problem::not_found("VM", self.vm));
+        };
         let mut record = holding.record.clone();
         change(&mut record);
-        self.directory.write_record(&record).map_err(|error| unwritable(&error))?;
+        self.directory
+            .write_record(&record)
+            .map_err(|error| unwritable(&error))?;
         holding.record = record;
         Ok(())
     }
@@ -359,13 +445,21 @@ impl Driver {
             return Err(problem.clone());
         }
         self.report().ok_or_else(|| {
-            let detail = format!("generation {generation} was carried out for VM {}, and the VM is not here", self.vm);
+            let detail = format!(
+                "generation {generation} was carried out for VM {}, and the VM is not here",
+                self.vm
+            );
             Problem::conflict("generation-spent", detail).with_remedy("send a later generation")
         })
     }
 
     /// Remembers a failure, for [`repeat`](Self::repeat).
-    pub(super) fn refuse<T>(&mut self, epoch: Epoch, generation: Generation, problem: Problem) -> Result<T, Problem> {
+    pub(super) fn refuse<T>(
+        &mut self,
+        epoch: Epoch,
+        generation: Generation,
+        problem: Problem,
+    ) -> Result<T, Problem> {
         tracing::warn!(vm = %self.vm, %epoch, %generation, %problem, "a command failed");
         self.refusal = Some((epoch, generation, problem.clone()));
         Err(problem)
@@ -376,11 +470,15 @@ impl Driver {
         &mut self,
         call: impl Future<Output = Result<T, CallError>>,
     ) -> Result<T, Problem> {
-        let epoch = self.holding.as_ref().map_or(Epoch(u64::MAX), |holding| holding.record.epoch);
+        let epoch = self
+            .holding
+            .as_ref()
+            .map_or(Epoch(u64::MAX), |holding| holding.record.epoch);
+        let carried_out = self.destructions;
         let mut doom = self.doom.clone();
         tokio::select! {
             biased;
-            Ok(_) = doom.wait_for(|doom| *doom >= epoch) => {
+            Ok(_) = doom.wait_for(|doom| doom.orders > carried_out && doom.epoch >= epoch) => {
                 Err(Problem::conflict("destroyed", format!("VM {} is being destroyed", self.vm)))
             }
             answer = call => answer.map_err(CallError::into_problem),
@@ -389,8 +487,12 @@ impl Driver {
 
     /// A process that ended unasked, or as expected.
     async fn process_ended(&mut self, exit: &Exit) {
-        let Some(holding) = &mut self.holding else { return };
-        let Some(live) = holding.live.take() else { return };
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let Some(live) = holding.live.take() else {
+            return;
+        };
         let pid = live.process.id().pid;
         if let Some(stopping) = live.stopping {
             tracing::info!(vm = %self.vm, pid, %exit, "the VM has stopped");
@@ -398,7 +500,9 @@ impl Driver {
             return;
         }
         let end = match &live.state {
-            VmmState::Stopped { reason } => End::Stopped { reason: reason.clone() },
+            VmmState::Stopped { reason } => End::Stopped {
+                reason: reason.clone(),
+            },
             _ => End::Lost,
         };
         let words = crate::process::last_words(&self.directory);
@@ -425,8 +529,12 @@ impl Driver {
     }
 
     async fn observed(&mut self, observation: Observation) {
-        let Some(holding) = &mut self.holding else { return };
-        let Some(live) = &mut holding.live else { return };
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let Some(live) = &mut holding.live else {
+            return;
+        };
         if !live.observer.is_current(&observation) {
             return;
         }
@@ -435,7 +543,6 @@ impl Driver {
             tracing::info!(vm = %self.vm, from = ?live.state, to = ?observation.info.state, "the VM's state changed");
             live.state = observation.info.state.clone();
         }
-        live.observer.set_state(&live.state);
         let stopped = matches!(live.state, VmmState::Stopped { .. });
         if stopped && live.stopping.is_some() {
             self.finish_stop().await;
@@ -459,9 +566,12 @@ impl Driver {
         });
         let Some((process, info)) = found else { return };
         let silent = || VmmState::Paused {
-            reason: PauseReason::Fault { detail: "its VMM does not answer the agent".to_owned() },
+            reason: PauseReason::Fault {
+                detail: "its VMM does not answer the agent".to_owned(),
+            },
         };
-        let (state, migration) = info.map_or_else(|| (silent(), None), |info| (info.state, info.migration));
+        let (state, migration) =
+            info.map_or_else(|| (silent(), None), |info| (info.state, info.migration));
         let live = self.watch_over(process, state);
         if let Some(holding) = &mut self.holding {
             holding.live = Some(live);
@@ -477,7 +587,11 @@ impl Driver {
             }
         }
         // Whatever there is to do is done by the first turn of the loop.
-        if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) {
+        if let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        {
             handover.look_now();
         }
     }
@@ -486,8 +600,13 @@ impl Driver {
     pub(super) fn watch_over(&self, process: VmmProcess, state: VmmState) -> Live {
         let vmm = UdsClient::new(self.directory.api_socket());
         let observer = Observer::start(self.vm, vmm.clone(), process.id().pid, self.news.clone());
-        observer.set_state(&state);
-        Live { process, vmm, state, stopping: None, observer }
+        Live {
+            process,
+            vmm,
+            state,
+            stopping: None,
+            observer,
+        }
     }
 }
 

@@ -10,7 +10,8 @@ use crate::backoff::{Backoff, random};
 use crate::handover::{SOURCE_PATIENCE, SourceStep, TargetStep, Verdict, source_step, target_step};
 use crate::record::{End, Purpose};
 use godwit_wire::host_api::{
-    CancelMigration, CommitReply, CommitRequest, Resolution, ResolveRequest, StartOutgoing, VmReport,
+    CancelMigration, CommitReply, CommitRequest, Resolution, ResolveRequest, StartOutgoing,
+    VmReport,
 };
 use godwit_wire::id::{Epoch, MigrationId};
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
@@ -66,13 +67,18 @@ impl Handover {
         self.look_again = Some(Instant::now());
     }
 
+    pub(super) fn look_later(&mut self) {
+        self.look_again = Some(Instant::now() + self.pauses.next(random()));
+    }
+
     /// Whether only the store can decide now.
     fn is_decided_by_store(&self) -> bool {
         self.verdict != Verdict::NotAsked
     }
 
     fn awaiting(&self) -> Duration {
-        self.awaiting_since.map_or(Duration::ZERO, |since| since.elapsed())
+        self.awaiting_since
+            .map_or(Duration::ZERO, |since| since.elapsed())
     }
 }
 
@@ -108,13 +114,30 @@ impl Driver {
 
     /// Refuses while a migration is under way: its outcome is not for others to decide.
     pub(super) fn nothing_moves(&self) -> Result<(), Problem> {
-        match self.holding.as_ref().and_then(|holding| holding.handover.as_ref()) {
+        match self
+            .holding
+            .as_ref()
+            .and_then(|holding| holding.handover.as_ref())
+        {
             None => Ok(()),
             Some(handover) => {
-                let detail = format!("migration {} of VM {} is under way", handover.migration, self.vm);
-                Err(Problem::conflict("migration-under-way", detail).with_remedy("cancel it or wait for its end"))
+                let detail = format!(
+                    "migration {} of VM {} is under way",
+                    handover.migration, self.vm
+                );
+                Err(Problem::conflict("migration-under-way", detail)
+                    .with_remedy("cancel it or wait for its end"))
             }
         }
+    }
+
+    /// Whether the store was asked for the commit of an incoming migration.
+    pub(super) fn asked_the_store(&self) -> bool {
+        let handover = self
+            .holding
+            .as_ref()
+            .and_then(|holding| holding.handover.as_ref());
+        handover.is_some_and(Handover::is_decided_by_store)
     }
 
     pub(super) fn begin_handover(
@@ -139,7 +162,9 @@ impl Driver {
         dirty_log: Option<OwnedMutexGuard<()>>,
     ) {
         let news = self.news.clone();
-        let Some(holding) = &mut self.holding else { return };
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
         let Some(live) = &holding.live else { return };
         let watcher = watch_migration(live.vmm.clone(), news);
         holding.handover = Some(Handover {
@@ -160,8 +185,13 @@ impl Driver {
 
     /// A VMM says that it is sending, and this driver does not know: a former agent began it.
     pub(super) fn adopt_handover(&mut self, status: MigrationStatus) {
-        let Some(holding) = &mut self.holding else { return };
-        let over = matches!(status.phase, MigrationPhase::Failed | MigrationPhase::Cancelled);
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let over = matches!(
+            status.phase,
+            MigrationPhase::Failed | MigrationPhase::Cancelled
+        );
         if holding.handover.is_some() || status.role == MigrationRole::Target {
             return;
         }
@@ -170,24 +200,40 @@ impl Driver {
             return;
         }
         let epoch = holding.record.epoch;
-        let dirty_log = holding.live.as_ref().and_then(|live| live.observer.try_reserve_dirty_log());
+        let dirty_log = holding
+            .live
+            .as_ref()
+            .and_then(|live| live.observer.try_reserve_dirty_log());
         tracing::info!(vm = %self.vm, migration = %status.migration, phase = ?status.phase, "going on with a migration");
         self.begin_handover(status, MigrationRole::Source, epoch, dirty_log);
-        if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) {
+        if let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        {
             // How long it has waited already is not known: long enough.
             handover.awaiting_since = Instant::now().checked_sub(SOURCE_PATIENCE);
         }
     }
 
     /// Goes on receiving what a former agent began to receive.
-    pub(super) fn resume_receiving(&mut self, migration: MigrationId, status: Option<MigrationStatus>) {
-        let Some(holding) = &mut self.holding else { return };
+    pub(super) fn resume_receiving(
+        &mut self,
+        migration: MigrationId,
+        status: Option<MigrationStatus>,
+    ) {
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
         let (epoch, purpose) = (holding.record.epoch, holding.record.purpose);
         holding.migration = status;
         tracing::info!(vm = %self.vm, %migration, ?purpose, "going on with an incoming migration");
         self.watch_handover(migration, MigrationRole::Target, epoch, None);
         let granted = matches!(purpose, Purpose::Granted { .. });
-        if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut())
+        if let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
             && granted
         {
             handover.verdict = Verdict::Given(CommitReply::Granted { epoch });
@@ -195,8 +241,12 @@ impl Driver {
     }
 
     pub(super) async fn migration_seen(&mut self, status: MigrationStatus) {
-        let Some(holding) = &mut self.holding else { return };
-        let Some(handover) = &mut holding.handover else { return };
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let Some(handover) = &mut holding.handover else {
+            return;
+        };
         if handover.migration != status.migration {
             return;
         }
@@ -223,7 +273,13 @@ impl Driver {
     fn warm_up(&mut self) {
         let request = self.resolve_request();
         let control = self.context.control.clone();
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         if handover.warm == Warm::Asked {
             return;
         }
@@ -239,7 +295,13 @@ impl Driver {
     }
 
     pub(super) async fn verdict_given(&mut self, reply: CommitReply) {
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         tracing::info!(vm = %self.vm, migration = %handover.migration, ?reply, "the store has decided");
         handover.courier = None;
         handover.verdict = Verdict::Given(reply);
@@ -248,14 +310,22 @@ impl Driver {
     }
 
     pub(super) async fn resolution_given(&mut self, resolution: Resolution) {
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         match handover.role {
             MigrationRole::Source => {
                 tracing::info!(vm = %self.vm, migration = %handover.migration, ?resolution, "the store has decided");
                 handover.courier = None;
                 handover.resolution = Some(resolution);
             }
-            MigrationRole::Target if resolution == Resolution::End && !handover.is_decided_by_store() => {
+            MigrationRole::Target
+                if resolution == Resolution::End && !handover.is_decided_by_store() =>
+            {
                 let reason = "the migration is void".to_owned();
                 handover.verdict = Verdict::Given(CommitReply::Refused { reason });
             }
@@ -266,10 +336,17 @@ impl Driver {
 
     /// Takes the next steps of a migration until it has to wait for something.
     pub(super) async fn advance_handover(&mut self) {
-        let Some(holding) = &mut self.holding else { return };
-        let Some(handover) = &mut holding.handover else { return };
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let Some(handover) = &mut holding.handover else {
+            return;
+        };
         handover.look_again = None;
-        let status = holding.migration.as_ref().filter(|status| status.migration == handover.migration);
+        let status = holding
+            .migration
+            .as_ref()
+            .filter(|status| status.migration == handover.migration);
         let alive = holding.live.is_some();
         match handover.role {
             // A live VMM that has not said anything yet is not one that failed.
@@ -312,13 +389,23 @@ impl Driver {
         let control = self.context.control.clone();
         let host = self.context.host;
         let (vm, news) = (self.vm, self.news.clone());
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         handover.verdict = Verdict::Asked;
         if handover.courier.is_some() {
             return;
         }
         let migration = handover.migration;
-        let request = CommitRequest { vm, host, epoch: handover.source_epoch };
+        let request = CommitRequest {
+            vm,
+            host,
+            epoch: handover.source_epoch,
+        };
         handover.courier = Some(AbortOnDropHandle::new(tokio::spawn(async move {
             let mut pauses = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
             loop {
@@ -336,7 +423,13 @@ impl Driver {
 
     /// The store has given the VM to this host: written down first, then the VMM is told.
     async fn run_here(&mut self, epoch: Epoch) {
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         let migration = handover.migration;
         if let Err(problem) = self.take_ownership(epoch, Purpose::Granted { migration }) {
             tracing::error!(vm = %self.vm, %migration, %problem, "the commit could not be written down; trying again");
@@ -346,7 +439,12 @@ impl Driver {
         live.observer.command_sent();
         let vmm = live.vmm.clone();
         let command = MigrationCommand { migration, epoch };
-        let told = vmm.request_within(OBEY_TIMEOUT, Method::POST, "/v1/migration/commit", Some(&command));
+        let told = vmm.request_within(
+            OBEY_TIMEOUT,
+            Method::POST,
+            "/v1/migration/commit",
+            Some(&command),
+        );
         match self.vmm_answer::<MigrationStatus>(told).await {
             Ok(status) if status.phase == MigrationPhase::Completed => {
                 if let Some(holding) = &mut self.holding {
@@ -365,7 +463,10 @@ impl Driver {
     fn take_ownership(&mut self, epoch: Epoch, purpose: Purpose) -> Result<(), Problem> {
         let mut fence = self.fence;
         fence.raise(epoch);
-        let settled = self.holding.as_ref().is_some_and(|h| (h.record.epoch, h.record.purpose) == (epoch, purpose));
+        let settled = self
+            .holding
+            .as_ref()
+            .is_some_and(|h| (h.record.epoch, h.record.purpose) == (epoch, purpose));
         if !settled {
             self.change_record(|record| {
                 record.epoch = epoch;
@@ -396,7 +497,11 @@ impl Driver {
         match step {
             SourceStep::Wait => {}
             SourceStep::LookAgainIn(time) => {
-                if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) {
+                if let Some(handover) = self
+                    .holding
+                    .as_mut()
+                    .and_then(|holding| holding.handover.as_mut())
+                {
                     handover.look_again = Some(Instant::now() + time);
                 }
             }
@@ -418,10 +523,18 @@ impl Driver {
     }
 
     fn ask_for_resolution(&mut self) {
-        let Some(request) = self.resolve_request() else { return };
+        let Some(request) = self.resolve_request() else {
+            return;
+        };
         let control = self.context.control.clone();
         let (vm, news) = (self.vm, self.news.clone());
-        let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) else { return };
+        let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        else {
+            return;
+        };
         if handover.courier.is_some() {
             return;
         }
@@ -446,7 +559,9 @@ impl Driver {
     /// The migration is void: the VM runs again where it was.
     async fn run_again(&mut self, epoch: Epoch) {
         let Some(holding) = &self.holding else { return };
-        let Some(handover) = &holding.handover else { return };
+        let Some(handover) = &holding.handover else {
+            return;
+        };
         if epoch != holding.record.epoch {
             tracing::error!(vm = %self.vm, %epoch, here = %holding.record.epoch, "the store names another epoch to run under");
         }
@@ -454,11 +569,22 @@ impl Driver {
         let Some(live) = &holding.live else { return };
         live.observer.command_sent();
         let vmm = live.vmm.clone();
-        let command = MigrationCommand { migration, epoch: holding.record.epoch };
-        let told = vmm.request_within(OBEY_TIMEOUT, Method::POST, "/v1/migration/abort", Some(&command));
+        let command = MigrationCommand {
+            migration,
+            epoch: holding.record.epoch,
+        };
+        let told = vmm.request_within(
+            OBEY_TIMEOUT,
+            Method::POST,
+            "/v1/migration/abort",
+            Some(&command),
+        );
         match self.vmm_answer::<MigrationStatus>(told).await {
             Ok(status) => {
-                let over = matches!(status.phase, MigrationPhase::Failed | MigrationPhase::Cancelled);
+                let over = matches!(
+                    status.phase,
+                    MigrationPhase::Failed | MigrationPhase::Cancelled
+                );
                 if let Some(holding) = &mut self.holding {
                     holding.migration = Some(status);
                 }
@@ -479,31 +605,50 @@ impl Driver {
     fn keep(&mut self) {
         if let Some(holding) = &mut self.holding {
             holding.handover = None;
+            if let Some(live) = &holding.live {
+                live.observer.look_now();
+            }
         }
     }
 
     fn look_again_later(&mut self) {
-        if let Some(handover) = self.holding.as_mut().and_then(|holding| holding.handover.as_mut()) {
-            handover.look_again = Some(Instant::now() + handover.pauses.next(random()));
+        if let Some(handover) = self
+            .holding
+            .as_mut()
+            .and_then(|holding| holding.handover.as_mut())
+        {
+            handover.look_later();
         }
     }
 
     /// The VM runs at the target: the source ends.
     async fn release(&mut self) {
         let Some(holding) = &self.holding else { return };
-        let Some(handover) = &holding.handover else { return };
+        let Some(handover) = &holding.handover else {
+            return;
+        };
         let migration = handover.migration;
         if let Some(live) = &holding.live {
             let vmm = live.vmm.clone();
-            let command = MigrationCommand { migration, epoch: holding.record.epoch };
-            let told = vmm.request_within(RELEASE_TIMEOUT, Method::POST, "/v1/migration/release", Some(&command));
+            let command = MigrationCommand {
+                migration,
+                epoch: holding.record.epoch,
+            };
+            let told = vmm.request_within(
+                RELEASE_TIMEOUT,
+                Method::POST,
+                "/v1/migration/release",
+                Some(&command),
+            );
             match self.vmm_answer::<MigrationStatus>(told).await {
                 Ok(status) => {
                     if let Some(holding) = &mut self.holding {
                         holding.migration = Some(status);
                     }
                 }
-                Err(problem) => tracing::debug!(vm = %self.vm, %migration, %problem, "the source was not released; killing it"),
+                Err(problem) => {
+                    tracing::debug!(vm = %self.vm, %migration, %problem, "the source was not released; killing it")
+                }
             }
         }
         tracing::info!(vm = %self.vm, %migration, "the VM has moved away");
@@ -513,26 +658,52 @@ impl Driver {
     /// `POST /v1/vms/{vm}/migration/cancel`.
     pub(super) async fn cancel(&mut self, ask: CancelMigration) -> Result<VmReport, Problem> {
         self.present_under(ask.epoch)?;
-        let holding = self.holding.as_ref().ok_or_else(|| Problem::not_found("VM", self.vm))?;
-        let Some(handover) = holding.handover.as_ref().filter(|handover| handover.migration == ask.migration) else {
-            let known = holding.migration.as_ref().is_some_and(|status| status.migration == ask.migration);
-            return if known { self.answer() } else { Err(Problem::not_found("migration", ask.migration)) };
+        let holding = self
+            .holding
+            .as_ref()
+            .ok_or_else(|| Problem::not_found("VM", self.vm))?;
+        let Some(handover) = holding
+            .handover
+            .as_ref()
+            .filter(|handover| handover.migration == ask.migration)
+        else {
+            let known = holding
+                .migration
+                .as_ref()
+                .is_some_and(|status| status.migration == ask.migration);
+            return if known {
+                self.answer()
+            } else {
+                Err(Problem::not_found("migration", ask.migration))
+            };
         };
         match handover.role {
             MigrationRole::Target if handover.is_decided_by_store() => {
-                let detail = format!("the commit of migration {} has been asked for; the store decides", ask.migration);
+                let detail = format!(
+                    "the commit of migration {} has been asked for; the store decides",
+                    ask.migration
+                );
                 Err(Problem::conflict("too-late", detail))
             }
             MigrationRole::Target => {
                 tracing::info!(vm = %self.vm, migration = %ask.migration, "an incoming migration is called off");
-                self.depart(StopReason::IncomingAborted).await.ok_or_else(|| Problem::not_found("VM", self.vm))
+                self.depart(StopReason::IncomingAborted)
+                    .await
+                    .ok_or_else(|| Problem::not_found("VM", self.vm))
             }
             MigrationRole::Source => {
-                let Some(live) = &holding.live else { return Err(not_running(self.vm)) };
+                let Some(live) = &holding.live else {
+                    return Err(not_running(self.vm));
+                };
                 live.observer.command_sent();
                 let vmm = live.vmm.clone();
-                let command = MigrationCommand { migration: ask.migration, epoch: ask.epoch };
-                let status: MigrationStatus = self.vmm_answer(vmm.post("/v1/migration/cancel", &command)).await?;
+                let command = MigrationCommand {
+                    migration: ask.migration,
+                    epoch: ask.epoch,
+                };
+                let status: MigrationStatus = self
+                    .vmm_answer(vmm.post("/v1/migration/cancel", &command))
+                    .await?;
                 self.migration_seen(status).await;
                 self.answer()
             }
@@ -541,5 +712,6 @@ impl Driver {
 }
 
 pub(super) fn not_running(vm: godwit_wire::id::VmId) -> Problem {
-    Problem::conflict("not-running", format!("the machine of VM {vm} is no more")).with_remedy("start the VM first")
+    Problem::conflict("not-running", format!("the machine of VM {vm} is no more"))
+        .with_remedy("start the VM first")
 }

@@ -58,9 +58,22 @@ impl Observer {
         let turn = Arc::new(AtomicU64::new(0));
         let dirty_log = Arc::new(Mutex::new(()));
         let (pace, paces) = watch::channel(STEADY);
-        let looker = Looker { vm, vmm, pid, news, turn: turn.clone(), dirty_log: dirty_log.clone(), before: None };
+        let looker = Looker {
+            vm,
+            vmm,
+            pid,
+            news,
+            turn: turn.clone(),
+            dirty_log: dirty_log.clone(),
+            before: None,
+        };
         let task = tokio::spawn(looker.keep_looking(paces));
-        Self { turn, dirty_log, pace, _task: AbortOnDropHandle::new(task) }
+        Self {
+            turn,
+            dirty_log,
+            pace,
+            _task: AbortOnDropHandle::new(task),
+        }
     }
 
     /// A command is about to change the state.
@@ -75,6 +88,11 @@ impl Observer {
     /// The guest has been asked to stop: look more often.
     pub(super) fn hurry(&self) {
         self.pace.send_replace(HURRIED);
+    }
+
+    /// The state has changed without a command: look at once.
+    pub(super) fn look_now(&self) {
+        self.pace.send_modify(|_| {});
     }
 
     /// Keeps samples away from the dirty log as long as the guard lives; waits for one under way.
@@ -113,7 +131,11 @@ impl Looker {
         let mut silent = false;
         loop {
             let turn = self.turn.load(Ordering::Acquire);
-            match self.vmm.request_within::<VmmInfo>(LOOK_TIMEOUT, Method::GET, "/v1/info", NO_BODY).await {
+            match self
+                .vmm
+                .request_within::<VmmInfo>(LOOK_TIMEOUT, Method::GET, "/v1/info", NO_BODY)
+                .await
+            {
                 Ok(info) => {
                     if std::mem::take(&mut silent) {
                         tracing::info!(vm = %self.vm, "the VMM answers again");
@@ -122,7 +144,10 @@ impl Looker {
                         dirty_rate = self.sample_dirty_rate().await.unwrap_or(dirty_rate);
                         next_dirty_rate = Instant::now() + DIRTY_RATE_EVERY;
                     }
-                    let usage = VmUsage { dirty_bytes_per_s: dirty_rate, ..self.usage(&info) };
+                    let usage = VmUsage {
+                        dirty_bytes_per_s: dirty_rate,
+                        ..self.usage(&info)
+                    };
                     let observation = Box::new(Observation { info, usage, turn });
                     if self.news.send(News::Observed(observation)).await.is_err() {
                         return;
@@ -144,12 +169,24 @@ impl Looker {
 
     fn usage(&mut self, info: &VmmInfo) -> VmUsage {
         let cpu_time = procfs::process_stat(self.pid).map_or(Duration::ZERO, |stat| stat.cpu_time);
-        let now = Sample { at: Instant::now(), cpu_time, exits: info.counters.exits };
+        let now = Sample {
+            at: Instant::now(),
+            cpu_time,
+            exits: info.counters.exits,
+        };
         let before = self.before.replace(now).unwrap_or(now);
         let elapsed_s = (now.at - before.at).as_secs_f64();
-        let per_second = |amount: f64| if elapsed_s > 0.0 { amount / elapsed_s } else { 0.0 };
+        let per_second = |amount: f64| {
+            if elapsed_s > 0.0 {
+                amount / elapsed_s
+            } else {
+                0.0
+            }
+        };
         VmUsage {
-            cpu_percent: per_second(100.0 * now.cpu_time.saturating_sub(before.cpu_time).as_secs_f64()),
+            cpu_percent: per_second(
+                100.0 * now.cpu_time.saturating_sub(before.cpu_time).as_secs_f64(),
+            ),
             rss_bytes: procfs::resident(self.pid),
             exits_per_s: per_second(now.exits.saturating_sub(before.exits) as f64),
             dirty_bytes_per_s: 0,
@@ -162,7 +199,10 @@ impl Looker {
         let window_ms = u64::try_from(DIRTY_RATE_WINDOW.as_millis()).ok()?;
         let limit = DIRTY_RATE_WINDOW + LOOK_TIMEOUT;
         let request = DirtyRateRequest { window_ms };
-        let rate = self.vmm.request_within::<DirtyRate>(limit, Method::POST, "/v1/dirty-rate", Some(&request)).await;
+        let rate = self
+            .vmm
+            .request_within::<DirtyRate>(limit, Method::POST, "/v1/dirty-rate", Some(&request))
+            .await;
         match rate {
             Ok(rate) => Some(rate.bytes_per_s),
             Err(error) => {

@@ -26,7 +26,10 @@ pub struct Console {
 
 impl Default for Console {
     fn default() -> Self {
-        Self { ring: Arc::default(), end: watch::Sender::new(0) }
+        Self {
+            ring: Arc::default(),
+            end: watch::Sender::new(0),
+        }
     }
 }
 

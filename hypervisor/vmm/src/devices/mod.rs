@@ -7,5 +7,7 @@ mod serial;
 
 pub use bus::PortBus;
 pub use console::{CONSOLE_RING_BYTES, Console, ConsoleReader};
-pub use power::{KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, PowerEvent, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5};
+pub use power::{
+    KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, PowerEvent, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5,
+};
 pub use serial::{COM1_IRQ, COM1_PORT, SavedSerial, SerialError, SerialPort};

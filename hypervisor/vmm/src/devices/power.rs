@@ -29,8 +29,12 @@ pub enum PowerEvent {
 pub(super) fn decode(port: u16, data: &[u8]) -> Option<PowerEvent> {
     match (port, data) {
         (KEYBOARD_COMMAND_PORT, [KEYBOARD_RESET]) => Some(PowerEvent::Reset),
-        (SLEEP_CONTROL_PORT, [value]) if *value == SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE => Some(PowerEvent::Off),
-        (SLEEP_CONTROL_PORT, [low, high]) if u16::from_le_bytes([*low, *high]) & PM1_SLEEP_ENABLE != 0 => {
+        (SLEEP_CONTROL_PORT, [value]) if *value == SLEEP_TYPE_S5 << 2 | SLEEP_ENABLE => {
+            Some(PowerEvent::Off)
+        }
+        (SLEEP_CONTROL_PORT, [low, high])
+            if u16::from_le_bytes([*low, *high]) & PM1_SLEEP_ENABLE != 0 =>
+        {
             Some(PowerEvent::Off)
         }
         _ => None,

@@ -87,7 +87,14 @@ impl SerialPort {
     /// A port that raises `irq` and writes to `console`.
     pub fn new(irq: EventFd, console: Console) -> Self {
         let uart = Serial::new(Irq(irq), ToConsole(console.clone()));
-        Self { inner: Arc::new(Mutex::new(Inner { uart, input: VecDeque::new(), received: 0 })), console }
+        Self {
+            inner: Arc::new(Mutex::new(Inner {
+                uart,
+                input: VecDeque::new(),
+                received: 0,
+            })),
+            console,
+        }
     }
 
     /// The guest reads a register.
@@ -196,7 +203,10 @@ mod tests {
 
     fn port() -> (SerialPort, Console) {
         let console = Console::default();
-        (SerialPort::new(EventFd::new(0).unwrap(), console.clone()), console)
+        (
+            SerialPort::new(EventFd::new(0).unwrap(), console.clone()),
+            console,
+        )
     }
 
     #[test]
@@ -212,7 +222,10 @@ mod tests {
     fn a_guest_that_does_not_read_cannot_make_the_queue_grow_without_end() {
         let (port, _) = port();
         port.send(&vec![0; MAX_INPUT_BYTES]).unwrap();
-        assert!(matches!(port.send(&[0; 4096]), Err(SerialError::InputFull(_))));
+        assert!(matches!(
+            port.send(&[0; 4096]),
+            Err(SerialError::InputFull(_))
+        ));
     }
 
     #[test]

@@ -6,8 +6,8 @@
 
 use super::{KvmError, ioctl, msr};
 use kvm_bindings::{
-    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    CpuId, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -34,7 +34,10 @@ pub struct VcpuState {
 
 impl std::fmt::Debug for VcpuState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VcpuState").field("rip", &self.regs.rip).field("msrs", &self.msrs.len()).finish_non_exhaustive()
+        f.debug_struct("VcpuState")
+            .field("rip", &self.regs.rip)
+            .field("msrs", &self.msrs.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -49,7 +52,10 @@ pub struct ClockAdvance {
 impl ClockAdvance {
     /// `elapsed_ns` have passed since the save, now.
     pub fn now(elapsed_ns: u64) -> Self {
-        Self { elapsed_ns, host_tsc: ioctl::host_tsc() }
+        Self {
+            elapsed_ns,
+            host_tsc: ioctl::host_tsc(),
+        }
     }
 
     /// Time since the save.
@@ -66,8 +72,15 @@ impl ClockAdvance {
 impl VcpuState {
     /// Reads the state of a vCPU that is out of `KVM_RUN` with no I/O half done. `msrs` as from
     /// [`super::readable_msrs`]. `host_tsc` is sampled once for all vCPUs of a machine.
-    pub fn save(kvm: &Kvm, vcpu: &VcpuFd, msrs: &[u32], at: &ClockAdvance) -> Result<Self, KvmError> {
-        let mp_state = vcpu.get_mp_state().map_err(KvmError::during("KVM_GET_MP_STATE"))?;
+    pub fn save(
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        msrs: &[u32],
+        at: &ClockAdvance,
+    ) -> Result<Self, KvmError> {
+        let mp_state = vcpu
+            .get_mp_state()
+            .map_err(KvmError::during("KVM_GET_MP_STATE"))?;
         let tsc = if ioctl::has_tsc_offset(vcpu) {
             at.host_tsc.wrapping_add(ioctl::get_tsc_offset(vcpu)?)
         } else {
@@ -76,13 +89,28 @@ impl VcpuState {
         Ok(Self {
             mp_state,
             regs: vcpu.get_regs().map_err(KvmError::during("KVM_GET_REGS"))?,
-            sregs: vcpu.get_sregs().map_err(KvmError::during("KVM_GET_SREGS"))?,
-            sregs2: if has_sregs2(kvm) { Some(ioctl::sregs2_bytes(&ioctl::get_sregs2(vcpu)?)) } else { None },
-            xsave: Box::new(vcpu.get_xsave().map_err(KvmError::during("KVM_GET_XSAVE"))?),
+            sregs: vcpu
+                .get_sregs()
+                .map_err(KvmError::during("KVM_GET_SREGS"))?,
+            sregs2: if has_sregs2(kvm) {
+                Some(ioctl::sregs2_bytes(&ioctl::get_sregs2(vcpu)?))
+            } else {
+                None
+            },
+            xsave: Box::new(
+                vcpu.get_xsave()
+                    .map_err(KvmError::during("KVM_GET_XSAVE"))?,
+            ),
             xcrs: vcpu.get_xcrs().map_err(KvmError::during("KVM_GET_XCRS"))?,
-            debug_regs: vcpu.get_debug_regs().map_err(KvmError::during("KVM_GET_DEBUGREGS"))?,
-            lapic: vcpu.get_lapic().map_err(KvmError::during("KVM_GET_LAPIC"))?,
-            tsc_khz: vcpu.get_tsc_khz().map_err(KvmError::during("KVM_GET_TSC_KHZ"))?,
+            debug_regs: vcpu
+                .get_debug_regs()
+                .map_err(KvmError::during("KVM_GET_DEBUGREGS"))?,
+            lapic: vcpu
+                .get_lapic()
+                .map_err(KvmError::during("KVM_GET_LAPIC"))?,
+            tsc_khz: vcpu
+                .get_tsc_khz()
+                .map_err(KvmError::during("KVM_GET_TSC_KHZ"))?,
             tsc,
             cpuid: vcpu
                 .get_cpuid2(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
@@ -90,44 +118,73 @@ impl VcpuState {
                 .as_slice()
                 .to_vec(),
             msrs: msr::save(vcpu, msrs)?,
-            events: vcpu.get_vcpu_events().map_err(KvmError::during("KVM_GET_VCPU_EVENTS"))?,
+            events: vcpu
+                .get_vcpu_events()
+                .map_err(KvmError::during("KVM_GET_VCPU_EVENTS"))?,
         })
     }
 
     /// Writes the state to a vCPU that has never run.
-    pub fn restore(&self, kvm: &Kvm, vcpu: &VcpuFd, advance: &ClockAdvance) -> Result<(), KvmError> {
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| KvmError::Lacks("room for the guest's CPUID"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(KvmError::during("KVM_SET_CPUID2"))?;
-        vcpu.set_mp_state(self.mp_state).map_err(KvmError::during("KVM_SET_MP_STATE"))?;
-        vcpu.set_regs(&self.regs).map_err(KvmError::during("KVM_SET_REGS"))?;
+    pub fn restore(
+        &self,
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        advance: &ClockAdvance,
+    ) -> Result<(), KvmError> {
+        let cpuid = CpuId::from_entries(&self.cpuid)
+            .map_err(|_| KvmError::Lacks("room for the guest's CPUID"))?;
+        vcpu.set_cpuid2(&cpuid)
+            .map_err(KvmError::during("KVM_SET_CPUID2"))?;
+        vcpu.set_mp_state(self.mp_state)
+            .map_err(KvmError::during("KVM_SET_MP_STATE"))?;
+        vcpu.set_regs(&self.regs)
+            .map_err(KvmError::during("KVM_SET_REGS"))?;
         match &self.sregs2 {
             Some(bytes) if has_sregs2(kvm) => {
-                let sregs2 = ioctl::sregs2_from_bytes(bytes).ok_or(KvmError::Lacks("this layout of kvm_sregs2"))?;
+                let sregs2 = ioctl::sregs2_from_bytes(bytes)
+                    .ok_or(KvmError::Lacks("this layout of kvm_sregs2"))?;
                 ioctl::set_sregs2(vcpu, &sregs2)?;
             }
-            _ => vcpu.set_sregs(&self.sregs).map_err(KvmError::during("KVM_SET_SREGS"))?,
+            _ => vcpu
+                .set_sregs(&self.sregs)
+                .map_err(KvmError::during("KVM_SET_SREGS"))?,
         }
         // SAFETY: kvm_xsave is the fixed 4 KiB area; no dynamic XSAVE feature (AMX) is ever enabled for guests,
         // because this process does not ask for the permission, so KVM reads no more than that.
         unsafe { vcpu.set_xsave(&self.xsave) }.map_err(KvmError::during("KVM_SET_XSAVE"))?;
-        vcpu.set_xcrs(&self.xcrs).map_err(KvmError::during("KVM_SET_XCRS"))?;
-        vcpu.set_debug_regs(&self.debug_regs).map_err(KvmError::during("KVM_SET_DEBUGREGS"))?;
-        vcpu.set_lapic(&self.lapic).map_err(KvmError::during("KVM_SET_LAPIC"))?;
+        vcpu.set_xcrs(&self.xcrs)
+            .map_err(KvmError::during("KVM_SET_XCRS"))?;
+        vcpu.set_debug_regs(&self.debug_regs)
+            .map_err(KvmError::during("KVM_SET_DEBUGREGS"))?;
+        vcpu.set_lapic(&self.lapic)
+            .map_err(KvmError::during("KVM_SET_LAPIC"))?;
         self.restore_tsc(kvm, vcpu, advance)?;
         msr::restore(vcpu, &self.msrs)?;
-        vcpu.set_vcpu_events(&self.events).map_err(KvmError::during("KVM_SET_VCPU_EVENTS"))
+        vcpu.set_vcpu_events(&self.events)
+            .map_err(KvmError::during("KVM_SET_VCPU_EVENTS"))
     }
 
-    fn restore_tsc(&self, kvm: &Kvm, vcpu: &VcpuFd, advance: &ClockAdvance) -> Result<(), KvmError> {
-        let host_khz = vcpu.get_tsc_khz().map_err(KvmError::during("KVM_GET_TSC_KHZ"))?;
+    fn restore_tsc(
+        &self,
+        kvm: &Kvm,
+        vcpu: &VcpuFd,
+        advance: &ClockAdvance,
+    ) -> Result<(), KvmError> {
+        let host_khz = vcpu
+            .get_tsc_khz()
+            .map_err(KvmError::during("KVM_GET_TSC_KHZ"))?;
         if host_khz != self.tsc_khz {
             // Guests tolerate 250 ppm (what NTP corrects); beyond that the rate must be scaled.
             let apart = u64::from(host_khz.abs_diff(self.tsc_khz));
             if apart * 4_000 > u64::from(self.tsc_khz) {
                 if !kvm.check_extension(Cap::TscControl) {
-                    return Err(KvmError::TscRate { guest_khz: self.tsc_khz, host_khz });
+                    return Err(KvmError::TscRate {
+                        guest_khz: self.tsc_khz,
+                        host_khz,
+                    });
                 }
-                vcpu.set_tsc_khz(self.tsc_khz).map_err(KvmError::during("KVM_SET_TSC_KHZ"))?;
+                vcpu.set_tsc_khz(self.tsc_khz)
+                    .map_err(KvmError::during("KVM_SET_TSC_KHZ"))?;
             }
         }
         let tsc = advance.guest_tsc(self.tsc, self.tsc_khz);
@@ -149,13 +206,19 @@ mod tests {
 
     #[test]
     fn guest_tsc_advances_with_real_time() {
-        let advance = ClockAdvance { elapsed_ns: 2_000_000, host_tsc: 0 };
+        let advance = ClockAdvance {
+            elapsed_ns: 2_000_000,
+            host_tsc: 0,
+        };
         assert_eq!(advance.guest_tsc(1_000, 3_000_000), 1_000 + 6_000_000);
     }
 
     #[test]
     fn a_long_absence_does_not_overflow() {
-        let advance = ClockAdvance { elapsed_ns: u64::MAX, host_tsc: 0 };
+        let advance = ClockAdvance {
+            elapsed_ns: u64::MAX,
+            host_tsc: 0,
+        };
         advance.guest_tsc(u64::MAX, u32::MAX);
     }
 }

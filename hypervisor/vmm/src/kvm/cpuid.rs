@@ -23,7 +23,12 @@ enum Register {
 }
 
 const fn bits(leaf: u32, index: u32, register: Register, mask: u32) -> Bits {
-    Bits { leaf, index, register, mask }
+    Bits {
+        leaf,
+        index,
+        register,
+        mask,
+    }
 }
 
 // The levels of the x86-64 psABI, chapter 3.1.1 "Processor Architecture".
@@ -37,14 +42,34 @@ const V3: &[Bits] = &[
 ];
 const V4: &[Bits] = &[
     // AVX-512 F, DQ, CD, BW, VL
-    bits(7, 0, Register::Ebx, 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31),
+    bits(
+        7,
+        0,
+        Register::Ebx,
+        1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31,
+    ),
 ];
 
 /// What a guest below `x86-64-v4` must not see: all of AVX-512 and AMX.
 const ABOVE_V3: &[Bits] = &[
-    bits(7, 0, Register::Ebx, 1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31),
-    bits(7, 0, Register::Ecx, 1 << 1 | 1 << 6 | 1 << 11 | 1 << 12 | 1 << 14),
-    bits(7, 0, Register::Edx, 1 << 2 | 1 << 3 | 1 << 8 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 25),
+    bits(
+        7,
+        0,
+        Register::Ebx,
+        1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31,
+    ),
+    bits(
+        7,
+        0,
+        Register::Ecx,
+        1 << 1 | 1 << 6 | 1 << 11 | 1 << 12 | 1 << 14,
+    ),
+    bits(
+        7,
+        0,
+        Register::Edx,
+        1 << 2 | 1 << 3 | 1 << 8 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 25,
+    ),
     bits(7, 1, Register::Eax, 1 << 5),
     bits(0xd, 0, Register::Eax, 0b1110_0000 | 0b11 << 17),
 ];
@@ -54,7 +79,12 @@ const ABOVE_V2: &[Bits] = &[
     bits(7, 0, Register::Ebx, 1 << 3 | 1 << 5 | 1 << 8 | 1 << 19),
     bits(7, 0, Register::Ecx, 1 << 8 | 1 << 9 | 1 << 10),
     bits(7, 1, Register::Eax, 1 << 4 | 1 << 23),
-    bits(0x8000_0001, 0, Register::Ecx, 1 << 5 | 1 << 11 | 1 << 15 | 1 << 16 | 1 << 21),
+    bits(
+        0x8000_0001,
+        0,
+        Register::Ecx,
+        1 << 5 | 1 << 11 | 1 << 15 | 1 << 16 | 1 << 21,
+    ),
     bits(0xd, 0, Register::Eax, 1 << 2),
 ];
 
@@ -69,22 +99,29 @@ fn register(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
 
 fn has(entries: &[kvm_cpuid_entry2], wanted: &[Bits]) -> bool {
     wanted.iter().all(|bits| {
-        entries
-            .iter()
-            .any(|e| e.function == bits.leaf && e.index == bits.index && *register(&mut e.clone(), bits.register) & bits.mask == bits.mask)
+        entries.iter().any(|e| {
+            e.function == bits.leaf
+                && e.index == bits.index
+                && *register(&mut e.clone(), bits.register) & bits.mask == bits.mask
+        })
     })
 }
 
 fn remove(entries: &mut [kvm_cpuid_entry2], unwanted: &[Bits]) {
     for bits in unwanted {
-        for entry in entries.iter_mut().filter(|e| e.function == bits.leaf && e.index == bits.index) {
+        for entry in entries
+            .iter_mut()
+            .filter(|e| e.function == bits.leaf && e.index == bits.index)
+        {
             *register(entry, bits.register) &= !bits.mask;
         }
     }
 }
 
 fn supported(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(KvmError::during("KVM_GET_SUPPORTED_CPUID"))?;
+    let cpuid = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(KvmError::during("KVM_GET_SUPPORTED_CPUID"))?;
     Ok(cpuid.as_slice().to_vec())
 }
 
@@ -98,12 +135,22 @@ pub fn cpu_facts(kvm: &Kvm) -> Result<CpuFacts, KvmError> {
     } else {
         CpuBaseline::V4
     };
-    Ok(CpuFacts { level, signature: signature(&entries), model: brand(&entries) })
+    Ok(CpuFacts {
+        level,
+        signature: signature(&entries),
+        model: brand(&entries),
+    })
 }
 
 /// Equal for hosts that may exchange guests which see all of the host's features.
 fn signature(entries: &[kvm_cpuid_entry2]) -> String {
-    let leaf = |function| entries.iter().find(|e| e.function == function).copied().unwrap_or_default();
+    let leaf = |function| {
+        entries
+            .iter()
+            .find(|e| e.function == function)
+            .copied()
+            .unwrap_or_default()
+    };
     let vendor: String = [leaf(0).ebx, leaf(0).edx, leaf(0).ecx]
         .iter()
         .flat_map(|word| word.to_le_bytes())
@@ -114,14 +161,23 @@ fn signature(entries: &[kvm_cpuid_entry2]) -> String {
     let family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
     let model = eax >> 4 & 0xf | eax >> 12 & 0xf0;
     let mut features = Vec::new();
-    for e in entries.iter().filter(|e| matches!(e.function, 1 | 7 | 0xd | 0x4000_0001 | 0x8000_0001 | 0x8000_0008)) {
+    for e in entries.iter().filter(|e| {
+        matches!(
+            e.function,
+            1 | 7 | 0xd | 0x4000_0001 | 0x8000_0001 | 0x8000_0008
+        )
+    }) {
         // Leaf 1 EBX holds the APIC id of whichever core answered; it is no feature.
         let ebx = if e.function == 1 { 0 } else { e.ebx };
         for word in [e.function, e.index, e.eax, ebx, e.ecx, e.edx] {
             features.extend_from_slice(&word.to_le_bytes());
         }
     }
-    format!("{vendor}-{family}-{model}-{}-{:08x}", eax & 0xf, xxhash_rust::xxh3::xxh3_64(&features) as u32)
+    format!(
+        "{vendor}-{family}-{model}-{}-{:08x}",
+        eax & 0xf,
+        xxhash_rust::xxh3::xxh3_64(&features) as u32
+    )
 }
 
 fn brand(entries: &[kvm_cpuid_entry2]) -> String {
@@ -135,7 +191,12 @@ fn brand(entries: &[kvm_cpuid_entry2]) -> String {
 }
 
 /// CPUID of vCPU number `vcpu` of `vcpus` in a guest limited to `baseline`.
-pub fn guest_cpuid(kvm: &Kvm, baseline: CpuBaseline, vcpu: u8, vcpus: u8) -> Result<CpuId, KvmError> {
+pub fn guest_cpuid(
+    kvm: &Kvm,
+    baseline: CpuBaseline,
+    vcpu: u8,
+    vcpus: u8,
+) -> Result<CpuId, KvmError> {
     let mut entries = supported(kvm)?;
     match baseline {
         CpuBaseline::V2 => {
@@ -186,7 +247,13 @@ mod tests {
     use super::*;
 
     fn leaf(function: u32, index: u32, ebx: u32, ecx: u32) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 { function, index, ebx, ecx, ..Default::default() }
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            ebx,
+            ecx,
+            ..Default::default()
+        }
     }
 
     #[test]

@@ -32,7 +32,10 @@ impl DirtyBitmap {
 
     /// Number of dirty pages.
     pub fn count(&self) -> u64 {
-        self.words.iter().map(|word| u64::from(word.count_ones())).sum()
+        self.words
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
     }
 
     /// Counts the dirty pages of `other`, a bitmap of the same slot, as dirty here too.
@@ -45,7 +48,11 @@ impl DirtyBitmap {
 
     /// Maximal runs of dirty pages within `range`, as (first page, number).
     pub fn runs(&self, range: std::ops::Range<u64>) -> Runs<'_> {
-        Runs { bitmap: self, next: range.start, end: range.end.min(self.pages) }
+        Runs {
+            bitmap: self,
+            next: range.start,
+            end: range.end.min(self.pages),
+        }
     }
 
     fn is_set(&self, page: u64) -> bool {
@@ -72,7 +79,11 @@ impl Iterator for Runs<'_> {
         while self.next < self.end && !self.bitmap.is_set(self.next) {
             let word = self.bitmap.words[(self.next / 64) as usize] >> (self.next % 64);
             // A word without further bits is skipped whole.
-            self.next += if word == 0 { 64 - self.next % 64 } else { u64::from(word.trailing_zeros()) };
+            self.next += if word == 0 {
+                64 - self.next % 64
+            } else {
+                u64::from(word.trailing_zeros())
+            };
         }
         if self.next >= self.end {
             return None;
@@ -126,12 +137,24 @@ impl DirtyLogSource {
     pub fn new(vm: Arc<VmFd>, slots: Vec<LoggedSlot>) -> Self {
         let cap = kvm_bindings::kvm_enable_cap {
             cap: kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-            args: [u64::from(kvm_bindings::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | kvm_bindings::KVM_DIRTY_LOG_INITIALLY_SET), 0, 0, 0],
+            args: [
+                u64::from(
+                    kvm_bindings::KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+                        | kvm_bindings::KVM_DIRTY_LOG_INITIALLY_SET,
+                ),
+                0,
+                0,
+                0,
+            ],
             ..Default::default()
         };
         // An older KVM lacks it; `start` finds out which protocol is in force.
         let _ = vm.enable_cap(&cap);
-        Self { vm, slots: slots.into(), in_use: Arc::default() }
+        Self {
+            vm,
+            slots: slots.into(),
+            in_use: Arc::default(),
+        }
     }
 
     /// Switches the log on, as soon as nobody else uses it. Every page counts as dirty until it has been cleared
@@ -139,22 +162,40 @@ impl DirtyLogSource {
     pub fn start(&self) -> Result<DirtyLog, KvmError> {
         let mut in_use = self.in_use.0.lock().unwrap_or_else(PoisonError::into_inner);
         while *in_use {
-            in_use = self.in_use.1.wait(in_use).unwrap_or_else(PoisonError::into_inner);
+            in_use = self
+                .in_use
+                .1
+                .wait(in_use)
+                .unwrap_or_else(PoisonError::into_inner);
         }
         *in_use = true;
         drop(in_use);
         let manual = u64::from(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
         let offered = self.vm.check_extension_raw(manual);
-        let protocol = if offered & 2 != 0 { Protocol::Manual } else { Protocol::ReadAndClear };
+        let protocol = if offered & 2 != 0 {
+            Protocol::Manual
+        } else {
+            Protocol::ReadAndClear
+        };
         // From here on dropping the log gives it back, also when switching it on fails half way.
-        let log = DirtyLog { source: self.clone(), protocol };
+        let log = DirtyLog {
+            source: self.clone(),
+            protocol,
+        };
         self.switch(DirtyLogging::On)?;
         Ok(log)
     }
 
     fn switch(&self, logging: DirtyLogging) -> Result<(), KvmError> {
         self.slots.iter().try_for_each(|slot| {
-            map_memory(&self.vm, slot.slot, slot.guest_address, slot.host_address, slot.bytes, logging)
+            map_memory(
+                &self.vm,
+                slot.slot,
+                slot.guest_address,
+                slot.host_address,
+                slot.bytes,
+                logging,
+            )
         })
     }
 }
@@ -186,14 +227,22 @@ impl DirtyLog {
                     .vm
                     .get_dirty_log(slot.slot, slot.bytes as usize)
                     .map_err(KvmError::during("KVM_GET_DIRTY_LOG"))?;
-                Ok(DirtyBitmap::new(words, slot.bytes / godwit_wire::unit::PAGE_BYTES))
+                Ok(DirtyBitmap::new(
+                    words,
+                    slot.bytes / godwit_wire::unit::PAGE_BYTES,
+                ))
             })
             .collect()
     }
 
     /// Makes the dirty pages of `range` in slot number `index` count as clean, because they are about to be
     /// copied. `range.start` is a multiple of 64; so is its length, except at the end of the slot.
-    pub fn clear(&self, index: usize, bitmap: &DirtyBitmap, range: std::ops::Range<u64>) -> Result<(), KvmError> {
+    pub fn clear(
+        &self,
+        index: usize,
+        bitmap: &DirtyBitmap,
+        range: std::ops::Range<u64>,
+    ) -> Result<(), KvmError> {
         match self.protocol {
             Protocol::ReadAndClear => Ok(()),
             Protocol::Manual => {
@@ -216,7 +265,10 @@ impl DirtyLog {
         }
         // Waiting is what is asked for here: the guest's writes announce themselves to nobody.
         std::thread::sleep(window);
-        Ok(self.read()?.iter().map(DirtyBitmap::count).sum::<u64>() * godwit_wire::unit::PAGE_BYTES)
+        Ok(
+            self.read()?.iter().map(DirtyBitmap::count).sum::<u64>()
+                * godwit_wire::unit::PAGE_BYTES,
+        )
     }
 }
 
@@ -226,7 +278,12 @@ impl Drop for DirtyLog {
         if let Err(error) = self.source.switch(DirtyLogging::Off) {
             tracing::warn!(%error, "the dirty log could not be switched off");
         }
-        *self.source.in_use.0.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        *self
+            .source
+            .in_use
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = false;
         self.source.in_use.1.notify_one();
     }
 }

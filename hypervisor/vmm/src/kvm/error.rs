@@ -40,7 +40,9 @@ pub enum KvmError {
         present: Option<u64>,
     },
     /// The host's TSC runs at another rate and cannot be scaled.
-    #[error("the guest's TSC runs at {guest_khz} kHz, the host's at {host_khz} kHz, and it cannot be scaled")]
+    #[error(
+        "the guest's TSC runs at {guest_khz} kHz, the host's at {host_khz} kHz, and it cannot be scaled"
+    )]
     TscRate {
         /// Rate the guest knows.
         guest_khz: u32,
@@ -59,7 +61,10 @@ impl KvmError {
     }
 
     pub(crate) fn during(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
-        move |error| Self::Call { call, source: io::Error::from_raw_os_error(error.errno()) }
+        move |error| Self::Call {
+            call,
+            source: io::Error::from_raw_os_error(error.errno()),
+        }
     }
 
     /// What the operator can do about it.
@@ -68,10 +73,18 @@ impl KvmError {
             Self::NoDevice => {
                 "enable hardware virtualization in the firmware and load kvm_intel or kvm_amd (modprobe), or run on a host that has it"
             }
-            Self::NoPermission => "run as root or add the user to the group that owns /dev/kvm (usually `kvm`)",
-            Self::TscRate { .. } => "choose a target with the same TSC rate or one whose KVM can scale it",
-            Self::Msr { .. } => "choose a target with the same CPU, or a lower CPU baseline for the VM",
-            _ => "check the kernel log (dmesg) and the kernel's version; Linux 5.10 or newer is needed",
+            Self::NoPermission => {
+                "run as root or add the user to the group that owns /dev/kvm (usually `kvm`)"
+            }
+            Self::TscRate { .. } => {
+                "choose a target with the same TSC rate or one whose KVM can scale it"
+            }
+            Self::Msr { .. } => {
+                "choose a target with the same CPU, or a lower CPU baseline for the VM"
+            }
+            _ => {
+                "check the kernel log (dmesg) and the kernel's version; Linux 5.10 or newer is needed"
+            }
         }
     }
 }

@@ -16,12 +16,28 @@ const KVM_HAS_DEVICE_ATTR: libc::c_ulong = 0x4018_aee3;
 const KVM_GET_SREGS2: libc::c_ulong = 0x8140_aecc;
 const KVM_SET_SREGS2: libc::c_ulong = 0x4140_aecd;
 
-const _: () = assert!(size_of::<kvm_sregs2>() == 0x140, "the ioctl number encodes the size");
-const _: () = assert!(size_of::<kvm_clear_dirty_log>() == 0x18, "the ioctl number encodes the size");
-const _: () = assert!(size_of::<kvm_device_attr>() == 0x18, "the ioctl number encodes the size");
+const _: () = assert!(
+    size_of::<kvm_sregs2>() == 0x140,
+    "the ioctl number encodes the size"
+);
+const _: () = assert!(
+    size_of::<kvm_clear_dirty_log>() == 0x18,
+    "the ioctl number encodes the size"
+);
+const _: () = assert!(
+    size_of::<kvm_device_attr>() == 0x18,
+    "the ioctl number encodes the size"
+);
 
 fn check(call: &'static str, result: libc::c_int) -> Result<(), KvmError> {
-    if result < 0 { Err(KvmError::Call { call, source: io::Error::last_os_error() }) } else { Ok(()) }
+    if result < 0 {
+        Err(KvmError::Call {
+            call,
+            source: io::Error::last_os_error(),
+        })
+    } else {
+        Ok(())
+    }
 }
 
 /// Clears and write-protects again `pages` pages from `first_page` on (both multiples of 64, except at the
@@ -33,30 +49,50 @@ pub(super) fn clear_dirty_log(
     pages: u32,
     bitmap: &[u64],
 ) -> Result<(), KvmError> {
-    assert!(bitmap.len() * 64 >= pages as usize, "the bitmap covers every page named");
-    let mut request = kvm_clear_dirty_log { slot, num_pages: pages, first_page, ..Default::default() };
+    assert!(
+        bitmap.len() * 64 >= pages as usize,
+        "the bitmap covers every page named"
+    );
+    let mut request = kvm_clear_dirty_log {
+        slot,
+        num_pages: pages,
+        first_page,
+        ..Default::default()
+    };
     request.__bindgen_anon_1.dirty_bitmap = bitmap.as_ptr().cast_mut().cast();
     // SAFETY: the fd is a VM's, the struct has the layout the ioctl number names, and the bitmap is readable
     // for `pages` bits, which was asserted above; the kernel only reads it.
-    check("KVM_CLEAR_DIRTY_LOG", unsafe { libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG as _, &request) })
+    check("KVM_CLEAR_DIRTY_LOG", unsafe {
+        libc::ioctl(vm.as_raw_fd(), KVM_CLEAR_DIRTY_LOG as _, &request)
+    })
 }
 
 pub(super) fn get_sregs2(vcpu: &VcpuFd) -> Result<kvm_sregs2, KvmError> {
     let mut sregs = kvm_sregs2::default();
     // SAFETY: the fd is a vCPU's and the kernel writes exactly one kvm_sregs2, which the struct is.
-    check("KVM_GET_SREGS2", unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_SREGS2 as _, &mut sregs) })?;
+    check("KVM_GET_SREGS2", unsafe {
+        libc::ioctl(vcpu.as_raw_fd(), KVM_GET_SREGS2 as _, &mut sregs)
+    })?;
     Ok(sregs)
 }
 
 pub(super) fn set_sregs2(vcpu: &VcpuFd, sregs: &kvm_sregs2) -> Result<(), KvmError> {
     // SAFETY: the fd is a vCPU's and the kernel reads exactly one kvm_sregs2, which the struct is.
-    check("KVM_SET_SREGS2", unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SREGS2 as _, sregs) })
+    check("KVM_SET_SREGS2", unsafe {
+        libc::ioctl(vcpu.as_raw_fd(), KVM_SET_SREGS2 as _, sregs)
+    })
 }
 
 /// The bytes of a `kvm_sregs2`, for saving.
 pub(super) fn sregs2_bytes(sregs: &kvm_sregs2) -> Vec<u8> {
     // SAFETY: kvm_sregs2 is a C struct of integers; padding was zeroed by Default and is only ever copied.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(sregs).cast::<u8>(), size_of::<kvm_sregs2>()) }.to_vec()
+    unsafe {
+        std::slice::from_raw_parts(
+            std::ptr::from_ref(sregs).cast::<u8>(),
+            size_of::<kvm_sregs2>(),
+        )
+    }
+    .to_vec()
 }
 
 /// The `kvm_sregs2` that [`sregs2_bytes`] saved, or `None` if the length is not right.
@@ -89,14 +125,18 @@ pub(super) fn get_tsc_offset(vcpu: &VcpuFd) -> Result<u64, KvmError> {
     let mut offset = 0u64;
     let attr = tsc_offset_attr(std::ptr::from_mut(&mut offset) as u64);
     // SAFETY: the fd is a vCPU's; the kernel writes one u64 at `addr`, which is `offset`, alive until return.
-    check("KVM_GET_DEVICE_ATTR", unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR as _, &attr) })?;
+    check("KVM_GET_DEVICE_ATTR", unsafe {
+        libc::ioctl(vcpu.as_raw_fd(), KVM_GET_DEVICE_ATTR as _, &attr)
+    })?;
     Ok(offset)
 }
 
 pub(super) fn set_tsc_offset(vcpu: &VcpuFd, offset: u64) -> Result<(), KvmError> {
     let attr = tsc_offset_attr(std::ptr::from_ref(&offset) as u64);
     // SAFETY: the fd is a vCPU's; the kernel reads one u64 at `addr`, which is `offset`, alive until return.
-    check("KVM_SET_DEVICE_ATTR", unsafe { libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR as _, &attr) })
+    check("KVM_SET_DEVICE_ATTR", unsafe {
+        libc::ioctl(vcpu.as_raw_fd(), KVM_SET_DEVICE_ATTR as _, &attr)
+    })
 }
 
 /// The host's time-stamp counter.

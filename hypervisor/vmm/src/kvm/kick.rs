@@ -12,8 +12,10 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 /// Lets the kick signal interrupt system calls instead of ending the process. Called once, before any vCPU runs.
 pub fn install_kick_handler() -> Result<(), KvmError> {
     extern "C" fn handle(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), handle)
-        .map_err(|error| KvmError::Call { call: "sigaction", source: std::io::Error::from_raw_os_error(error.errno()) })
+    register_signal_handler(SIGRTMIN(), handle).map_err(|error| KvmError::Call {
+        call: "sigaction",
+        source: std::io::Error::from_raw_os_error(error.errno()),
+    })
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -35,14 +37,20 @@ impl Kick {
     /// A kick whose vCPU is not there yet.
     #[allow(clippy::new_without_default)]
     pub fn new() -> Self {
-        Self { target: Arc::new(Mutex::new(None)) }
+        Self {
+            target: Arc::new(Mutex::new(None)),
+        }
     }
 
     /// The vCPU leaves `KVM_RUN`, or does not enter it, once.
     pub fn kick(&self) {
         // The lock is held over the signal, so the thread cannot end (and its id be reused) in between.
         let target = self.target.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(Target { immediate_exit, thread }) = *target {
+        if let Some(Target {
+            immediate_exit,
+            thread,
+        }) = *target
+        {
             // SAFETY: the pointer was taken from the VcpuFd's live mapping, which `Kickable` keeps until it has
             // cleared `target` under this lock; the byte is only accessed atomically or by the kernel.
             unsafe { &*immediate_exit }.store(1, Ordering::SeqCst);
@@ -63,11 +71,20 @@ pub struct Kickable {
 impl Kickable {
     /// Registers the calling thread as the one that runs `vcpu`.
     pub fn register(mut vcpu: VcpuFd, kick: Kick) -> Self {
-        let immediate_exit = std::ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit).cast_const().cast();
+        let immediate_exit = std::ptr::from_mut(&mut vcpu.get_kvm_run().immediate_exit)
+            .cast_const()
+            .cast();
         // SAFETY: gettid has no preconditions.
         let thread = unsafe { libc::gettid() };
-        *kick.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(Target { immediate_exit, thread });
-        Self { vcpu, kick, immediate_exit }
+        *kick.target.lock().unwrap_or_else(PoisonError::into_inner) = Some(Target {
+            immediate_exit,
+            thread,
+        });
+        Self {
+            vcpu,
+            kick,
+            immediate_exit,
+        }
     }
 
     /// The vCPU.
@@ -92,6 +109,10 @@ impl Kickable {
 
 impl Drop for Kickable {
     fn drop(&mut self) {
-        *self.kick.target.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self
+            .kick
+            .target
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
     }
 }

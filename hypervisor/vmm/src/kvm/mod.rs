@@ -49,11 +49,18 @@ pub fn open() -> Result<Kvm, KvmError> {
 /// Creates a VM with irqchip and PIT, ready for vCPUs.
 pub fn create_vm(kvm: &Kvm) -> Result<VmFd, KvmError> {
     let vm = kvm.create_vm().map_err(KvmError::during("KVM_CREATE_VM"))?;
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(KvmError::during("KVM_SET_IDENTITY_MAP_ADDR"))?;
-    vm.set_tss_address(TSS_ADDRESS).map_err(KvmError::during("KVM_SET_TSS_ADDR"))?;
-    vm.create_irq_chip().map_err(KvmError::during("KVM_CREATE_IRQCHIP"))?;
-    let pit = kvm_bindings::kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(KvmError::during("KVM_CREATE_PIT2"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+        .map_err(KvmError::during("KVM_SET_IDENTITY_MAP_ADDR"))?;
+    vm.set_tss_address(TSS_ADDRESS)
+        .map_err(KvmError::during("KVM_SET_TSS_ADDR"))?;
+    vm.create_irq_chip()
+        .map_err(KvmError::during("KVM_CREATE_IRQCHIP"))?;
+    let pit = kvm_bindings::kvm_pit_config {
+        flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY,
+        ..Default::default()
+    };
+    vm.create_pit2(pit)
+        .map_err(KvmError::during("KVM_CREATE_PIT2"))?;
     Ok(vm)
 }
 
@@ -80,7 +87,8 @@ pub fn map_memory(
     };
     // SAFETY: the range is a live mapping owned by GuestRam, which outlives the VM (both live in Machine, RAM
     // is reference-counted and never remapped), and the guest may do what it likes with its own memory.
-    unsafe { vm.set_user_memory_region(region) }.map_err(KvmError::during("KVM_SET_USER_MEMORY_REGION"))
+    unsafe { vm.set_user_memory_region(region) }
+        .map_err(KvmError::during("KVM_SET_USER_MEMORY_REGION"))
 }
 
 /// Whether KVM notes which pages the guest writes.

@@ -19,18 +19,26 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 ///
 /// Probed once per machine after CPUID is set: since Linux 6.13 KVM refuses MSRs the guest's CPUID does not have.
 pub fn readable_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
-    let listed = kvm.get_msr_index_list().map_err(KvmError::during("KVM_GET_MSR_INDEX_LIST"))?;
+    let listed = kvm
+        .get_msr_index_list()
+        .map_err(KvmError::during("KVM_GET_MSR_INDEX_LIST"))?;
     let mut indices: Vec<u32> = listed.as_slice().iter().copied().chain(KVM_MSRS).collect();
     indices.sort_unstable();
     indices.dedup();
-    indices.retain(|&index| index != MSR_IA32_TSC && index != MSR_KVM_ASYNC_PF_ACK && read(vcpu, index).is_some());
+    indices.retain(|&index| {
+        index != MSR_IA32_TSC && index != MSR_KVM_ASYNC_PF_ACK && read(vcpu, index).is_some()
+    });
     indices.sort_by_key(|&index| index == MSR_IA32_TSC_DEADLINE);
     Ok(indices)
 }
 
 /// Value of one MSR, or `None` if it cannot be read.
 pub(super) fn read(vcpu: &VcpuFd, index: u32) -> Option<u64> {
-    let mut msrs = Msrs::from_entries(&[kvm_msr_entry { index, ..Default::default() }]).ok()?;
+    let mut msrs = Msrs::from_entries(&[kvm_msr_entry {
+        index,
+        ..Default::default()
+    }])
+    .ok()?;
     match vcpu.get_msrs(&mut msrs) {
         Ok(1) => Some(msrs.as_slice()[0].data),
         _ => None,
@@ -41,13 +49,30 @@ pub(super) fn read(vcpu: &VcpuFd, index: u32) -> Option<u64> {
 pub(super) fn save(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
     let mut saved = Vec::with_capacity(indices.len());
     for chunk in indices.chunks(kvm_bindings::KVM_MAX_MSR_ENTRIES) {
-        let entries: Vec<_> = chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
-        let mut msrs = Msrs::from_entries(&entries).expect("a chunk holds at most KVM_MAX_MSR_ENTRIES");
-        let read = vcpu.get_msrs(&mut msrs).map_err(KvmError::during("KVM_GET_MSRS"))?;
+        let entries: Vec<_> = chunk
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs =
+            Msrs::from_entries(&entries).expect("a chunk holds at most KVM_MAX_MSR_ENTRIES");
+        let read = vcpu
+            .get_msrs(&mut msrs)
+            .map_err(KvmError::during("KVM_GET_MSRS"))?;
         if read < chunk.len() {
-            return Err(KvmError::Msr { index: chunk[read], wanted: 0, present: None });
+            return Err(KvmError::Msr {
+                index: chunk[read],
+                wanted: 0,
+                present: None,
+            });
         }
-        saved.extend(msrs.as_slice().iter().map(|entry| (entry.index, entry.data)));
+        saved.extend(
+            msrs.as_slice()
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
     }
     Ok(saved)
 }
@@ -58,16 +83,28 @@ pub(super) fn restore(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), KvmErr
     let mut rest = values;
     while !rest.is_empty() {
         let chunk = &rest[..rest.len().min(kvm_bindings::KVM_MAX_MSR_ENTRIES)];
-        let entries: Vec<_> =
-            chunk.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let entries: Vec<_> = chunk
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
         let msrs = Msrs::from_entries(&entries).expect("a chunk holds at most KVM_MAX_MSR_ENTRIES");
-        let set = vcpu.set_msrs(&msrs).map_err(KvmError::during("KVM_SET_MSRS"))?;
+        let set = vcpu
+            .set_msrs(&msrs)
+            .map_err(KvmError::during("KVM_SET_MSRS"))?;
         rest = &rest[set..];
         if set < chunk.len() {
             let (index, wanted) = rest[0];
             let present = read(vcpu, index);
             if present != Some(wanted) {
-                return Err(KvmError::Msr { index, wanted, present });
+                return Err(KvmError::Msr {
+                    index,
+                    wanted,
+                    present,
+                });
             }
             rest = &rest[1..];
         }

@@ -1,11 +1,15 @@
 //! ACPI tables of the `godwit-1` platform: hardware-reduced, so the guest needs no power-management timer, no
 //! SMI and no legacy event blocks.
 
-use crate::devices::{COM1_IRQ, COM1_PORT, KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5};
+use crate::devices::{
+    COM1_IRQ, COM1_PORT, KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5,
+};
 use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -45,7 +49,13 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 }
 
 fn io_register(port: u16) -> GAS {
-    GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+    GAS::new(
+        AddressSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(port),
+    )
 }
 
 fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
@@ -66,8 +76,12 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
 }
 
 fn madt(vcpus: u8) -> MADT {
-    let mut madt =
-        MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(LAPIC_ADDRESS));
+    let mut madt = MADT::new(
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+        LocalInterruptController::Address(LAPIC_ADDRESS),
+    );
     for vcpu in 0..vcpus {
         madt.add_structure(ProcessorLocalApic::new(vcpu, vcpu, EnabledStatus::Enabled));
     }

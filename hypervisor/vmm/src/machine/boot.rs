@@ -39,15 +39,30 @@ pub(super) struct Entry {
 }
 
 /// Loads everything `spec` boots into `ram`. `builtin` is the pilot's ELF image.
-pub(super) fn load(spec: &MachineSpec, builtin: &'static [u8], ram: &GuestRam) -> Result<Entry, MachineError> {
+pub(super) fn load(
+    spec: &MachineSpec,
+    builtin: &'static [u8],
+    ram: &GuestRam,
+) -> Result<Entry, MachineError> {
     let (loaded, initrd, cmdline) = match &spec.boot {
         Boot::Pilot => {
             let loaded = load_elf("boot", &mut Cursor::new(builtin), ram)?;
-            (loaded, None, format!("vcpus={} tick_us={PILOT_TICK_US}", spec.vcpus))
+            (
+                loaded,
+                None,
+                format!("vcpus={} tick_us={PILOT_TICK_US}", spec.vcpus),
+            )
         }
-        Boot::Linux { kernel, initrd, cmdline } => {
+        Boot::Linux {
+            kernel,
+            initrd,
+            cmdline,
+        } => {
             let loaded = load_elf("boot.kernel", &mut open("boot.kernel", kernel)?, ram)?;
-            let initrd = initrd.as_deref().map(|path| load_initrd(path, loaded.end, ram)).transpose()?;
+            let initrd = initrd
+                .as_deref()
+                .map(|path| load_initrd(path, loaded.end, ram))
+                .transpose()?;
             (loaded, initrd, cmdline.clone())
         }
     };
@@ -73,33 +88,52 @@ struct Loaded {
 }
 
 fn open(field: &'static str, path: &Path) -> Result<File, MachineError> {
-    File::open(path).map_err(|source| MachineError::File { field, path: path.to_owned(), source })
+    File::open(path).map_err(|source| MachineError::File {
+        field,
+        path: path.to_owned(),
+        source,
+    })
 }
 
 fn load_elf<F>(field: &'static str, image: &mut F, ram: &GuestRam) -> Result<Loaded, MachineError>
 where
     F: Read + std::io::Seek + vm_memory::ReadVolatile,
 {
-    let loaded = Elf::load(ram.map(), None, image, Some(GuestAddress(HIGH_RAM)))
-        .map_err(|error| MachineError::NotAKernel { field, reason: error.to_string() })?;
-    Ok(Loaded { entry: loaded.kernel_load.0, end: loaded.kernel_end })
+    let loaded =
+        Elf::load(ram.map(), None, image, Some(GuestAddress(HIGH_RAM))).map_err(|error| {
+            MachineError::NotAKernel {
+                field,
+                reason: error.to_string(),
+            }
+        })?;
+    Ok(Loaded {
+        entry: loaded.kernel_load.0,
+        end: loaded.kernel_end,
+    })
 }
 
 /// Puts the initrd as high as the kernel can reach it: below 4 GiB and within the first segment.
 fn load_initrd(path: &Path, kernel_end: u64, ram: &GuestRam) -> Result<(u32, u32), MachineError> {
     const FIELD: &str = "boot.initrd";
-    let file_error = |source| MachineError::File { field: FIELD, path: path.to_owned(), source };
+    let file_error = |source| MachineError::File {
+        field: FIELD,
+        path: path.to_owned(),
+        source,
+    };
     let mut file = open(FIELD, path)?;
     let bytes = file.metadata().map_err(file_error)?.len();
     let top = ram.segments()[0].bytes;
     let address = top.checked_sub(bytes).map_or(0, |address| address & !0xfff);
     if address < kernel_end.max(HIGH_RAM) || bytes > u64::from(u32::MAX) {
-        return Err(MachineError::NoRoom { initrd_bytes: bytes });
+        return Err(MachineError::NoRoom {
+            initrd_bytes: bytes,
+        });
     }
     if bytes > 0 {
         use vm_memory::ReadVolatile;
         let mut room = ram.slice(address, bytes)?;
-        file.read_exact_volatile(&mut room).map_err(|error| file_error(std::io::Error::other(error)))?;
+        file.read_exact_volatile(&mut room)
+            .map_err(|error| file_error(std::io::Error::other(error)))?;
     }
     Ok((address as u32, bytes as u32))
 }
@@ -124,9 +158,14 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), MachineError> {
     ram.write(PAGE_TABLES, &(pdpt | PRESENT_WRITABLE).to_le_bytes())?;
     for gib in 0..IDENTITY_GIB {
         let directory = directories + gib * 0x1000;
-        ram.write(pdpt + gib * 8, &(directory | PRESENT_WRITABLE).to_le_bytes())?;
+        ram.write(
+            pdpt + gib * 8,
+            &(directory | PRESENT_WRITABLE).to_le_bytes(),
+        )?;
         let entries: Vec<u8> = (0..512u64)
-            .flat_map(|entry| (((gib << 30) + (entry << 21)) | PRESENT_WRITABLE | LARGE).to_le_bytes())
+            .flat_map(|entry| {
+                (((gib << 30) + (entry << 21)) | PRESENT_WRITABLE | LARGE).to_le_bytes()
+            })
             .collect();
         ram.write(directory, &entries)?;
     }
@@ -135,7 +174,10 @@ fn write_page_tables(ram: &GuestRam) -> Result<(), MachineError> {
 
 /// Null, unused, 64-bit code, data: the selectors the boot protocol names (0x10 and 0x18).
 fn gdt() -> Vec<u8> {
-    [0u64, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff].iter().flat_map(|entry| entry.to_le_bytes()).collect()
+    [0u64, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff]
+        .iter()
+        .flat_map(|entry| entry.to_le_bytes())
+        .collect()
 }
 
 fn segment(selector: u16, kind: u8, long: u8) -> kvm_segment {
@@ -157,7 +199,9 @@ fn segment(selector: u16, kind: u8, long: u8) -> kvm_segment {
 impl Entry {
     /// Puts the boot vCPU at the kernel's entry.
     pub(super) fn enter(self, vcpu: &VcpuFd) -> Result<(), KvmError> {
-        let mut sregs = vcpu.get_sregs().map_err(KvmError::during("KVM_GET_SREGS"))?;
+        let mut sregs = vcpu
+            .get_sregs()
+            .map_err(KvmError::during("KVM_GET_SREGS"))?;
         sregs.cs = segment(CODE_SELECTOR, 0xb, 1);
         let data = segment(DATA_SELECTOR, 0x3, 0);
         (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
@@ -168,8 +212,16 @@ impl Entry {
         sregs.cr4 = 1 << 5; // PAE
         sregs.cr0 = 1 | 1 << 4 | 1 << 5 | 1 << 31; // PE, ET, NE, PG
         sregs.efer = 1 << 8 | 1 << 10; // LME, LMA
-        vcpu.set_sregs(&sregs).map_err(KvmError::during("KVM_SET_SREGS"))?;
-        let regs = kvm_regs { rip: self.rip, rsi: BOOT_PARAMS, rsp: BOOT_PARAMS, rflags: 2, ..Default::default() };
-        vcpu.set_regs(&regs).map_err(KvmError::during("KVM_SET_REGS"))
+        vcpu.set_sregs(&sregs)
+            .map_err(KvmError::during("KVM_SET_SREGS"))?;
+        let regs = kvm_regs {
+            rip: self.rip,
+            rsi: BOOT_PARAMS,
+            rsp: BOOT_PARAMS,
+            rflags: 2,
+            ..Default::default()
+        };
+        vcpu.set_regs(&regs)
+            .map_err(KvmError::during("KVM_SET_REGS"))
     }
 }

@@ -39,7 +39,8 @@ impl BootParams<'_> {
     /// The page as the kernel reads it.
     pub(super) fn encode(&self) -> [u8; BOOT_PARAMS_BYTES] {
         let mut page = [0; BOOT_PARAMS_BYTES];
-        let mut put = |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(ACPI_RSDP_ADDR, &self.rsdp.to_le_bytes());
         put(BOOT_FLAG, &0xaa55u16.to_le_bytes());
         put(HEADER, b"HdrS");
@@ -53,7 +54,10 @@ impl BootParams<'_> {
             put(RAMDISK_IMAGE, &address.to_le_bytes());
             put(RAMDISK_SIZE, &bytes.to_le_bytes());
         }
-        assert!(self.memory_map.len() <= 128, "the table has room for 128 ranges");
+        assert!(
+            self.memory_map.len() <= 128,
+            "the table has room for 128 ranges"
+        );
         put(E820_ENTRIES, &[self.memory_map.len() as u8]);
         for (number, (start, bytes, kind)) in self.memory_map.iter().enumerate() {
             let entry = E820_TABLE + number * 20;
@@ -72,7 +76,10 @@ mod tests {
     #[test]
     fn the_kernel_finds_its_memory_map_and_command_line() {
         let page = BootParams {
-            memory_map: &[(0, 0x9_fc00, RangeKind::Ram), (0x10_0000, 0x3f0_0000, RangeKind::Ram)],
+            memory_map: &[
+                (0, 0x9_fc00, RangeKind::Ram),
+                (0x10_0000, 0x3f0_0000, RangeKind::Ram),
+            ],
             initrd: Some((0x300_0000, 77)),
             cmdline: 0x2_0000,
             cmdline_bytes: 9,
@@ -80,7 +87,10 @@ mod tests {
         }
         .encode();
         assert_eq!(page[E820_ENTRIES], 2);
-        assert_eq!(page[E820_TABLE + 20..E820_TABLE + 28], 0x10_0000u64.to_le_bytes());
+        assert_eq!(
+            page[E820_TABLE + 20..E820_TABLE + 28],
+            0x10_0000u64.to_le_bytes()
+        );
         assert_eq!(page[RAMDISK_SIZE..RAMDISK_SIZE + 4], 77u32.to_le_bytes());
         assert_eq!(&page[HEADER..HEADER + 4], b"HdrS");
     }

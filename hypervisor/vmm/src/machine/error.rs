@@ -16,7 +16,7 @@ pub enum MachineError {
     #[error(transparent)]
     Ram(#[from] RamError),
     /// A file of the boot spec cannot be read.
-    #[error("{field}: {} cannot be read: {source}", path.display())]
+    #[error("{} cannot be read", path.display())]
     File {
         /// Field of the spec.
         field: &'static str,
@@ -26,7 +26,7 @@ pub enum MachineError {
         source: io::Error,
     },
     /// The kernel is not what this machine boots.
-    #[error("{field}: not an uncompressed 64-bit ELF kernel ({reason})")]
+    #[error("not an uncompressed 64-bit ELF kernel ({reason})")]
     NotAKernel {
         /// Field of the spec.
         field: &'static str,
@@ -34,7 +34,9 @@ pub enum MachineError {
         reason: String,
     },
     /// Kernel and initial RAM disk do not fit.
-    #[error("the initial RAM disk of {initrd_bytes} bytes does not fit into guest memory behind the kernel")]
+    #[error(
+        "the initial RAM disk of {initrd_bytes} bytes does not fit into guest memory behind the kernel"
+    )]
     NoRoom {
         /// Size of the initrd.
         initrd_bytes: u64,
@@ -74,7 +76,8 @@ impl MachineError {
         };
         match self {
             Self::Kvm(error) => {
-                Problem::new(503, "kvm-unavailable", "KVM cannot run this machine", chain).with_remedy(error.remedy())
+                Problem::new(503, "kvm-unavailable", "KVM cannot run this machine", chain)
+                    .with_remedy(error.remedy())
             }
             Self::Ram(RamError::NotEnough { .. }) => Problem::invalid(vec![FieldProblem::new(
                 at("memory_mib"),

@@ -33,7 +33,9 @@ pub struct MachineParts {
 
 impl std::fmt::Debug for MachineParts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MachineParts").field("spec", &self.spec).finish_non_exhaustive()
+        f.debug_struct("MachineParts")
+            .field("spec", &self.spec)
+            .finish_non_exhaustive()
     }
 }
 
@@ -63,7 +65,9 @@ pub struct Machine {
 
 impl std::fmt::Debug for Machine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Machine").field("spec", &self.spec).finish_non_exhaustive()
+        f.debug_struct("Machine")
+            .field("spec", &self.spec)
+            .finish_non_exhaustive()
     }
 }
 
@@ -79,12 +83,18 @@ impl Machine {
         ram.give_to(&vm)?;
         let serial = SerialPort::new(irq_line(&vm)?, parts.console.clone());
         let bus = PortBus::new(serial);
-        let gate = Arc::new(Gate { stop: true.into(), lease });
+        let gate = Arc::new(Gate {
+            stop: true.into(),
+            lease,
+        });
         let mut fds = Vec::new();
         for index in 0..spec.vcpus {
-            let fd = vm.create_vcpu(u64::from(index)).map_err(KvmError::during("KVM_CREATE_VCPU"))?;
+            let fd = vm
+                .create_vcpu(u64::from(index))
+                .map_err(KvmError::during("KVM_CREATE_VCPU"))?;
             let cpuid = kvm::guest_cpuid(&kvm, spec.cpu, index, spec.vcpus)?;
-            fd.set_cpuid2(&cpuid).map_err(KvmError::during("KVM_SET_CPUID2"))?;
+            fd.set_cpuid2(&cpuid)
+                .map_err(KvmError::during("KVM_SET_CPUID2"))?;
             fds.push(fd);
         }
         let msrs: Arc<[u32]> = kvm::readable_msrs(&kvm, &fds[0])?.into();
@@ -94,16 +104,32 @@ impl Machine {
             .map(|(index, fd)| Vcpu::start(index, fd, bus.clone(), gate.clone(), events.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         let lease_watch = match gate.lease {
-            Some(_) => Some(LeaseWatch::start(gate.clone(), vcpus.iter().map(|vcpu| vcpu.kick().clone()).collect())?),
+            Some(_) => Some(LeaseWatch::start(
+                gate.clone(),
+                vcpus.iter().map(|vcpu| vcpu.kick().clone()).collect(),
+            )?),
             None => None,
         };
-        Ok(Self { lease_watch, vcpus, gate, bus, msrs, dirty_log, vm, kvm, ram, spec: spec.clone() })
+        Ok(Self {
+            lease_watch,
+            vcpus,
+            gate,
+            bus,
+            msrs,
+            dirty_log,
+            vm,
+            kvm,
+            ram,
+            spec: spec.clone(),
+        })
     }
 
     /// Loads what the spec boots and puts the first vCPU at its entry. For a machine that has never run.
     pub fn load(&self, builtin: &'static [u8]) -> Result<(), MachineError> {
         let entry = boot::load(&self.spec, builtin, &self.ram)?;
-        self.vcpus[0].call(move |vcpu| entry.enter(vcpu))?.wait()??;
+        self.vcpus[0]
+            .call(move |vcpu| entry.enter(vcpu))?
+            .wait()??;
         Ok(())
     }
 
@@ -127,7 +153,11 @@ impl Machine {
         for vcpu in &self.vcpus {
             vcpu.kick().kick();
         }
-        let answers = self.vcpus.iter().map(|vcpu| vcpu.call(|_| ())).collect::<Result<Vec<_>, _>>()?;
+        let answers = self
+            .vcpus
+            .iter()
+            .map(|vcpu| vcpu.call(|_| ()))
+            .collect::<Result<Vec<_>, _>>()?;
         answers.into_iter().try_for_each(super::vcpu::Answer::wait)
     }
 
@@ -142,7 +172,10 @@ impl Machine {
                 vcpu.call(move |fd| VcpuState::save(&kvm, fd, &msrs, &at))
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let vcpus = answers.into_iter().map(|answer| Ok(answer.wait()??)).collect::<Result<Vec<_>, MachineError>>()?;
+        let vcpus = answers
+            .into_iter()
+            .map(|answer| Ok(answer.wait()??))
+            .collect::<Result<Vec<_>, MachineError>>()?;
         let saved = SavedMachine {
             version: SAVED_VERSION,
             vm: VmState::save(&self.vm)?,
@@ -155,10 +188,17 @@ impl Machine {
     /// Makes this machine, which has never run, what was saved. `age` is the time since guest time was sampled.
     pub fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError> {
         if saved.version != SAVED_VERSION {
-            return Err(MachineError::BadState(format!("it has version {} and this program knows {SAVED_VERSION}", saved.version)));
+            return Err(MachineError::BadState(format!(
+                "it has version {} and this program knows {SAVED_VERSION}",
+                saved.version
+            )));
         }
         if saved.vcpus.len() != self.vcpus.len() {
-            return Err(MachineError::BadState(format!("it has {} vCPUs and this machine {}", saved.vcpus.len(), self.vcpus.len())));
+            return Err(MachineError::BadState(format!(
+                "it has {} vCPUs and this machine {}",
+                saved.vcpus.len(),
+                self.vcpus.len()
+            )));
         }
         self.bus
             .serial()
@@ -180,7 +220,9 @@ impl Machine {
                 })
             })
             .collect::<Result<Vec<_>, _>>()?;
-        answers.into_iter().try_for_each(|answer| Ok(answer.wait()??))
+        answers
+            .into_iter()
+            .try_for_each(|answer| Ok(answer.wait()??))
     }
 
     /// The log of what the guest writes.
@@ -225,16 +267,24 @@ impl Drop for Machine {
 
 /// An eventfd that raises COM1's interrupt.
 fn irq_line(vm: &VmFd) -> Result<EventFd, MachineError> {
-    let os = |source| MachineError::Os { what: "an eventfd cannot be had", source };
+    let os = |source| MachineError::Os {
+        what: "an eventfd cannot be had",
+        source,
+    };
     let irq = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(os)?;
-    vm.register_irqfd(&irq, COM1_IRQ).map_err(KvmError::during("KVM_IRQFD"))?;
+    vm.register_irqfd(&irq, COM1_IRQ)
+        .map_err(KvmError::during("KVM_IRQFD"))?;
     Ok(irq)
 }
 
 /// User and system time of a thread of this process.
 fn thread_cpu_ms(thread: i32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
-    stat.split_whitespace().next().and_then(|ns| ns.parse::<u64>().ok()).map_or(0, |ns| ns / 1_000_000)
+    let stat =
+        std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
+    stat.split_whitespace()
+        .next()
+        .and_then(|ns| ns.parse::<u64>().ok())
+        .map_or(0, |ns| ns / 1_000_000)
 }
 
 /// Interrupts vCPUs when the lease is over. It runs on its own thread, so neither a busy driver nor a dead agent
@@ -260,8 +310,14 @@ impl LeaseWatch {
         let thread = std::thread::Builder::new()
             .name("lease".into())
             .spawn(move || watch_lease(&gate, &kicks, &theirs))
-            .map_err(|source| MachineError::Os { what: "the lease thread cannot be started", source })?;
-        Ok(Self { shared, thread: Some(thread) })
+            .map_err(|source| MachineError::Os {
+                what: "the lease thread cannot be started",
+                source,
+            })?;
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
     }
 
     fn wake(&self) {
@@ -284,7 +340,11 @@ fn watch_lease(gate: &Gate, kicks: &[kvm::Kick], shared: &(Mutex<Watching>, Cond
                 EXPIRED_RECHECK
             }
         };
-        watching = shared.1.wait_timeout(watching, wait).unwrap_or_else(PoisonError::into_inner).0;
+        watching = shared
+            .1
+            .wait_timeout(watching, wait)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0;
     }
 }
 

@@ -16,9 +16,9 @@ use crate::devices::{PortBus, PowerEvent};
 use crate::kvm::{Kick, Kickable, KvmError, VcpuExit, VcpuFd};
 use crate::memory::LeasePage;
 use godwit_wire::lease::LeaseState;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,9 @@ pub(super) struct Gate {
 impl Gate {
     /// Whether the lease, if there is one, allows guest code to run now.
     pub(super) fn lease_allows(&self) -> bool {
-        self.lease.as_ref().is_none_or(|lease| matches!(lease.state(), LeaseState::Held { .. }))
+        self.lease
+            .as_ref()
+            .is_none_or(|lease| matches!(lease.state(), LeaseState::Held { .. }))
     }
 }
 
@@ -100,12 +102,31 @@ impl Vcpu {
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
-                thread_stats.thread.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Relaxed);
+                thread_stats.thread.store(
+                    rustix::thread::gettid().as_raw_nonzero().get(),
+                    Ordering::Relaxed,
+                );
                 let vcpu = Kickable::register(fd, thread_kick);
-                Runner { vcpu, bus, gate, stats: thread_stats, events }.serve(&inbox);
+                Runner {
+                    vcpu,
+                    bus,
+                    gate,
+                    stats: thread_stats,
+                    events,
+                }
+                .serve(&inbox);
             })
-            .map_err(|source| MachineError::Os { what: "a vCPU thread cannot be started", source })?;
-        Ok(Self { index, commands: Some(commands), kick, stats, thread: Some(thread) })
+            .map_err(|source| MachineError::Os {
+                what: "a vCPU thread cannot be started",
+                source,
+            })?;
+        Ok(Self {
+            index,
+            commands: Some(commands),
+            kick,
+            stats,
+            thread: Some(thread),
+        })
     }
 
     /// Enters the guest.
@@ -128,12 +149,21 @@ impl Vcpu {
             // A caller that gave up waiting is no error.
             let _ = answer.send(f(vcpu));
         })))?;
-        Ok(Answer { receiver, index: self.index, kick: self.kick.clone() })
+        Ok(Answer {
+            receiver,
+            index: self.index,
+            kick: self.kick.clone(),
+        })
     }
 
     fn send(&self, command: Command) -> Result<(), MachineError> {
-        let commands = self.commands.as_ref().ok_or(MachineError::VcpuGone(self.index))?;
-        commands.send(command).map_err(|_| MachineError::VcpuGone(self.index))
+        let commands = self
+            .commands
+            .as_ref()
+            .ok_or(MachineError::VcpuGone(self.index))?;
+        commands
+            .send(command)
+            .map_err(|_| MachineError::VcpuGone(self.index))
     }
 }
 
@@ -141,7 +171,11 @@ impl Drop for Vcpu {
     fn drop(&mut self) {
         // The thread ends when it waits and nobody can command it any more; the gate's stop flag is set by then.
         self.commands = None;
-        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+        while self
+            .thread
+            .as_ref()
+            .is_some_and(|thread| !thread.is_finished())
+        {
             self.kick.kick();
             std::thread::park_timeout(Duration::from_millis(1));
         }
@@ -165,7 +199,9 @@ impl<T> Answer<T> {
         loop {
             match self.receiver.recv_timeout(KICK_AGAIN) {
                 Ok(answer) => return Ok(answer),
-                Err(mpsc::RecvTimeoutError::Timeout) if Instant::now() < deadline => self.kick.kick(),
+                Err(mpsc::RecvTimeoutError::Timeout) if Instant::now() < deadline => {
+                    self.kick.kick()
+                }
                 Err(_) => return Err(MachineError::VcpuGone(self.index)),
             }
         }

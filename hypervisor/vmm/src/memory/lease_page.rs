@@ -1,8 +1,8 @@
 //! The lease page that the host agent writes and this process only reads (see `godwit_wire::lease`).
 
 use godwit_wire::lease::{
-    BOOT_ID_OFFSET, DEADLINE_OFFSET, LEASE_MAGIC, LEASE_PAGE_BYTES, LEASE_VERSION, LeaseState, MAGIC_OFFSET,
-    VERSION_OFFSET,
+    BOOT_ID_OFFSET, DEADLINE_OFFSET, LEASE_MAGIC, LEASE_PAGE_BYTES, LEASE_VERSION, LeaseState,
+    MAGIC_OFFSET, VERSION_OFFSET,
 };
 use std::fs::File;
 use std::io;
@@ -40,11 +40,17 @@ impl LeasePage {
         let file = File::open(path).map_err(LeasePageError::Open)?;
         let length = file.metadata().map_err(LeasePageError::Open)?.len();
         if length < LEASE_PAGE_BYTES as u64 {
-            return Err(LeasePageError::Map(format!("it has {length} bytes instead of {LEASE_PAGE_BYTES}")));
+            return Err(LeasePageError::Map(format!(
+                "it has {length} bytes instead of {LEASE_PAGE_BYTES}"
+            )));
         }
-        let region =
-            MmapRegion::build(Some(FileOffset::new(file, 0)), LEASE_PAGE_BYTES, libc::PROT_READ, libc::MAP_SHARED)
-                .map_err(|error| LeasePageError::Map(error.to_string()))?;
+        let region = MmapRegion::build(
+            Some(FileOffset::new(file, 0)),
+            LEASE_PAGE_BYTES,
+            libc::PROT_READ,
+            libc::MAP_SHARED,
+        )
+        .map_err(|error| LeasePageError::Map(error.to_string()))?;
         let page = Self { region };
         if page.load(MAGIC_OFFSET) != LEASE_MAGIC || page.load(VERSION_OFFSET) != LEASE_VERSION {
             return Err(LeasePageError::NotALeasePage);
@@ -80,7 +86,12 @@ pub fn boot_time_ns() -> u64 {
 }
 
 fn boot_id() -> Option<Uuid> {
-    Uuid::parse_str(std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim()).ok()
+    Uuid::parse_str(
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .ok()?
+            .trim(),
+    )
+    .ok()
 }
 
 #[cfg(test)]
@@ -100,7 +111,10 @@ mod tests {
 
     #[test]
     fn a_page_of_another_boot_is_refused() {
-        assert!(matches!(LeasePage::open(page(u64::MAX, Uuid::nil()).path()), Err(LeasePageError::OtherBoot)));
+        assert!(matches!(
+            LeasePage::open(page(u64::MAX, Uuid::nil()).path()),
+            Err(LeasePageError::OtherBoot)
+        ));
     }
 
     #[test]
@@ -110,15 +124,23 @@ mod tests {
         assert_eq!(lease.state(), LeaseState::Expired);
         use std::os::unix::fs::FileExt;
         let later = boot_time_ns() + 1_000_000_000_000;
-        file.as_file().write_at(&later.to_le_bytes(), DEADLINE_OFFSET as u64).unwrap();
+        file.as_file()
+            .write_at(&later.to_le_bytes(), DEADLINE_OFFSET as u64)
+            .unwrap();
         assert!(matches!(lease.state(), LeaseState::Held { .. }));
     }
 
     #[test]
     fn a_short_or_foreign_file_is_refused() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        assert!(matches!(LeasePage::open(file.path()), Err(LeasePageError::Map(_))));
+        assert!(matches!(
+            LeasePage::open(file.path()),
+            Err(LeasePageError::Map(_))
+        ));
         std::fs::write(file.path(), vec![0; LEASE_PAGE_BYTES]).unwrap();
-        assert!(matches!(LeasePage::open(file.path()), Err(LeasePageError::NotALeasePage)));
+        assert!(matches!(
+            LeasePage::open(file.path()),
+            Err(LeasePageError::NotALeasePage)
+        ));
     }
 }

@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 use vm_memory::{
-    Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    VolatileSlice,
+    Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
+    GuestMemoryRegion, VolatileSlice,
 };
 
 /// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
@@ -75,9 +75,17 @@ pub struct GuestRam {
 /// Splits `bytes` of RAM around the hole.
 fn layout(bytes: u64) -> Vec<Segment> {
     let low = bytes.min(HOLE_START);
-    let mut segments = vec![Segment { start: 0, bytes: low, file_offset: 0 }];
+    let mut segments = vec![Segment {
+        start: 0,
+        bytes: low,
+        file_offset: 0,
+    }];
     if bytes > low {
-        segments.push(Segment { start: HOLE_END, bytes: bytes - low, file_offset: low });
+        segments.push(Segment {
+            start: HOLE_END,
+            bytes: bytes - low,
+            file_offset: low,
+        });
     }
     segments
 }
@@ -85,14 +93,22 @@ fn layout(bytes: u64) -> Vec<Segment> {
 impl GuestRam {
     /// Reserves `size` of guest memory; pages are taken from the host when first touched.
     pub fn new(size: Mib) -> Result<Self, RamError> {
-        if let Some(available) = available_memory() && available < size {
-            return Err(RamError::NotEnough { needed: size, available });
+        if let Some(available) = available_memory()
+            && available < size
+        {
+            return Err(RamError::NotEnough {
+                needed: size,
+                available,
+            });
         }
         let setup = |error: rustix::io::Errno| RamError::Setup(size, error.into());
         let file = File::from(
-            rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL)
-                .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC))
-                .map_err(setup)?,
+            rustix::fs::memfd_create(
+                "godwit-guest-ram",
+                MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL,
+            )
+            .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC))
+            .map_err(setup)?,
         );
         rustix::fs::ftruncate(&file, size.bytes().0).map_err(setup)?;
         let file = Arc::new(file);
@@ -105,7 +121,11 @@ impl GuestRam {
             )
         });
         let map = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(RamError::Map)?;
-        Ok(Self { map, file, segments })
+        Ok(Self {
+            map,
+            file,
+            segments,
+        })
     }
 
     /// The memory as rust-vmm's crates know it.
@@ -131,7 +151,14 @@ impl GuestRam {
     /// Gives the memory to a VM, one slot per segment.
     pub fn give_to(&self, vm: &VmFd) -> Result<(), KvmError> {
         self.slots().iter().try_for_each(|slot| {
-            kvm::map_memory(vm, slot.slot, slot.guest_address, slot.host_address, slot.bytes, DirtyLogging::Off)
+            kvm::map_memory(
+                vm,
+                slot.slot,
+                slot.guest_address,
+                slot.host_address,
+                slot.bytes,
+                DirtyLogging::Off,
+            )
         })
     }
 
@@ -140,7 +167,10 @@ impl GuestRam {
         (0..)
             .zip(self.segments.iter())
             .map(|(slot, segment)| {
-                let host = self.map.get_host_address(GuestAddress(segment.start)).expect("a segment is mapped");
+                let host = self
+                    .map
+                    .get_host_address(GuestAddress(segment.start))
+                    .expect("a segment is mapped");
                 kvm::LoggedSlot {
                     slot,
                     guest_address: segment.start,
@@ -153,12 +183,16 @@ impl GuestRam {
 
     /// Copies guest memory into `buffer`.
     pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), RamError> {
-        self.map.read_slice(buffer, GuestAddress(address)).map_err(|error| Self::access(address, error))
+        self.map
+            .read_slice(buffer, GuestAddress(address))
+            .map_err(|error| Self::access(address, error))
     }
 
     /// Copies `bytes` into guest memory.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Result<(), RamError> {
-        self.map.write_slice(bytes, GuestAddress(address)).map_err(|error| Self::access(address, error))
+        self.map
+            .write_slice(bytes, GuestAddress(address))
+            .map_err(|error| Self::access(address, error))
     }
 
     /// The memory itself, to be filled from or written to a file descriptor. The whole range must lie within one
@@ -166,32 +200,54 @@ impl GuestRam {
     pub fn slice(&self, address: u64, bytes: u64) -> Result<VolatileSlice<'_>, RamError> {
         let out_of_range = || RamError::OutOfRange { address, bytes };
         let length = usize::try_from(bytes).map_err(|_| out_of_range())?;
-        self.map.get_slice(GuestAddress(address), length).map_err(|_| out_of_range())
+        self.map
+            .get_slice(GuestAddress(address), length)
+            .map_err(|_| out_of_range())
     }
 
     /// Makes `pages` pages from `address` on read as zeros and gives them back to the host.
     pub fn discard(&self, address: u64, pages: u64) -> Result<(), RamError> {
         let bytes = pages.saturating_mul(PAGE_BYTES);
-        let segment = self.segment_of(address, bytes).ok_or(RamError::OutOfRange { address, bytes })?;
+        let segment = self
+            .segment_of(address, bytes)
+            .ok_or(RamError::OutOfRange { address, bytes })?;
         let offset = segment.file_offset + (address - segment.start);
-        rustix::fs::fallocate(&*self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, offset, bytes)
-            .map_err(|error| RamError::Access { address, source: error.into() })
+        rustix::fs::fallocate(
+            &*self.file,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            offset,
+            bytes,
+        )
+        .map_err(|error| RamError::Access {
+            address,
+            source: error.into(),
+        })
     }
 
     /// First run of pages within `pages` pages from `address` on that the host has memory for, as (pages to skip,
     /// pages in the run); the rest has never been touched and is zero. All within one segment.
     pub fn next_resident(&self, address: u64, pages: u64) -> Result<Option<(u64, u64)>, RamError> {
         let bytes = pages * PAGE_BYTES;
-        let segment = self.segment_of(address, bytes).ok_or(RamError::OutOfRange { address, bytes })?;
+        let segment = self
+            .segment_of(address, bytes)
+            .ok_or(RamError::OutOfRange { address, bytes })?;
         let start = segment.file_offset + (address - segment.start);
-        let access = |error: rustix::io::Errno| RamError::Access { address, source: error.into() };
+        let access = |error: rustix::io::Errno| RamError::Access {
+            address,
+            source: error.into(),
+        };
         let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(start)) {
             Ok(data) if data < start + bytes => data,
             Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
             Err(error) => return Err(access(error)),
         };
-        let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(data)).map_err(access)?.min(start + bytes);
-        Ok(Some(((data - start) / PAGE_BYTES, (hole - data).div_ceil(PAGE_BYTES))))
+        let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(data))
+            .map_err(access)?
+            .min(start + bytes);
+        Ok(Some((
+            (data - start) / PAGE_BYTES,
+            (hole - data).div_ceil(PAGE_BYTES),
+        )))
     }
 
     /// XXH3-128 over all of guest memory in order of address, as 32 hex digits. The guest must stand still.
@@ -217,18 +273,25 @@ impl GuestRam {
 
     fn segment_of(&self, address: u64, bytes: u64) -> Option<&Segment> {
         let end = address.checked_add(bytes)?;
-        self.segments.iter().find(|s| address >= s.start && end <= s.start + s.bytes)
+        self.segments
+            .iter()
+            .find(|s| address >= s.start && end <= s.start + s.bytes)
     }
 
     fn access(address: u64, error: vm_memory::GuestMemoryError) -> RamError {
-        RamError::Access { address, source: io::Error::other(error) }
+        RamError::Access {
+            address,
+            source: io::Error::other(error),
+        }
     }
 }
 
 /// `MemAvailable` of this host; `None` where /proc does not tell.
 fn available_memory() -> Option<Mib> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
     Some(Mib(kib / 1024))
 }
@@ -239,12 +302,27 @@ mod tests {
 
     #[test]
     fn ram_goes_around_the_hole_below_4_gib() {
-        assert_eq!(layout(1 << 30), [Segment { start: 0, bytes: 1 << 30, file_offset: 0 }]);
+        assert_eq!(
+            layout(1 << 30),
+            [Segment {
+                start: 0,
+                bytes: 1 << 30,
+                file_offset: 0
+            }]
+        );
         assert_eq!(
             layout(5 << 30),
             [
-                Segment { start: 0, bytes: 3 << 30, file_offset: 0 },
-                Segment { start: 4 << 30, bytes: 2 << 30, file_offset: 3 << 30 }
+                Segment {
+                    start: 0,
+                    bytes: 3 << 30,
+                    file_offset: 0
+                },
+                Segment {
+                    start: 4 << 30,
+                    bytes: 2 << 30,
+                    file_offset: 3 << 30
+                }
             ]
         );
     }
@@ -264,7 +342,10 @@ mod tests {
 
     #[test]
     fn equal_memory_has_equal_hashes_however_it_came_about() {
-        let (one, other) = (GuestRam::new(Mib(16)).unwrap(), GuestRam::new(Mib(16)).unwrap());
+        let (one, other) = (
+            GuestRam::new(Mib(16)).unwrap(),
+            GuestRam::new(Mib(16)).unwrap(),
+        );
         one.write(PAGE_BYTES, &[0; 4096]).unwrap();
         assert_eq!(one.hash().unwrap(), other.hash().unwrap());
         one.write(PAGE_BYTES + 7, &[9]).unwrap();

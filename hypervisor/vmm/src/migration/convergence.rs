@@ -50,7 +50,8 @@ impl RoundOutcome {
     /// Decides under `policy`.
     pub(super) fn decide(&self, policy: &MigrationPolicy) -> Decision {
         let fits = self.predicted_blackout() <= Duration::from_millis(policy.downtime_limit_ms);
-        let shrinking = self.rest_bytes as f64 <= self.previous_rest_bytes as f64 * WORTHWHILE_SHARE;
+        let shrinking =
+            self.rest_bytes as f64 <= self.previous_rest_bytes as f64 * WORTHWHILE_SHARE;
         let last = self.round >= policy.max_rounds;
         match (fits, last) {
             (true, true) => Decision::Pause,
@@ -79,19 +80,34 @@ mod tests {
 
     #[test]
     fn an_idle_guest_is_paused_after_the_first_round() {
-        assert_eq!(round(1, 64 * 1024, 1 << 30).decide(&MigrationPolicy::default()), Decision::Pause);
+        assert_eq!(
+            round(1, 64 * 1024, 1 << 30).decide(&MigrationPolicy::default()),
+            Decision::Pause
+        );
     }
 
     #[test]
     fn a_rest_that_fits_but_shrinks_is_copied_once_more() {
-        assert_eq!(round(2, 10 << 20, 100 << 20).decide(&MigrationPolicy::default()), Decision::AnotherRound);
-        assert_eq!(round(3, 9 << 20, 10 << 20).decide(&MigrationPolicy::default()), Decision::Pause);
+        assert_eq!(
+            round(2, 10 << 20, 100 << 20).decide(&MigrationPolicy::default()),
+            Decision::AnotherRound
+        );
+        assert_eq!(
+            round(3, 9 << 20, 10 << 20).decide(&MigrationPolicy::default()),
+            Decision::Pause
+        );
     }
 
     #[test]
     fn a_guest_that_outruns_the_link_is_given_up_at_the_round_limit() {
-        let policy = MigrationPolicy { max_rounds: 5, ..Default::default() };
-        assert_eq!(round(4, 1 << 30, 1 << 30).decide(&policy), Decision::AnotherRound);
+        let policy = MigrationPolicy {
+            max_rounds: 5,
+            ..Default::default()
+        };
+        assert_eq!(
+            round(4, 1 << 30, 1 << 30).decide(&policy),
+            Decision::AnotherRound
+        );
         assert_eq!(round(5, 1 << 30, 1 << 30).decide(&policy), Decision::GiveUp);
     }
 

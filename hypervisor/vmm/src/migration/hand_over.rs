@@ -56,7 +56,9 @@ pub enum HandOverError {
     #[error("the machine has not arrived completely")]
     NotWhole,
     /// The grant is not newer than what the source had.
-    #[error("the commit carries epoch {granted}, which is not later than the source's {source_epoch}")]
+    #[error(
+        "the commit carries epoch {granted}, which is not later than the source's {source_epoch}"
+    )]
     StaleEpoch {
         /// In the commit.
         granted: Epoch,
@@ -128,10 +130,15 @@ impl TargetHandOver {
     /// The store granted `epoch`; `source_epoch` is what the source had. Repeating it changes nothing.
     pub fn commit(self, epoch: Epoch, source_epoch: Epoch) -> Result<Self, HandOverError> {
         match self {
-            _ if epoch <= source_epoch => Err(HandOverError::StaleEpoch { granted: epoch, source_epoch }),
+            _ if epoch <= source_epoch => Err(HandOverError::StaleEpoch {
+                granted: epoch,
+                source_epoch,
+            }),
             Self::Whole => Ok(Self::Running(epoch)),
             Self::Running(held) if held == epoch => Ok(self),
-            Self::Running(_) => Err(HandOverError::Over("the guest runs here under another epoch")),
+            Self::Running(_) => Err(HandOverError::Over(
+                "the guest runs here under another epoch",
+            )),
             Self::Filling => Err(HandOverError::NotWhole),
             Self::Void => Err(HandOverError::Over("it was void")),
         }
@@ -177,10 +184,18 @@ mod tests {
         Void,
     }
 
-    const SOURCES: [SourceHandOver; 4] =
-        [SourceHandOver::Copying, SourceHandOver::InDoubt, SourceHandOver::Gone, SourceHandOver::Returned];
-    const TARGETS: [TargetHandOver; 4] =
-        [TargetHandOver::Filling, TargetHandOver::Whole, TargetHandOver::Running(Epoch(5)), TargetHandOver::Void];
+    const SOURCES: [SourceHandOver; 4] = [
+        SourceHandOver::Copying,
+        SourceHandOver::InDoubt,
+        SourceHandOver::Gone,
+        SourceHandOver::Returned,
+    ];
+    const TARGETS: [TargetHandOver; 4] = [
+        TargetHandOver::Filling,
+        TargetHandOver::Whole,
+        TargetHandOver::Running(Epoch(5)),
+        TargetHandOver::Void,
+    ];
 
     impl World {
         fn source(&self) -> SourceHandOver {
@@ -203,7 +218,10 @@ mod tests {
         fn successors(self) -> Vec<Self> {
             let mut next = Vec::new();
             if !self.source_dead {
-                next.extend(self.with_source(self.source().done_sent()).map(|w| Self { done_in_flight: true, ..w }));
+                next.extend(self.with_source(self.source().done_sent()).map(|w| Self {
+                    done_in_flight: true,
+                    ..w
+                }));
                 next.extend(self.with_source(self.source().cancel()));
                 if self.running_in_flight {
                     next.extend(self.with_source(self.source().gone()));
@@ -213,33 +231,54 @@ mod tests {
                     Store::Void => next.extend(self.with_source(self.source().abort())),
                     // The source's question voids a migration that is still open.
                     Store::Open if self.source() == SourceHandOver::InDoubt => {
-                        next.push(Self { store: Store::Void, ..self });
+                        next.push(Self {
+                            store: Store::Void,
+                            ..self
+                        });
                     }
                     Store::Open => {}
                 }
-                next.push(Self { source_dead: true, ..self });
+                next.push(Self {
+                    source_dead: true,
+                    ..self
+                });
             }
             if !self.target_dead {
                 if self.done_in_flight {
                     next.extend(self.with_target(self.target().whole()));
                 }
-                next.extend(self.with_target(self.target().abort()).filter(|_| self.store != Store::Committed));
+                next.extend(
+                    self.with_target(self.target().abort())
+                        .filter(|_| self.store != Store::Committed),
+                );
                 match self.store {
                     // The target asks when it is whole; the store grants only while open.
                     Store::Open if self.target() == TargetHandOver::Whole => {
-                        next.push(Self { store: Store::Committed, ..self });
+                        next.push(Self {
+                            store: Store::Committed,
+                            ..self
+                        });
                     }
                     Store::Committed => {
                         let granted = self.target().commit(SOURCE_EPOCH.next(), SOURCE_EPOCH);
-                        next.extend(self.with_target(granted).map(|w| Self { running_in_flight: true, ..w }));
+                        next.extend(self.with_target(granted).map(|w| Self {
+                            running_in_flight: true,
+                            ..w
+                        }));
                     }
                     Store::Void => next.extend(self.with_target(self.target().abort())),
                     Store::Open => {}
                 }
-                next.push(Self { target_dead: true, ..self });
+                next.push(Self {
+                    target_dead: true,
+                    ..self
+                });
             }
             if self.store == Store::Open {
-                next.push(Self { store: Store::Void, ..self });
+                next.push(Self {
+                    store: Store::Void,
+                    ..self
+                });
             }
             next
         }
@@ -270,18 +309,30 @@ mod tests {
                 }
             }
         }
-        assert!(ran_at_source > 0 && ran_at_target > 0, "the search must reach both outcomes");
+        assert!(
+            ran_at_source > 0 && ran_at_target > 0,
+            "the search must reach both outcomes"
+        );
         assert!(seen.len() > 50, "only {} worlds were reached", seen.len());
     }
 
     #[test]
     fn a_cancel_after_everything_was_sent_is_refused() {
-        assert_eq!(SourceHandOver::InDoubt.cancel(), Err(HandOverError::TooLate));
+        assert_eq!(
+            SourceHandOver::InDoubt.cancel(),
+            Err(HandOverError::TooLate)
+        );
     }
 
     #[test]
     fn a_commit_with_an_old_epoch_is_refused() {
-        assert!(matches!(TargetHandOver::Whole.commit(Epoch(4), Epoch(4)), Err(HandOverError::StaleEpoch { .. })));
-        assert_eq!(TargetHandOver::Filling.commit(Epoch(5), Epoch(4)), Err(HandOverError::NotWhole));
+        assert!(matches!(
+            TargetHandOver::Whole.commit(Epoch(4), Epoch(4)),
+            Err(HandOverError::StaleEpoch { .. })
+        ));
+        assert_eq!(
+            TargetHandOver::Filling.commit(Epoch(5), Epoch(4)),
+            Err(HandOverError::NotWhole)
+        );
     }
 }

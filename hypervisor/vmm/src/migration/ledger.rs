@@ -28,7 +28,11 @@ impl<H: Copy> Ledger<H> {
             connected: false,
             reason: None,
         };
-        Self { inner: Mutex::new((status, hand_over)), started: Instant::now(), changed: watch::Sender::new(1) }
+        Self {
+            inner: Mutex::new((status, hand_over)),
+            started: Instant::now(),
+            changed: watch::Sender::new(1),
+        }
     }
 
     /// The status as the API shows it.

@@ -64,7 +64,13 @@ pub(super) struct PageSender<'a, W> {
 impl<'a, W: Write> PageSender<'a, W> {
     pub(super) fn new(ram: &'a GuestRam, out: W) -> Self {
         let frame = vec![0; FRAME_HEADER_BYTES + MAX_FRAME_PAGES as usize * PAGE];
-        Self { ram, out, frame, zeros: None, sent: Sent::default() }
+        Self {
+            ram,
+            out,
+            frame,
+            zeros: None,
+            sent: Sent::default(),
+        }
     }
 
     /// What was sent so far.
@@ -133,14 +139,20 @@ impl<'a, W: Write> PageSender<'a, W> {
     /// Copies up to one frame of pages out of the guest and sends them, zeros apart. The copy makes sure that what
     /// was judged is what is sent, while the guest goes on writing.
     fn send_chunk(&mut self, address: u64, pages: usize) -> Result<(), PagesError> {
-        self.ram.read(address, &mut self.frame[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + pages * PAGE])?;
+        self.ram.read(
+            address,
+            &mut self.frame[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + pages * PAGE],
+        )?;
         let is_zero = |frame: &[u8], page: usize| {
-            frame[FRAME_HEADER_BYTES + page * PAGE..FRAME_HEADER_BYTES + (page + 1) * PAGE] == ZERO_PAGE
+            frame[FRAME_HEADER_BYTES + page * PAGE..FRAME_HEADER_BYTES + (page + 1) * PAGE]
+                == ZERO_PAGE
         };
         let mut page = 0;
         while page < pages {
             let zero = is_zero(&self.frame, page);
-            let end = (page + 1..pages).find(|&next| is_zero(&self.frame, next) != zero).unwrap_or(pages);
+            let end = (page + 1..pages)
+                .find(|&next| is_zero(&self.frame, next) != zero)
+                .unwrap_or(pages);
             let start = address + (page * PAGE) as u64;
             if zero {
                 self.note_zeros(start, (end - page) as u64)?;
@@ -151,7 +163,9 @@ impl<'a, W: Write> PageSender<'a, W> {
                 let header = FrameHeader::pages(start, (end - page) as u32).encode();
                 self.frame[from..from + FRAME_HEADER_BYTES].copy_from_slice(&header);
                 let to = FRAME_HEADER_BYTES + end * PAGE;
-                self.out.write_all(&self.frame[from..to]).map_err(StreamError::from)?;
+                self.out
+                    .write_all(&self.frame[from..to])
+                    .map_err(StreamError::from)?;
                 self.sent.content_pages += (end - page) as u64;
                 self.sent.bytes += (to - from) as u64;
             }
@@ -162,7 +176,9 @@ impl<'a, W: Write> PageSender<'a, W> {
 
     fn note_zeros(&mut self, address: u64, pages: u64) -> Result<(), PagesError> {
         match &mut self.zeros {
-            Some((start, run)) if *start + *run * PAGE_BYTES == address && *run + pages <= u64::from(u32::MAX) => {
+            Some((start, run))
+                if *start + *run * PAGE_BYTES == address && *run + pages <= u64::from(u32::MAX) =>
+            {
                 *run += pages;
             }
             _ => {
@@ -176,7 +192,9 @@ impl<'a, W: Write> PageSender<'a, W> {
     fn flush_zeros(&mut self) -> Result<(), PagesError> {
         if let Some((address, pages)) = self.zeros.take() {
             let header = FrameHeader::zero(address, pages as u32);
-            self.out.write_all(&header.encode()).map_err(StreamError::from)?;
+            self.out
+                .write_all(&header.encode())
+                .map_err(StreamError::from)?;
             self.sent.zero_pages += pages;
             self.sent.bytes += FRAME_HEADER_BYTES as u64;
         }

@@ -17,7 +17,8 @@ use crate::memory::GuestRam;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
-    Arrival, FrameHeader, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ToSource, ToTarget, Verify,
+    Arrival, FrameHeader, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ToSource,
+    ToTarget, Verify,
 };
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use godwit_wire::vmm_api::OutgoingRequest;
@@ -56,12 +57,19 @@ pub struct Outgoing {
 impl Outgoing {
     /// One that is about to begin.
     pub const fn new(ledger: Arc<Ledger<SourceHandOver>>) -> Self {
-        Self { ledger, stream: Mutex::new(None) }
+        Self {
+            ledger,
+            stream: Mutex::new(None),
+        }
     }
 
     /// The operator calls it off; refused once only the store can decide.
     pub fn cancel(&self, reason: &str) -> Result<(), HandOverError> {
-        self.ledger.step(SourceHandOver::cancel, MigrationPhase::Cancelled, Some(reason.to_owned()))?;
+        self.ledger.step(
+            SourceHandOver::cancel,
+            MigrationPhase::Cancelled,
+            Some(reason.to_owned()),
+        )?;
         self.hang_up();
         Ok(())
     }
@@ -69,14 +77,16 @@ impl Outgoing {
     /// The store has voided it.
     pub fn abort(&self) -> Result<(), HandOverError> {
         let reason = Some("the store voided the migration".to_owned());
-        self.ledger.step(SourceHandOver::abort, MigrationPhase::Failed, reason)?;
+        self.ledger
+            .step(SourceHandOver::abort, MigrationPhase::Failed, reason)?;
         self.hang_up();
         Ok(())
     }
 
     /// The store has given the VM to the target.
     pub fn release(&self) -> Result<(), HandOverError> {
-        self.ledger.step(SourceHandOver::gone, MigrationPhase::Completed, None)?;
+        self.ledger
+            .step(SourceHandOver::gone, MigrationPhase::Completed, None)?;
         self.hang_up();
         Ok(())
     }
@@ -92,7 +102,10 @@ impl Outgoing {
 #[derive(Debug, thiserror::Error)]
 enum SourceError {
     #[error("the target at {target} cannot be reached: {source}")]
-    Connect { target: std::net::SocketAddr, source: io::Error },
+    Connect {
+        target: std::net::SocketAddr,
+        source: io::Error,
+    },
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("the target refused: {0}")]
@@ -101,8 +114,15 @@ enum SourceError {
     Aborted(String),
     #[error("the target answered {got} where {expected} was expected")]
     OutOfTurn { got: String, expected: &'static str },
-    #[error("the guest does not converge: after {rounds} rounds {rest} would still stand {blackout_ms} ms of blackout, above the limit of {limit_ms} ms")]
-    DoesNotConverge { rounds: u32, rest: Bytes, blackout_ms: u128, limit_ms: u64 },
+    #[error(
+        "the guest does not converge: after {rounds} rounds {rest} would still stand {blackout_ms} ms of blackout, above the limit of {limit_ms} ms"
+    )]
+    DoesNotConverge {
+        rounds: u32,
+        rest: Bytes,
+        blackout_ms: u128,
+        limit_ms: u64,
+    },
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
@@ -136,7 +156,12 @@ pub fn send_machine(
     start_log: impl FnOnce() -> Result<DirtyLog, MachineError>,
     machine: &dyn SourceMachine,
 ) {
-    let session = Session { outgoing, ledger: &outgoing.ledger, request, ram };
+    let session = Session {
+        outgoing,
+        ledger: &outgoing.ledger,
+        request,
+        ram,
+    };
     let copied = session.connect(identity).and_then(|stream| {
         let log = start_log()?;
         session.copy(stream, &log, machine)
@@ -149,7 +174,11 @@ pub fn send_machine(
                 _ => (MigrationPhase::Failed, Some(error.to_string())),
             };
             // Refused only when the store has already decided; then the owner has acted on it.
-            if session.ledger.step(SourceHandOver::cancel, phase, reason).is_ok() {
+            if session
+                .ledger
+                .step(SourceHandOver::cancel, phase, reason)
+                .is_ok()
+            {
                 tracing::warn!(migration = %request.migration, %error, "the migration ended; the guest stays here");
                 machine.resume();
             }
@@ -165,13 +194,19 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn connect(&self, (vm, spec, cpu): (VmId, &MachineSpec, &CpuFacts)) -> Result<FrameStream, SourceError> {
+    fn connect(
+        &self,
+        (vm, spec, cpu): (VmId, &MachineSpec, &CpuFacts),
+    ) -> Result<FrameStream, SourceError> {
         let target = self.request.target;
         let connect = |source| SourceError::Connect { target, source };
         let socket = TcpStream::connect_timeout(&target, CONNECT_TIMEOUT).map_err(connect)?;
         let mut stream = FrameStream::new(socket).map_err(connect)?;
-        *self.outgoing.stream.lock().unwrap_or_else(PoisonError::into_inner) =
-            Some(stream.try_clone().map_err(connect)?);
+        *self
+            .outgoing
+            .stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone().map_err(connect)?);
         stream.send(&ToTarget::Hello {
             version: PROTOCOL_VERSION,
             oldest_version: OLDEST_PROTOCOL_VERSION,
@@ -184,10 +219,12 @@ impl Session<'_> {
             verify: self.request.policy.verify,
         })?;
         match stream.receive()? {
-            ToSource::Accept { version: PROTOCOL_VERSION } => Ok(stream),
-            ToSource::Accept { version } => {
-                Err(SourceError::Refused(format!("it wants protocol version {version}, which this end does not speak")))
-            }
+            ToSource::Accept {
+                version: PROTOCOL_VERSION,
+            } => Ok(stream),
+            ToSource::Accept { version } => Err(SourceError::Refused(format!(
+                "it wants protocol version {version}, which this end does not speak"
+            ))),
             ToSource::Refuse { reason } => Err(SourceError::Refused(reason)),
             other => Err(out_of_turn(other, "Accept")),
         }
@@ -201,7 +238,8 @@ impl Session<'_> {
         machine: &dyn SourceMachine,
     ) -> Result<(FrameStream, Instant), SourceError> {
         let memory_bytes = self.ram.size();
-        self.ledger.progress(|progress| progress.memory_bytes = memory_bytes);
+        self.ledger
+            .progress(|progress| progress.memory_bytes = memory_bytes);
         self.ledger.enter(MigrationPhase::PreCopy);
         let mut receiver = stream.try_clone().map_err(StreamError::from)?;
         let mut pages = PageSender::new(self.ram, stream);
@@ -218,18 +256,31 @@ impl Session<'_> {
         }
         self.send_round(&mut pages, log, &last, round + 1, Guest::Paused)?;
         let mut state = Vec::new();
-        ciborium::into_writer(&saved, &mut state).map_err(|error| SourceError::Encode(error.to_string()))?;
+        ciborium::into_writer(&saved, &mut state)
+            .map_err(|error| SourceError::Encode(error.to_string()))?;
         let state_hash = format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&state));
         let sent_pages = pages.sent().pages();
-        pages.out().send_frame(FrameHeader::state(state.len() as u32), &state)?;
+        pages
+            .out()
+            .send_frame(FrameHeader::state(state.len() as u32), &state)?;
         let memory_hash = match self.request.policy.verify {
             Verify::Frames => None,
             Verify::WholeMemory => Some(self.ram.hash().map_err(MachineError::from)?),
         };
         // From here on the target may become whole, so this end must not run the guest by itself.
-        self.ledger.step(SourceHandOver::done_sent, MigrationPhase::AwaitingCommit, None)?;
+        self.ledger.step(
+            SourceHandOver::done_sent,
+            MigrationPhase::AwaitingCommit,
+            None,
+        )?;
         let clock_age_ns = sampled.elapsed().as_nanos() as u64;
-        let done = ToTarget::Done { pages: sent_pages, state_hash, clock_age_ns, then, memory_hash };
+        let done = ToTarget::Done {
+            pages: sent_pages,
+            state_hash,
+            clock_age_ns,
+            then,
+            memory_hash,
+        };
         if let Err(error) = pages.out().send(&done) {
             // It may have arrived all the same.
             tracing::warn!(%error, "the connection broke while the hand-over was sent");
@@ -252,13 +303,17 @@ impl Session<'_> {
             let (started, sent_before) = (Instant::now(), pages.sent().bytes);
             self.send_round(pages, log, &rest, round, Guest::Runs)?;
             let sent_pages = pages.sent().pages();
-            pages.out().send(&ToTarget::EndOfRound { round, pages: sent_pages })?;
+            pages.out().send(&ToTarget::EndOfRound {
+                round,
+                pages: sent_pages,
+            })?;
             match receiver.receive()? {
                 ToSource::RoundReceived { round: received } if received == round => {}
                 other => return Err(out_of_turn(other, "RoundReceived")),
             }
             let duration = started.elapsed();
-            let measured = ((pages.sent().bytes - sent_before) as f64 / duration.as_secs_f64().max(1e-6)) as u64;
+            let measured = ((pages.sent().bytes - sent_before) as f64
+                / duration.as_secs_f64().max(1e-6)) as u64;
             if rate == 0 || duration >= TELLING_ROUND {
                 rate = measured;
             }
@@ -277,10 +332,18 @@ impl Session<'_> {
             self.ledger.progress(|progress| {
                 progress.rate_bytes_per_s = rate;
                 progress.remaining_bytes = Bytes(rest_bytes);
-                progress.dirty_bytes_per_s = (rest_bytes as f64 / duration.as_secs_f64().max(1e-6)) as u64;
+                progress.dirty_bytes_per_s =
+                    (rest_bytes as f64 / duration.as_secs_f64().max(1e-6)) as u64;
                 progress.predicted_blackout_ms = blackout.as_millis() as u64;
             });
-            tracing::debug!(round, ?duration, rest_bytes, rate, ?blackout, "round finished");
+            tracing::debug!(
+                round,
+                ?duration,
+                rest_bytes,
+                rate,
+                ?blackout,
+                "round finished"
+            );
             match outcome.decide(&self.request.policy) {
                 Decision::AnotherRound => {}
                 Decision::Pause => return Ok((round, rest)),
@@ -316,7 +379,8 @@ impl Session<'_> {
                 progress.remaining_bytes = Bytes(planned.saturating_sub(done));
                 let elapsed = started.elapsed();
                 if elapsed >= TELLING_ROUND {
-                    progress.rate_bytes_per_s = ((sent.bytes - before.bytes) as f64 / elapsed.as_secs_f64()) as u64;
+                    progress.rate_bytes_per_s =
+                        ((sent.bytes - before.bytes) as f64 / elapsed.as_secs_f64()) as u64;
                 }
             });
         };
@@ -333,33 +397,44 @@ impl Session<'_> {
 
     /// Everything is sent: hears what the target says, but decides nothing that the store has not decided.
     fn await_running(&self, mut stream: FrameStream, paused: Instant, machine: &dyn SourceMachine) {
-        let heard = stream.wait_without_limit().map_err(StreamError::from).and_then(|()| {
-            loop {
-                match stream.receive()? {
-                    ToSource::Ready => self.ledger.enter(MigrationPhase::AwaitingCommit),
-                    ToSource::Running { epoch } => return Ok(Some(epoch)),
-                    ToSource::Abort { reason } => {
-                        tracing::warn!(%reason, "the target gave up after everything was sent");
-                        return Ok(None);
-                    }
-                    other => {
-                        tracing::warn!(?other, "the target spoke out of turn");
-                        return Ok(None);
+        let heard = stream
+            .wait_without_limit()
+            .map_err(StreamError::from)
+            .and_then(|()| {
+                loop {
+                    match stream.receive()? {
+                        ToSource::Ready => self.ledger.enter(MigrationPhase::AwaitingCommit),
+                        ToSource::Running { epoch } => return Ok(Some(epoch)),
+                        ToSource::Abort { reason } => {
+                            tracing::warn!(%reason, "the target gave up after everything was sent");
+                            return Ok(None);
+                        }
+                        other => {
+                            tracing::warn!(?other, "the target spoke out of turn");
+                            return Ok(None);
+                        }
                     }
                 }
-            }
-        });
+            });
         match heard {
             Ok(Some(epoch)) if epoch > self.request.epoch => {
                 let downtime_us = paused.elapsed().as_micros() as u64;
-                self.ledger.progress(|progress| progress.downtime_us = Some(downtime_us));
-                if self.ledger.step(SourceHandOver::gone, MigrationPhase::Completed, None).is_ok() {
+                self.ledger
+                    .progress(|progress| progress.downtime_us = Some(downtime_us));
+                if self
+                    .ledger
+                    .step(SourceHandOver::gone, MigrationPhase::Completed, None)
+                    .is_ok()
+                {
                     tracing::info!(migration = %self.request.migration, downtime_us, %epoch, "the guest runs at the target");
                     machine.gone();
                 }
             }
             Ok(Some(Epoch(epoch))) => {
-                tracing::error!(epoch, "the target claims to run under an epoch that is not newer; the store decides");
+                tracing::error!(
+                    epoch,
+                    "the target claims to run under an epoch that is not newer; the store decides"
+                );
                 self.ledger.disconnected();
             }
             Ok(None) => self.ledger.disconnected(),
@@ -388,6 +463,9 @@ fn bytes_of(dirty: &[DirtyBitmap]) -> u64 {
 fn out_of_turn(message: ToSource, expected: &'static str) -> SourceError {
     match message {
         ToSource::Abort { reason } => SourceError::Aborted(reason),
-        other => SourceError::OutOfTurn { got: format!("{other:?}"), expected },
+        other => SourceError::OutOfTurn {
+            got: format!("{other:?}"),
+            expected,
+        },
     }
 }

@@ -1,6 +1,8 @@
 //! Frames on a connection: bounded, timed, and never trusted.
 
-use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES};
+use godwit_wire::migration::{
+    FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES,
+};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
@@ -60,7 +62,9 @@ impl FrameStream {
 
     /// A second handle on the same connection.
     pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self { socket: self.socket.try_clone()? })
+        Ok(Self {
+            socket: self.socket.try_clone()?,
+        })
     }
 
     /// Lets reads wait as long as the store needs; keepalive still notices a dead peer.
@@ -82,13 +86,24 @@ impl FrameStream {
     /// Sends one control message.
     pub(super) fn send<T: Serialize>(&mut self, message: &T) -> Result<(), StreamError> {
         let payload = serde_json::to_vec(message)?;
-        assert!(payload.len() <= MAX_CONTROL_BYTES as usize, "control messages are short");
+        assert!(
+            payload.len() <= MAX_CONTROL_BYTES as usize,
+            "control messages are short"
+        );
         self.send_frame(FrameHeader::control(payload.len() as u32), &payload)
     }
 
     /// Sends a header and its payload in one write.
-    pub(super) fn send_frame(&mut self, header: FrameHeader, payload: &[u8]) -> Result<(), StreamError> {
-        assert_eq!(header.length as usize, payload.len(), "the header announces the payload");
+    pub(super) fn send_frame(
+        &mut self,
+        header: FrameHeader,
+        payload: &[u8],
+    ) -> Result<(), StreamError> {
+        assert_eq!(
+            header.length as usize,
+            payload.len(),
+            "the header announces the payload"
+        );
         let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
         frame.extend_from_slice(&header.encode());
         frame.extend_from_slice(payload);
@@ -113,7 +128,10 @@ impl FrameStream {
     pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<T, StreamError> {
         let header = self.header()?;
         if header.kind != FrameKind::Control {
-            return Err(StreamError::Unexpected { got: header.kind, expected: "a control message" });
+            return Err(StreamError::Unexpected {
+                got: header.kind,
+                expected: "a control message",
+            });
         }
         Ok(serde_json::from_slice(&self.payload(&header)?)?)
     }

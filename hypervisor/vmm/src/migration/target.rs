@@ -9,8 +9,8 @@ use crate::memory::{GuestRam, RamError};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::{CpuFacts, CpuMismatch};
 use godwit_wire::migration::{
-    Arrival, FrameHeader, FrameKind, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ToSource, ToTarget,
-    Verify,
+    Arrival, FrameHeader, FrameKind, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION,
+    ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use godwit_wire::vmm_api::IncomingRequest;
@@ -64,7 +64,12 @@ impl MigrationListener {
 impl Incoming {
     /// One that waits for its source.
     pub const fn new(ledger: Arc<Ledger<TargetHandOver>>, listener: MigrationListener) -> Self {
-        Self { ledger, arrival: Mutex::new(None), stream: Mutex::new(None), listener }
+        Self {
+            ledger,
+            arrival: Mutex::new(None),
+            stream: Mutex::new(None),
+            listener,
+        }
     }
 
     /// What the guest is to do once it is granted; known when the machine is whole.
@@ -74,7 +79,11 @@ impl Incoming {
 
     /// The store granted `epoch`. The caller lets the guest run and then calls [`Self::announce_running`].
     pub fn commit(&self, epoch: Epoch, source_epoch: Epoch) -> Result<(), HandOverError> {
-        self.ledger.step(|state| state.commit(epoch, source_epoch), MigrationPhase::Completed, None)
+        self.ledger.step(
+            |state| state.commit(epoch, source_epoch),
+            MigrationPhase::Completed,
+            None,
+        )
     }
 
     /// Tells the source that the guest runs here.
@@ -89,10 +98,16 @@ impl Incoming {
 
     /// The migration is void.
     pub fn abort(&self, reason: &str) -> Result<(), HandOverError> {
-        self.ledger.step(TargetHandOver::abort, MigrationPhase::Failed, Some(reason.to_owned()))?;
+        self.ledger.step(
+            TargetHandOver::abort,
+            MigrationPhase::Failed,
+            Some(reason.to_owned()),
+        )?;
         self.listener.close();
         if let Some(stream) = &mut *self.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _ = stream.send(&ToSource::Abort { reason: reason.to_owned() });
+            let _ = stream.send(&ToSource::Abort {
+                reason: reason.to_owned(),
+            });
             stream.shutdown();
         }
         Ok(())
@@ -129,7 +144,9 @@ enum TargetError {
 /// Why a source is turned away before it sends anything.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 enum Refusal {
-    #[error("it speaks protocol versions {oldest} to {newest}, this end {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}")]
+    #[error(
+        "it speaks protocol versions {oldest} to {newest}, this end {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
+    )]
     Version { oldest: u32, newest: u32 },
     #[error("it requires {0}, which this end does not know")]
     Capability(String),
@@ -149,7 +166,12 @@ pub fn receive_machine(
     ram: &GuestRam,
     machine: &dyn TargetMachine,
 ) {
-    let session = Session { incoming, request, cpu, ram };
+    let session = Session {
+        incoming,
+        request,
+        cpu,
+        ram,
+    };
     if let Err(error) = session.serve(machine) {
         // Refused when it was aborted meanwhile, which its owner knows.
         if incoming.abort(&error.to_string()).is_ok() {
@@ -169,9 +191,17 @@ struct Session<'a> {
 impl Session<'_> {
     fn serve(&self, machine: &dyn TargetMachine) -> Result<(), TargetError> {
         let (mut stream, verify) = self.accept()?;
-        self.incoming.ledger.progress(|progress| progress.memory_bytes = self.ram.size());
+        self.incoming
+            .ledger
+            .progress(|progress| progress.memory_bytes = self.ram.size());
         self.incoming.ledger.enter(MigrationPhase::PreCopy);
-        let mut intake = Intake { ram: self.ram, pages: 0, zero_pages: 0, bytes: 0, frames: 0 };
+        let mut intake = Intake {
+            ram: self.ram,
+            pages: 0,
+            zero_pages: 0,
+            bytes: 0,
+            frames: 0,
+        };
         let mut state = None;
         let started = Instant::now();
         loop {
@@ -188,25 +218,44 @@ impl Session<'_> {
                     state = Some(stream.payload(&header)?);
                 }
                 FrameKind::State => {
-                    return Err(TargetError::OutOfTurn { got: "a second state".into(), expected: "Done" });
+                    return Err(TargetError::OutOfTurn {
+                        got: "a second state".into(),
+                        expected: "Done",
+                    });
                 }
                 FrameKind::Control => {
-                    let message = serde_json::from_slice(&stream.payload(&header)?).map_err(StreamError::from)?;
+                    let message = serde_json::from_slice(&stream.payload(&header)?)
+                        .map_err(StreamError::from)?;
                     match message {
                         ToTarget::EndOfRound { round, pages } => {
                             intake.expect(pages)?;
-                            self.incoming.ledger.progress(|progress| progress.round = round);
+                            self.incoming
+                                .ledger
+                                .progress(|progress| progress.round = round);
                             self.note(&intake, started);
                             stream.send(&ToSource::RoundReceived { round })?;
                         }
-                        ToTarget::Done { pages, state_hash, clock_age_ns, then, memory_hash } => {
+                        ToTarget::Done {
+                            pages,
+                            state_hash,
+                            clock_age_ns,
+                            then,
+                            memory_hash,
+                        } => {
                             let arrived = Instant::now();
                             self.note(&intake, started);
                             intake.expect(pages)?;
                             let saved = decode_state(state, &state_hash)?;
                             self.check_memory(verify, memory_hash)?;
-                            machine.restore(saved, Duration::from_nanos(clock_age_ns) + arrived.elapsed())?;
-                            *self.incoming.arrival.lock().unwrap_or_else(PoisonError::into_inner) = Some(then);
+                            machine.restore(
+                                saved,
+                                Duration::from_nanos(clock_age_ns) + arrived.elapsed(),
+                            )?;
+                            *self
+                                .incoming
+                                .arrival
+                                .lock()
+                                .unwrap_or_else(PoisonError::into_inner) = Some(then);
                             self.incoming.ledger.step(
                                 TargetHandOver::whole,
                                 MigrationPhase::AwaitingCommit,
@@ -218,7 +267,10 @@ impl Session<'_> {
                         }
                         ToTarget::Abort { reason } => return Err(TargetError::Aborted(reason)),
                         other @ ToTarget::Hello { .. } => {
-                            return Err(TargetError::OutOfTurn { got: format!("{other:?}"), expected: "pages" });
+                            return Err(TargetError::OutOfTurn {
+                                got: format!("{other:?}"),
+                                expected: "pages",
+                            });
                         }
                     }
                 }
@@ -229,38 +281,68 @@ impl Session<'_> {
     /// Takes connections until one is the expected source; the others are told why not and dropped.
     fn accept(&self) -> Result<(FrameStream, Verify), TargetError> {
         loop {
-            let (socket, peer) = self.incoming.listener.0.accept().map_err(TargetError::Listen)?;
+            let (socket, peer) = self
+                .incoming
+                .listener
+                .0
+                .accept()
+                .map_err(TargetError::Listen)?;
             match self.shake_hands(socket) {
                 Ok(Ok((stream, verify))) => {
-                    *self.incoming.stream.lock().unwrap_or_else(PoisonError::into_inner) =
+                    *self
+                        .incoming
+                        .stream
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner) =
                         Some(stream.try_clone().map_err(StreamError::from)?);
                     return Ok((stream, verify));
                 }
-                Ok(Err(refusal)) => tracing::warn!(%peer, %refusal, "a migration connection was refused"),
-                Err(error) => tracing::warn!(%peer, %error, "a connection to the migration port was dropped"),
+                Ok(Err(refusal)) => {
+                    tracing::warn!(%peer, %refusal, "a migration connection was refused")
+                }
+                Err(error) => {
+                    tracing::warn!(%peer, %error, "a connection to the migration port was dropped")
+                }
             }
         }
     }
 
-    fn shake_hands(&self, socket: TcpStream) -> Result<Result<(FrameStream, Verify), Refusal>, StreamError> {
+    fn shake_hands(
+        &self,
+        socket: TcpStream,
+    ) -> Result<Result<(FrameStream, Verify), Refusal>, StreamError> {
         let mut stream = FrameStream::new(socket)?;
         stream.socket().set_read_timeout(Some(HELLO_TIMEOUT))?;
         let hello: ToTarget = stream.receive()?;
         match self.judge(&hello) {
             Ok(verify) => {
-                stream.send(&ToSource::Accept { version: PROTOCOL_VERSION })?;
+                stream.send(&ToSource::Accept {
+                    version: PROTOCOL_VERSION,
+                })?;
                 let socket = stream.socket().try_clone()?;
                 Ok(Ok((FrameStream::new(socket)?, verify)))
             }
             Err(refusal) => {
-                stream.send(&ToSource::Refuse { reason: refusal.to_string() })?;
+                stream.send(&ToSource::Refuse {
+                    reason: refusal.to_string(),
+                })?;
                 Ok(Err(refusal))
             }
         }
     }
 
     fn judge(&self, hello: &ToTarget) -> Result<Verify, Refusal> {
-        let ToTarget::Hello { version, oldest_version, required, migration, vm, epoch, spec, cpu, verify } = hello
+        let ToTarget::Hello {
+            version,
+            oldest_version,
+            required,
+            migration,
+            vm,
+            epoch,
+            spec,
+            cpu,
+            verify,
+        } = hello
         else {
             return Err(Refusal::OtherMigration);
         };
@@ -268,7 +350,10 @@ impl Session<'_> {
             return Err(Refusal::OtherMigration);
         }
         if *oldest_version > PROTOCOL_VERSION || *version < OLDEST_PROTOCOL_VERSION {
-            return Err(Refusal::Version { oldest: *oldest_version, newest: *version });
+            return Err(Refusal::Version {
+                oldest: *oldest_version,
+                newest: *version,
+            });
         }
         if let Some(unknown) = required.first() {
             return Err(Refusal::Capability(unknown.clone()));
@@ -276,7 +361,9 @@ impl Session<'_> {
         if (*vm, *epoch, spec) != (self.request.vm, self.request.epoch, &self.request.spec) {
             return Err(Refusal::OtherMachine);
         }
-        self.cpu.admits(spec.cpu, Some(&cpu.signature)).map_err(Refusal::Cpu)?;
+        self.cpu
+            .admits(spec.cpu, Some(&cpu.signature))
+            .map_err(Refusal::Cpu)?;
         Ok(*verify)
     }
 
@@ -285,11 +372,16 @@ impl Session<'_> {
             (Verify::Frames, _) => Ok(()),
             (Verify::WholeMemory, Some(theirs)) => {
                 let ours = self.ram.hash()?;
-                if ours == theirs { Ok(()) } else { Err(TargetError::MemoryDiffers { ours, theirs }) }
+                if ours == theirs {
+                    Ok(())
+                } else {
+                    Err(TargetError::MemoryDiffers { ours, theirs })
+                }
             }
-            (Verify::WholeMemory, None) => {
-                Err(TargetError::OutOfTurn { got: "Done without a memory hash".into(), expected: "one with it" })
-            }
+            (Verify::WholeMemory, None) => Err(TargetError::OutOfTurn {
+                got: "Done without a memory hash".into(),
+                expected: "one with it",
+            }),
         }
     }
 
@@ -298,7 +390,8 @@ impl Session<'_> {
             progress.content_pages = intake.pages - intake.zero_pages;
             progress.zero_pages = intake.zero_pages;
             progress.transferred_bytes = Bytes(intake.bytes);
-            progress.rate_bytes_per_s = (intake.bytes as f64 / started.elapsed().as_secs_f64().max(1e-3)) as u64;
+            progress.rate_bytes_per_s =
+                (intake.bytes as f64 / started.elapsed().as_secs_f64().max(1e-3)) as u64;
         });
     }
 }
@@ -335,14 +428,25 @@ impl Intake<'_> {
 
     /// The source counts the same pages.
     const fn expect(&self, sent: u64) -> Result<(), TargetError> {
-        if self.pages == sent { Ok(()) } else { Err(TargetError::PagesMissing(self.pages, sent)) }
+        if self.pages == sent {
+            Ok(())
+        } else {
+            Err(TargetError::PagesMissing(self.pages, sent))
+        }
     }
 }
 
 fn decode_state(state: Option<Vec<u8>>, hash: &str) -> Result<SavedMachine, TargetError> {
-    let state = state.ok_or(TargetError::OutOfTurn { got: "Done".into(), expected: "the machine's state" })?;
+    let state = state.ok_or(TargetError::OutOfTurn {
+        got: "Done".into(),
+        expected: "the machine's state",
+    })?;
     if format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&state)) != hash {
         return Err(TargetError::StateDamaged);
     }
-    ciborium::from_reader(state.as_slice()).map_err(|error| TargetError::StateUnreadable(error.to_string()))
+    ciborium::from_reader(state.as_slice())
+        .map_err(|error| TargetError::StateUnreadable(error.to_string()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -58,7 +58,9 @@ fn describe(state: &VmmState) -> String {
         VmmState::Stopped { .. } => "it has stopped".into(),
         VmmState::Paused { reason } => match reason {
             PauseReason::Requested => "it is paused".into(),
-            PauseReason::LeaseExpired => "it stopped itself because its host's lease ran out".into(),
+            PauseReason::LeaseExpired => {
+                "it stopped itself because its host's lease ran out".into()
+            }
             PauseReason::HandOver => "it is being handed over to another host".into(),
             PauseReason::Fault { detail } => format!("it cannot go on: {detail}"),
         },
@@ -73,15 +75,36 @@ pub(super) fn admit(request: Request, state: &VmmState) -> Result<Admission, Pro
     let already = Ok(Admission::AlreadySo);
     match (request, state) {
         (R::Build, S::Empty) | (R::Boot, S::Created) | (R::Pause, S::Running) => act,
-        (R::Boot | R::Resume, S::Running) | (R::Pause, S::Paused { reason: PauseReason::Requested }) => already,
-        (R::Resume, S::Paused { reason: PauseReason::Requested | PauseReason::LeaseExpired }) => act,
+        (R::Boot | R::Resume, S::Running)
+        | (
+            R::Pause,
+            S::Paused {
+                reason: PauseReason::Requested,
+            },
+        ) => already,
+        (
+            R::Resume,
+            S::Paused {
+                reason: PauseReason::Requested | PauseReason::LeaseExpired,
+            },
+        ) => act,
         (R::Stop, S::Running) => act,
         (R::Stop | R::Kill, S::Stopped { .. }) | (R::Kill, S::Empty) => already,
         (R::Kill, _) => act,
-        (R::SendAway, S::Running | S::Paused { reason: PauseReason::Requested }) => act,
+        (
+            R::SendAway,
+            S::Running
+            | S::Paused {
+                reason: PauseReason::Requested,
+            },
+        ) => act,
         (request, state) => Err(Problem::conflict(
             "wrong-state",
-            format!("the machine cannot {} because {}", request.verb(), describe(state)),
+            format!(
+                "the machine cannot {} because {}",
+                request.verb(),
+                describe(state)
+            ),
         )),
     }
 }
@@ -115,7 +138,13 @@ mod tests {
     #[test]
     fn a_machine_in_hand_over_takes_no_orders_but_kill() {
         let state = paused(PauseReason::HandOver);
-        for request in [Request::Boot, Request::Pause, Request::Resume, Request::Stop, Request::SendAway] {
+        for request in [
+            Request::Boot,
+            Request::Pause,
+            Request::Resume,
+            Request::Stop,
+            Request::SendAway,
+        ] {
             assert!(admit(request, &state).is_err(), "{request:?}");
         }
         assert_eq!(admit(Request::Kill, &state), Ok(Admission::Act));
@@ -123,15 +152,29 @@ mod tests {
 
     #[test]
     fn repeating_a_command_changes_nothing() {
-        assert_eq!(admit(Request::Resume, &VmmState::Running), Ok(Admission::AlreadySo));
-        assert_eq!(admit(Request::Pause, &paused(PauseReason::Requested)), Ok(Admission::AlreadySo));
-        let stopped = VmmState::Stopped { reason: StopReason::Killed };
+        assert_eq!(
+            admit(Request::Resume, &VmmState::Running),
+            Ok(Admission::AlreadySo)
+        );
+        assert_eq!(
+            admit(Request::Pause, &paused(PauseReason::Requested)),
+            Ok(Admission::AlreadySo)
+        );
+        let stopped = VmmState::Stopped {
+            reason: StopReason::Killed,
+        };
         assert_eq!(admit(Request::Kill, &stopped), Ok(Admission::AlreadySo));
     }
 
     #[test]
     fn a_faulted_machine_cannot_be_resumed_and_says_why() {
-        let problem = admit(Request::Resume, &paused(PauseReason::Fault { detail: "triple".into() })).unwrap_err();
+        let problem = admit(
+            Request::Resume,
+            &paused(PauseReason::Fault {
+                detail: "triple".into(),
+            }),
+        )
+        .unwrap_err();
         assert_eq!(problem.status, 409);
         assert!(problem.detail.contains("triple"));
     }
@@ -139,7 +182,13 @@ mod tests {
     #[test]
     fn older_and_newer_epochs_are_refused_by_name() {
         assert_eq!(admit_epoch(Epoch(3), Epoch(3)), Ok(()));
-        assert_eq!(admit_epoch(Epoch(2), Epoch(3)).unwrap_err().kind, "stale-epoch");
-        assert_eq!(admit_epoch(Epoch(4), Epoch(3)).unwrap_err().kind, "unknown-epoch");
+        assert_eq!(
+            admit_epoch(Epoch(2), Epoch(3)).unwrap_err().kind,
+            "stale-epoch"
+        );
+        assert_eq!(
+            admit_epoch(Epoch(4), Epoch(3)).unwrap_err().kind,
+            "unknown-epoch"
+        );
     }
 }

@@ -8,7 +8,8 @@ use godwit_channel::problem::{Answer, JsonBody, QueryArgs, Refusal, no_such_path
 use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::vmm_api::{
-    CreateRequest, DirtyRate, DirtyRateRequest, IncomingReady, IncomingRequest, OutgoingRequest, VmmInfo,
+    CreateRequest, DirtyRate, DirtyRateRequest, IncomingReady, IncomingRequest, OutgoingRequest,
+    VmmInfo,
 };
 use serde::Deserialize;
 use std::ops::RangeInclusive;
@@ -48,17 +49,26 @@ where
     B: serde::de::DeserializeOwned + Send + 'static,
     T: serde::Serialize + Send + 'static,
 {
-    post(move |State(driver): State<DriverHandle>, JsonBody(body): JsonBody<B>| async move {
-        let answer: Answer<T> = driver.call(move |d| act(d, body)).await.map(Json).map_err(Refusal);
-        answer
-    })
+    post(
+        move |State(driver): State<DriverHandle>, JsonBody(body): JsonBody<B>| async move {
+            let answer: Answer<T> = driver
+                .call(move |d| act(d, body))
+                .await
+                .map(Json)
+                .map_err(Refusal);
+            answer
+        },
+    )
 }
 
 async fn info(State(driver): State<DriverHandle>) -> Answer<VmmInfo> {
     Ok(Json(driver.call(Driver::info).await?))
 }
 
-async fn create(State(driver): State<DriverHandle>, JsonBody(request): JsonBody<CreateRequest>) -> Answer<VmmInfo> {
+async fn create(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<CreateRequest>,
+) -> Answer<VmmInfo> {
     Ok(Json(driver.call(move |d| d.create(request)).await?))
 }
 
@@ -89,11 +99,14 @@ async fn dirty_rate(
     }
     let source = driver.call(|d| d.dirty_log()).await?;
     let window = Duration::from_millis(request.window_ms);
-    let watched = tokio::task::spawn_blocking(move || source.start().and_then(|log| log.watch(window)))
-        .await
-        .map_err(|error| Problem::internal(error.to_string()))?
-        .map_err(|error| Problem::internal(error.to_string()))?;
-    Ok(Json(DirtyRate { bytes_per_s: watched * 1_000 / request.window_ms }))
+    let watched =
+        tokio::task::spawn_blocking(move || source.start().and_then(|log| log.watch(window)))
+            .await
+            .map_err(|error| Problem::internal(error.to_string()))?
+            .map_err(|error| Problem::internal(error.to_string()))?;
+    Ok(Json(DirtyRate {
+        bytes_per_s: watched * 1_000 / request.window_ms,
+    }))
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,7 +118,10 @@ struct Wait {
 }
 
 /// Answers when the migration has changed since `after`, or when the wait is over.
-async fn migration(State(driver): State<DriverHandle>, QueryArgs(wait): QueryArgs<Wait>) -> Answer<MigrationStatus> {
+async fn migration(
+    State(driver): State<DriverHandle>,
+    QueryArgs(wait): QueryArgs<Wait>,
+) -> Answer<MigrationStatus> {
     let (mut sequence, status) = driver.call(|d| d.watch_migration()).await?;
     let limit = Duration::from_millis(wait.wait_ms.min(MAX_WAIT_MS));
     let changed = sequence.wait_for(|sequence| *sequence > wait.after);

@@ -23,7 +23,12 @@ pub struct VmmArgs {
     #[arg(long, value_name = "PATH", requires = "kernel")]
     pub initrd: Option<PathBuf>,
     /// Kernel command line.
-    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0", requires = "kernel")]
+    #[arg(
+        long,
+        value_name = "TEXT",
+        default_value = "console=ttyS0",
+        requires = "kernel"
+    )]
     pub cmdline: String,
     /// Boot the built-in pilot guest.
     #[arg(long)]
@@ -43,10 +48,15 @@ pub struct VmmArgs {
 }
 
 fn parse_baseline(text: &str) -> Result<CpuBaseline, String> {
-    [CpuBaseline::V2, CpuBaseline::V3, CpuBaseline::V4, CpuBaseline::Host]
-        .into_iter()
-        .find(|baseline| baseline.name() == text)
-        .ok_or_else(|| "choose x86-64-v2, x86-64-v3, x86-64-v4 or host".to_owned())
+    [
+        CpuBaseline::V2,
+        CpuBaseline::V3,
+        CpuBaseline::V4,
+        CpuBaseline::Host,
+    ]
+    .into_iter()
+    .find(|baseline| baseline.name() == text)
+    .ok_or_else(|| "choose x86-64-v2, x86-64-v3, x86-64-v4 or host".to_owned())
 }
 
 impl VmmArgs {

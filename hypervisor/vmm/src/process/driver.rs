@@ -9,7 +9,8 @@ use crate::devices::{Console, PowerEvent, SerialPort};
 use crate::kvm::{self, DirtyLogSource};
 use crate::machine::{Machine, MachineError, MachineEvent, MachineParts};
 use crate::migration::{
-    Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine, send_machine,
+    Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine,
+    send_machine,
 };
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
@@ -17,8 +18,8 @@ use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{
-    Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand, OutgoingRequest, PauseReason,
-    StopReason, VmmInfo, VmmState,
+    Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand,
+    OutgoingRequest, PauseReason, StopReason, VmmInfo, VmmState,
 };
 use std::io;
 use std::path::PathBuf;
@@ -62,11 +63,18 @@ pub(super) struct DriverHandle {
 
 impl DriverHandle {
     /// Starts the driver. The receiver gives the outcome once the driver has decided to end the process.
-    pub(super) fn start(builtin: &'static [u8]) -> io::Result<(Self, tokio_mpsc::Receiver<Outcome>)> {
+    pub(super) fn start(
+        builtin: &'static [u8],
+    ) -> io::Result<(Self, tokio_mpsc::Receiver<Outcome>)> {
         let (inbox, messages) = std::sync::mpsc::channel();
         let (end, ended) = tokio_mpsc::channel(1);
         let (state_sender, state) = watch::channel(VmmState::Empty);
-        let handle = Self { inbox, console: Console::default(), serial: Arc::default(), state };
+        let handle = Self {
+            inbox,
+            console: Console::default(),
+            serial: Arc::default(),
+            state,
+        };
         let driver = Driver {
             builtin,
             started: Instant::now(),
@@ -83,7 +91,9 @@ impl DriverHandle {
             state: state_sender,
             migration: Migration::None,
         };
-        std::thread::Builder::new().name("driver".into()).spawn(move || driver.serve(&messages))?;
+        std::thread::Builder::new()
+            .name("driver".into())
+            .spawn(move || driver.serve(&messages))?;
         Ok((handle, ended))
     }
 
@@ -96,11 +106,16 @@ impl DriverHandle {
         self.post(move |driver| {
             let _ = answer.send(work(driver));
         });
-        receiver.await.unwrap_or_else(|_| Err(Problem::internal("this VMM is ending")))
+        receiver
+            .await
+            .unwrap_or_else(|_| Err(Problem::internal("this VMM is ending")))
     }
 
     /// [`Self::call`] from a thread that may block.
-    fn call_blocking<T: Send + 'static>(&self, work: impl FnOnce(&mut Driver) -> T + Send + 'static) -> Option<T> {
+    fn call_blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Driver) -> T + Send + 'static,
+    ) -> Option<T> {
         let (answer, receiver) = oneshot::channel();
         self.post(move |driver| {
             let _ = answer.send(work(driver));
@@ -120,9 +135,18 @@ impl DriverHandle {
 
     /// Input for the guest's serial port.
     pub(super) fn type_in(&self, bytes: &[u8]) -> Result<(), Problem> {
-        match &*self.serial.read().unwrap_or_else(std::sync::PoisonError::into_inner) {
-            None => Err(Problem::conflict("wrong-state", "there is no machine to type to")),
-            Some(port) => port.send(bytes).map_err(|error| Problem::conflict("serial-input-full", error.to_string())),
+        match &*self
+            .serial
+            .read()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
+            None => Err(Problem::conflict(
+                "wrong-state",
+                "there is no machine to type to",
+            )),
+            Some(port) => port
+                .send(bytes)
+                .map_err(|error| Problem::conflict("serial-input-full", error.to_string())),
         }
     }
 
@@ -130,7 +154,9 @@ impl DriverHandle {
     pub(super) async fn wait_until_over(&self) -> Outcome {
         let over = |state: &VmmState| match state {
             VmmState::Stopped { reason } => Some(Outcome::Stopped(reason.clone())),
-            VmmState::Paused { reason: PauseReason::Fault { detail } } => Some(Outcome::Fault(detail.clone())),
+            VmmState::Paused {
+                reason: PauseReason::Fault { detail },
+            } => Some(Outcome::Fault(detail.clone())),
             _ => None,
         };
         let mut state = self.state.clone();
@@ -180,7 +206,9 @@ impl Driver {
         while let Ok(message) = messages.recv() {
             match message {
                 Message::Work(work) => work(&mut self),
-                Message::Event(number, event) if number == self.machine_number => self.handle_event(event),
+                Message::Event(number, event) if number == self.machine_number => {
+                    self.handle_event(event)
+                }
                 Message::Event(..) => {}
             }
         }
@@ -188,7 +216,11 @@ impl Driver {
 
     /// Everything about this VMM.
     pub(super) fn info(&mut self) -> Result<VmmInfo, Problem> {
-        let mut counters = Counters { resets: self.resets, serial_tx_bytes: self.handle.console.written(), ..Default::default() };
+        let mut counters = Counters {
+            resets: self.resets,
+            serial_tx_bytes: self.handle.console.written(),
+            ..Default::default()
+        };
         let mut vcpus = Vec::new();
         let mut resident = Bytes(0);
         if let Some(machine) = &self.machine {
@@ -225,7 +257,9 @@ impl Driver {
     pub(super) fn boot(&mut self, command: Command) -> Result<VmmInfo, Problem> {
         if self.admit(Request::Boot, command)? == Admission::Act {
             let machine = self.machine()?;
-            machine.load(self.builtin).map_err(|error| error.problem("spec"))?;
+            machine
+                .load(self.builtin)
+                .map_err(|error| error.problem("spec"))?;
             self.let_run(machine)?;
             self.enter(VmmState::Running);
         }
@@ -235,8 +269,12 @@ impl Driver {
     /// Stops the vCPUs.
     pub(super) fn pause(&mut self, command: Command) -> Result<VmmInfo, Problem> {
         if self.admit(Request::Pause, command)? == Admission::Act {
-            self.machine()?.pause().map_err(|error| error.problem("spec"))?;
-            self.enter(VmmState::Paused { reason: PauseReason::Requested });
+            self.machine()?
+                .pause()
+                .map_err(|error| error.problem("spec"))?;
+            self.enter(VmmState::Paused {
+                reason: PauseReason::Requested,
+            });
         }
         self.info()
     }
@@ -253,7 +291,10 @@ impl Driver {
     /// Asks the guest to stop; whether it does is up to it.
     pub(super) fn stop(&mut self, command: Command) -> Result<VmmInfo, Problem> {
         if self.admit(Request::Stop, command)? == Admission::Act {
-            let pilot = self.spec.as_ref().is_some_and(|spec| spec.boot == Boot::Pilot);
+            let pilot = self
+                .spec
+                .as_ref()
+                .is_some_and(|spec| spec.boot == Boot::Pilot);
             if !pilot {
                 return Err(Problem::conflict(
                     "cannot-ask",
@@ -271,7 +312,9 @@ impl Driver {
         if self.admit(Request::Kill, command)? == Admission::Act {
             self.cancel_migration("the VM was killed");
             self.drop_machine();
-            self.enter(VmmState::Stopped { reason: StopReason::Killed });
+            self.enter(VmmState::Stopped {
+                reason: StopReason::Killed,
+            });
         }
         let info = self.info();
         let _ = self.end.try_send(Outcome::Stopped(StopReason::Killed));
@@ -280,14 +323,25 @@ impl Driver {
 
     /// Where to watch dirty pages, if nothing else does.
     pub(super) fn dirty_log(&self) -> Result<DirtyLogSource, Problem> {
-        if self.migration_status().is_some_and(|status| !status.phase.is_final()) {
-            return Err(Problem::conflict("migrating", "a migration is watching dirty pages")
-                .with_remedy("read the dirty rate from the migration's progress"));
+        if self
+            .migration_status()
+            .is_some_and(|status| !status.phase.is_final())
+        {
+            return Err(
+                Problem::conflict("migrating", "a migration is watching dirty pages")
+                    .with_remedy("read the dirty rate from the migration's progress"),
+            );
         }
         Ok(self.machine()?.dirty_log().clone())
     }
 
-    fn build(&mut self, vm: VmId, epoch: Epoch, spec: MachineSpec, lease: Option<PathBuf>) -> Result<(), Problem> {
+    fn build(
+        &mut self,
+        vm: VmId,
+        epoch: Epoch,
+        spec: MachineSpec,
+        lease: Option<PathBuf>,
+    ) -> Result<(), Problem> {
         admit(Request::Build, &self.state.borrow())?;
         let problems = spec.problems("spec");
         if !problems.is_empty() {
@@ -300,13 +354,20 @@ impl Driver {
                 "choose a lower baseline or another host",
             )]));
         }
-        self.machine = Some(self.build_machine(&spec, lease.as_deref()).map_err(|error| error.problem("spec"))?);
+        self.machine = Some(
+            self.build_machine(&spec, lease.as_deref())
+                .map_err(|error| error.problem("spec"))?,
+        );
         (self.vm, self.epoch, self.spec, self.lease) = (Some(vm), epoch, Some(spec), lease);
         self.publish_serial();
         Ok(())
     }
 
-    fn build_machine(&mut self, spec: &MachineSpec, lease: Option<&std::path::Path>) -> Result<Machine, MachineError> {
+    fn build_machine(
+        &mut self,
+        spec: &MachineSpec,
+        lease: Option<&std::path::Path>,
+    ) -> Result<Machine, MachineError> {
         kvm::install_kick_handler()?;
         self.machine_number += 1;
         let (number, inbox) = (self.machine_number, self.handle.inbox.clone());
@@ -328,19 +389,25 @@ impl Driver {
                 }
                 tracing::warn!(epoch = %self.epoch, "the lease ran out: the guest stands still");
                 self.stop_vcpus();
-                self.enter(VmmState::Paused { reason: PauseReason::LeaseExpired });
+                self.enter(VmmState::Paused {
+                    reason: PauseReason::LeaseExpired,
+                });
             }
             MachineEvent::Fault(detail) => {
                 tracing::error!(%detail, "the guest cannot go on");
                 self.stop_vcpus();
                 self.cancel_migration("the guest cannot go on");
-                self.enter(VmmState::Paused { reason: PauseReason::Fault { detail } });
+                self.enter(VmmState::Paused {
+                    reason: PauseReason::Fault { detail },
+                });
             }
             MachineEvent::Power(PowerEvent::Off) => {
                 tracing::info!("the guest powered off");
                 self.cancel_migration("the guest powered off");
                 self.drop_machine();
-                self.enter(VmmState::Stopped { reason: StopReason::GuestHalted });
+                self.enter(VmmState::Stopped {
+                    reason: StopReason::GuestHalted,
+                });
             }
             MachineEvent::Power(PowerEvent::Reset) => {
                 tracing::info!("the guest restarts");
@@ -353,12 +420,16 @@ impl Driver {
     /// A fresh machine from the same spec, as after pressing a PC's reset button.
     fn reset(&mut self) {
         self.drop_machine();
-        let (Some(spec), lease) = (self.spec.clone(), self.lease.clone()) else { return };
-        let booted = self.build_machine(&spec, lease.as_deref()).and_then(|machine| {
-            machine.load(self.builtin)?;
-            machine.run()?;
-            Ok(machine)
-        });
+        let (Some(spec), lease) = (self.spec.clone(), self.lease.clone()) else {
+            return;
+        };
+        let booted = self
+            .build_machine(&spec, lease.as_deref())
+            .and_then(|machine| {
+                machine.load(self.builtin)?;
+                machine.run()?;
+                Ok(machine)
+            });
         match booted {
             Ok(machine) => {
                 self.machine = Some(machine);
@@ -369,15 +440,20 @@ impl Driver {
             Err(error) => {
                 let detail = error.problem("spec").detail;
                 tracing::error!(%detail, "the guest restarted and cannot be booted again");
-                self.enter(VmmState::Stopped { reason: StopReason::Failed { detail } });
+                self.enter(VmmState::Stopped {
+                    reason: StopReason::Failed { detail },
+                });
             }
         }
     }
 
     fn let_run(&self, machine: &Machine) -> Result<(), Problem> {
         if !machine.lease_allows() {
-            return Err(Problem::conflict("lease-expired", "this host's lease does not allow the guest to run")
-                .with_remedy("it runs again once the host agent has renewed its lease"));
+            return Err(Problem::conflict(
+                "lease-expired",
+                "this host's lease does not allow the guest to run",
+            )
+            .with_remedy("it runs again once the host agent has renewed its lease"));
         }
         machine.run().map_err(|error| error.problem("spec"))
     }
@@ -391,13 +467,24 @@ impl Driver {
     }
 
     fn drop_machine(&mut self) {
-        *self.handle.serial.write().unwrap_or_else(std::sync::PoisonError::into_inner) = None;
+        *self
+            .handle
+            .serial
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.machine = None;
     }
 
     fn publish_serial(&self) {
-        let port = self.machine.as_ref().map(|machine| machine.serial().clone());
-        *self.handle.serial.write().unwrap_or_else(std::sync::PoisonError::into_inner) = port;
+        let port = self
+            .machine
+            .as_ref()
+            .map(|machine| machine.serial().clone());
+        *self
+            .handle
+            .serial
+            .write()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = port;
     }
 
     fn enter(&self, state: VmmState) {
@@ -411,7 +498,9 @@ impl Driver {
     }
 
     fn machine(&self) -> Result<&Machine, Problem> {
-        self.machine.as_ref().ok_or_else(|| Problem::conflict("wrong-state", "there is no machine"))
+        self.machine
+            .as_ref()
+            .ok_or_else(|| Problem::conflict("wrong-state", "there is no machine"))
     }
 
     fn cpu(&mut self) -> Result<CpuFacts, Problem> {

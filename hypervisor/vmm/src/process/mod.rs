@@ -66,12 +66,21 @@ pub fn run(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
 
 async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
     let os = |what| move |source| VmmError::Os { what, source };
-    let (driver, mut ended) = DriverHandle::start(builtin).map_err(os("the driver cannot be started"))?;
+    let (driver, mut ended) =
+        DriverHandle::start(builtin).map_err(os("the driver cannot be started"))?;
     let terminate = terminate_signal().map_err(os("signals cannot be watched"))?;
 
     // Both sockets are bound before anything is served, so a caller that sees the API has the console too.
-    let api = args.api_socket.as_deref().map(uds::Listener::bind).transpose()?;
-    let console = args.serial_socket.as_deref().map(uds::Listener::bind).transpose()?;
+    let api = args
+        .api_socket
+        .as_deref()
+        .map(uds::Listener::bind)
+        .transpose()?;
+    let console = args
+        .serial_socket
+        .as_deref()
+        .map(uds::Listener::bind)
+        .transpose()?;
     let (close, closed) = tokio::sync::watch::channel(());
     if let Some(listener) = console {
         tokio::spawn(serial::serve(listener, driver.clone()));
@@ -87,11 +96,22 @@ async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
     let alone = match args.spec() {
         None => None,
         Some(spec) => {
-            let request = CreateRequest { vm: VmId::fresh(), epoch: Epoch(1), spec, lease: None };
-            driver.call(|d| d.create(request)).await.map_err(VmmError::Refused)?;
+            let request = CreateRequest {
+                vm: VmId::fresh(),
+                epoch: Epoch(1),
+                spec,
+                lease: None,
+            };
+            driver
+                .call(|d| d.create(request))
+                .await
+                .map_err(VmmError::Refused)?;
             // What is typed from now on waits in the serial port until the guest reads it.
             let terminal = (args.serial_socket.is_none()).then(|| serial::attach_terminal(&driver));
-            driver.call(|d| d.boot(Command { epoch: Epoch(1) })).await.map_err(VmmError::Refused)?;
+            driver
+                .call(|d| d.boot(Command { epoch: Epoch(1) }))
+                .await
+                .map_err(VmmError::Refused)?;
             terminal
         }
     };
@@ -108,7 +128,10 @@ async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
         terminal.finish(&driver).await;
     }
     driver.dismiss().await;
-    for socket in [&args.api_socket, &args.serial_socket].into_iter().flatten() {
+    for socket in [&args.api_socket, &args.serial_socket]
+        .into_iter()
+        .flatten()
+    {
         let _ = std::fs::remove_file(socket);
     }
     match outcome {
@@ -131,7 +154,10 @@ async fn wait_if_alone(driver: &DriverHandle, alone: bool) -> Outcome {
 
 fn terminate_signal() -> io::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let (mut terminate, mut interrupt) = (
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+    );
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => {}

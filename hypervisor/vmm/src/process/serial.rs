@@ -69,24 +69,34 @@ pub(super) fn attach_terminal(driver: &DriverHandle) -> Terminal {
     let restore = io::stdin().is_terminal().then(raw_mode).flatten();
     let typist = driver.clone();
     // Reading standard input blocks and cannot be interrupted, so it has a thread that nothing waits for.
-    let _ = std::thread::Builder::new().name("stdin".into()).spawn(move || {
-        let mut buffer = [0; INPUT_BYTES];
-        while let Ok(read @ 1..) = io::stdin().read(&mut buffer) {
-            let _ = typist.type_in(&buffer[..read]);
-        }
-    });
+    let _ = std::thread::Builder::new()
+        .name("stdin".into())
+        .spawn(move || {
+            let mut buffer = [0; INPUT_BYTES];
+            while let Ok(read @ 1..) = io::stdin().read(&mut buffer) {
+                let _ = typist.type_in(&buffer[..read]);
+            }
+        });
     let mut reader = driver.console().reader();
     let (progress, written) = tokio::sync::watch::channel(0);
     let output = tokio::spawn(async move {
         while let Some(bytes) = reader.next().await {
             let mut stdout = io::stdout().lock();
-            if stdout.write_all(&bytes).and_then(|()| stdout.flush()).is_err() {
+            if stdout
+                .write_all(&bytes)
+                .and_then(|()| stdout.flush())
+                .is_err()
+            {
                 return;
             }
             progress.send_modify(|written| *written += bytes.len() as u64);
         }
     });
-    Terminal { output, written, restore }
+    Terminal {
+        output,
+        written,
+        restore,
+    }
 }
 
 impl Terminal {
@@ -96,7 +106,11 @@ impl Terminal {
         let _ = self.written.wait_for(|written| *written >= all).await;
         self.output.abort();
         if let Some(before) = &self.restore {
-            let _ = rustix::termios::tcsetattr(io::stdin(), rustix::termios::OptionalActions::Now, before);
+            let _ = rustix::termios::tcsetattr(
+                io::stdin(),
+                rustix::termios::OptionalActions::Now,
+                before,
+            );
         }
     }
 }

@@ -1,12 +1,14 @@
 //! From process start to the guest's init, Godwit against QEMU's microvm, same kernel and same RAM disk.
 
 use crate::report::{Op, Report};
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail};
 use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
 use godwit_tests::program;
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
+use tokio::process::Command;
+use tokio::time::timeout;
 
 const WARM_UP: usize = 2;
 const RUNS: usize = 15;
@@ -16,19 +18,17 @@ const QEMU: &str = "qemu-system-x86_64";
 
 pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> anyhow::Result<()> {
     let Some(linux) = linux else { return Ok(()) };
-    if Command::new(QEMU)
-        .arg("--version")
-        .stdout(Stdio::null())
-        .status()
-        .is_err()
-    {
+    if Command::new(QEMU).arg("--version").output().await.is_err() {
         println!("no {QEMU}: boot times are not compared");
         return Ok(());
     }
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for run in 0..WARM_UP + RUNS {
         // Alternating, so that whatever else the machine does meets both alike.
-        let times = (time_to_init(godwit(linux))?, time_to_init(qemu(linux))?);
+        let times = (
+            time_to_init(godwit(linux)).await?,
+            time_to_init(qemu(linux)).await?,
+        );
         if run >= WARM_UP {
             ours.push(times.0);
             theirs.push(times.1);
@@ -102,27 +102,31 @@ fn qemu(linux: &LinuxGuest) -> Command {
 }
 
 /// Milliseconds from the start of the process to the first line of the guest's init program.
-fn time_to_init(mut command: Command) -> anyhow::Result<f64> {
-    let start = Instant::now();
-    let mut child = command
+async fn time_to_init(mut command: Command) -> anyhow::Result<f64> {
+    // The guest runs on for ever; nothing in it is worth a graceful end.
+    command
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let found = wait_for_greeting(&mut child, start);
-    // The guest runs on for ever; nothing in it is worth a graceful end.
-    child.kill()?;
-    child.wait()?;
-    found.with_context(|| format!("{command:?}"))
+        .kill_on_drop(true);
+    let start = Instant::now();
+    let mut child = command.spawn()?;
+    let console = BufReader::new(child.stdout.take().context("stdout is a pipe")?);
+    let found = timeout(PATIENCE, find_greeting(console)).await;
+    let elapsed_ms = start.elapsed().as_secs_f64() * 1000.0;
+    child.kill().await?;
+    found
+        .context("init does not come up")
+        .flatten()
+        .with_context(|| format!("{command:?}"))?;
+    Ok(elapsed_ms)
 }
 
-fn wait_for_greeting(child: &mut Child, start: Instant) -> anyhow::Result<f64> {
-    let console = BufReader::new(child.stdout.take().context("stdout is a pipe")?);
-    for line in console.lines() {
-        if line?.contains(AGENT_GREETING) {
-            return Ok(start.elapsed().as_secs_f64() * 1000.0);
+async fn find_greeting(console: impl AsyncBufRead + Unpin) -> anyhow::Result<()> {
+    let mut lines = console.lines();
+    while let Some(line) = lines.next_line().await? {
+        if line.contains(AGENT_GREETING) {
+            return Ok(());
         }
-        ensure!(start.elapsed() < PATIENCE, "init does not come up");
     }
-    anyhow::bail!("the process ended before init came up")
+    bail!("the process ended before init came up")
 }

@@ -9,7 +9,7 @@ use godwit_wire::id::Epoch;
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::{
-    Command, DirtyRate, DirtyRateRequest, PauseReason, StopReason, VmmState,
+    Command, CreateRequest, DirtyRate, DirtyRateRequest, PauseReason, StopReason, VmmState,
 };
 use std::time::Duration;
 
@@ -114,7 +114,10 @@ async fn a_guest_that_resets_boots_again() {
 async fn commands_of_another_epoch_are_refused() {
     require!(skip::kvm());
     let dir = TestDir::new();
-    let request = vmm_request_under_epoch_5();
+    let request = CreateRequest {
+        epoch: Epoch(5),
+        ..new_vm(vmm::pilot(1, Mib(64)))
+    };
     let vmm = Vmm::boot(&dir, "vmm", &request).await.expect("boot");
     for verb in ["pause", "resume", "stop", "kill"] {
         let path = format!("/v1/{verb}");

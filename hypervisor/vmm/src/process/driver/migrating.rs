@@ -16,7 +16,9 @@ impl Driver {
     }
 
     /// The latest migration and its sequence number to wait on.
-    pub(in crate::process) fn watch_migration(&self) -> Result<(watch::Receiver<u64>, StatusReader), Problem> {
+    pub(in crate::process) fn watch_migration(
+        &self,
+    ) -> Result<(watch::Receiver<u64>, StatusReader), Problem> {
         match &self.migration {
             Migration::None => Err(Problem::not_found("migration", "of this machine")),
             Migration::Outgoing(outgoing) => {
@@ -31,8 +33,16 @@ impl Driver {
     }
 
     /// Builds the machine and waits for its content.
-    pub(in crate::process) fn incoming(&mut self, request: IncomingRequest) -> Result<IncomingReady, Problem> {
-        self.build(request.vm, request.epoch, request.spec.clone(), request.lease.clone())?;
+    pub(in crate::process) fn incoming(
+        &mut self,
+        request: IncomingRequest,
+    ) -> Result<IncomingReady, Problem> {
+        self.build(
+            request.vm,
+            request.epoch,
+            request.spec.clone(),
+            request.lease.clone(),
+        )?;
         let bound = MigrationListener::bind(request.listen).map_err(|error| {
             let listen = request.listen;
             Problem::invalid(vec![FieldProblem::new(
@@ -42,28 +52,48 @@ impl Driver {
             )])
         });
         let (listener, address) = bound.inspect_err(|_| self.drop_machine())?;
-        let ledger = Ledger::new(request.migration, MigrationRole::Target, TargetHandOver::Filling);
+        let ledger = Ledger::new(
+            request.migration,
+            MigrationRole::Target,
+            TargetHandOver::Filling,
+        );
         let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener));
         self.migration = Migration::Incoming(incoming.clone(), request.epoch);
-        let (ram, cpu, owner) = (self.machine()?.ram().clone(), self.cpu()?, Owner(self.handle.clone()));
-        spawn("migration-in", move || receive_machine(&incoming, &request, &cpu, &ram, &owner))?;
+        let (ram, cpu, owner) = (
+            self.machine()?.ram().clone(),
+            self.cpu()?,
+            Owner(self.handle.clone()),
+        );
+        spawn("migration-in", move || {
+            receive_machine(&incoming, &request, &cpu, &ram, &owner)
+        })?;
         self.enter(VmmState::Incoming);
         Ok(IncomingReady { address })
     }
 
     /// Starts to send the machine away.
-    pub(in crate::process) fn outgoing(&mut self, request: OutgoingRequest) -> Result<MigrationStatus, Problem> {
+    pub(in crate::process) fn outgoing(
+        &mut self,
+        request: OutgoingRequest,
+    ) -> Result<MigrationStatus, Problem> {
         admit_epoch(request.epoch, self.epoch)?;
         if let Some(status) = self.migration_status() {
             if status.migration == request.migration && status.role == MigrationRole::Source {
                 return Ok(status);
             }
             if !status.phase.is_final() {
-                return Err(Problem::conflict("migrating", format!("migration {} is under way", status.migration)));
+                return Err(Problem::conflict(
+                    "migrating",
+                    format!("migration {} is under way", status.migration),
+                ));
             }
         }
         admit(Request::SendAway, &self.state.borrow())?;
-        let ledger = Ledger::new(request.migration, MigrationRole::Source, SourceHandOver::Copying);
+        let ledger = Ledger::new(
+            request.migration,
+            MigrationRole::Source,
+            SourceHandOver::Copying,
+        );
         let outgoing = Arc::new(Outgoing::new(Arc::new(ledger)));
         let machine = self.machine()?;
         let (ram, log) = (machine.ram().clone(), machine.dirty_log().clone());
@@ -76,13 +106,23 @@ impl Driver {
         let status = outgoing.ledger.status();
         spawn("migration-out", move || {
             let start_log = move || Ok(log.start()?);
-            send_machine(&outgoing, &request, (vm, &spec, &cpu), &ram, start_log, &owner);
+            send_machine(
+                &outgoing,
+                &request,
+                (vm, &spec, &cpu),
+                &ram,
+                start_log,
+                &owner,
+            );
         })?;
         Ok(status)
     }
 
     /// The operator calls the migration off.
-    pub(in crate::process) fn cancel(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+    pub(in crate::process) fn cancel(
+        &mut self,
+        command: MigrationCommand,
+    ) -> Result<MigrationStatus, Problem> {
         match self.addressed(command)? {
             Addressed::Outgoing(outgoing) => {
                 outgoing.cancel("cancelled by request").map_err(refused)?;
@@ -97,14 +137,19 @@ impl Driver {
     }
 
     /// The store has voided the migration.
-    pub(in crate::process) fn abort(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+    pub(in crate::process) fn abort(
+        &mut self,
+        command: MigrationCommand,
+    ) -> Result<MigrationStatus, Problem> {
         match self.addressed(command)? {
             Addressed::Outgoing(outgoing) => {
                 outgoing.abort().map_err(refused)?;
                 self.resume_after_migration();
             }
             Addressed::Incoming(incoming, _) => {
-                incoming.abort("the store voided the migration").map_err(refused)?;
+                incoming
+                    .abort("the store voided the migration")
+                    .map_err(refused)?;
                 self.void_incoming();
             }
         }
@@ -112,37 +157,62 @@ impl Driver {
     }
 
     /// The store has given the VM to the target: end here, and then this process.
-    pub(in crate::process) fn release(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+    pub(in crate::process) fn release(
+        &mut self,
+        command: MigrationCommand,
+    ) -> Result<MigrationStatus, Problem> {
         let Addressed::Outgoing(outgoing) = self.addressed(command)? else {
-            return Err(Problem::conflict("wrong-role", "a target cannot be released; abort it"));
+            return Err(Problem::conflict(
+                "wrong-role",
+                "a target cannot be released; abort it",
+            ));
         };
         outgoing.release().map_err(refused)?;
         self.migrated_away();
-        let _ = self.end.try_send(Outcome::Stopped(StopReason::MigratedAway));
+        let _ = self
+            .end
+            .try_send(Outcome::Stopped(StopReason::MigratedAway));
         self.status()
     }
 
     /// The store has given the VM to this side under `command.epoch`.
-    pub(in crate::process) fn commit(&mut self, command: MigrationCommand) -> Result<MigrationStatus, Problem> {
+    pub(in crate::process) fn commit(
+        &mut self,
+        command: MigrationCommand,
+    ) -> Result<MigrationStatus, Problem> {
         // The epoch is checked against the source's by the hand-over itself.
-        let Addressed::Incoming(incoming, source_epoch) =
-            self.addressed(MigrationCommand { epoch: self.epoch, ..command })?
+        let Addressed::Incoming(incoming, source_epoch) = self.addressed(MigrationCommand {
+            epoch: self.epoch,
+            ..command
+        })?
         else {
-            return Err(Problem::conflict("wrong-role", "this is the source of the migration"));
+            return Err(Problem::conflict(
+                "wrong-role",
+                "this is the source of the migration",
+            ));
         };
         let machine = self.machine()?;
         if incoming.ledger.hand_over() == TargetHandOver::Whole && !machine.lease_allows() {
-            return Err(Problem::conflict("lease-expired", "this host's lease does not allow the guest to run")
-                .with_remedy("repeat the commit once the host agent has renewed its lease"));
+            return Err(Problem::conflict(
+                "lease-expired",
+                "this host's lease does not allow the guest to run",
+            )
+            .with_remedy("repeat the commit once the host agent has renewed its lease"));
         }
         let first = !matches!(incoming.ledger.hand_over(), TargetHandOver::Running(_));
-        incoming.commit(command.epoch, source_epoch).map_err(refused)?;
+        incoming
+            .commit(command.epoch, source_epoch)
+            .map_err(refused)?;
         self.epoch = command.epoch;
         if first {
             match incoming.arrival() {
-                Some(Arrival::StayPaused) => self.enter(VmmState::Paused { reason: PauseReason::Requested }),
+                Some(Arrival::StayPaused) => self.enter(VmmState::Paused {
+                    reason: PauseReason::Requested,
+                }),
                 _ => {
-                    self.machine()?.run().map_err(|error| error.problem("spec"))?;
+                    self.machine()?
+                        .run()
+                        .map_err(|error| error.problem("spec"))?;
                     self.enter(VmmState::Running);
                 }
             }
@@ -153,7 +223,9 @@ impl Driver {
 
     pub(super) fn cancel_migration(&mut self, reason: &str) {
         let refused = match &self.migration {
-            Migration::Outgoing(outgoing) if !outgoing.ledger.status().phase.is_final() => outgoing.cancel(reason).err(),
+            Migration::Outgoing(outgoing) if !outgoing.ledger.status().phase.is_final() => {
+                outgoing.cancel(reason).err()
+            }
             Migration::Incoming(incoming, _) if !incoming.ledger.status().phase.is_final() => {
                 incoming.abort(reason).err()
             }
@@ -165,14 +237,19 @@ impl Driver {
     }
 
     fn status(&self) -> Result<MigrationStatus, Problem> {
-        self.migration_status().ok_or_else(|| Problem::not_found("migration", "of this machine"))
+        self.migration_status()
+            .ok_or_else(|| Problem::not_found("migration", "of this machine"))
     }
 
     fn addressed(&self, command: MigrationCommand) -> Result<Addressed, Problem> {
         let status = self.status()?;
         if status.migration != command.migration {
-            return Err(Problem::not_found("migration", command.migration)
-                .with_remedy(format!("the latest migration of this machine is {}", status.migration)));
+            return Err(
+                Problem::not_found("migration", command.migration).with_remedy(format!(
+                    "the latest migration of this machine is {}",
+                    status.migration
+                )),
+            );
         }
         admit_epoch(command.epoch, self.epoch)?;
         Ok(match &self.migration {
@@ -184,14 +261,22 @@ impl Driver {
 
     /// Lets a guest that was paused for the hand-over go on here.
     fn resume_after_migration(&mut self) {
-        if (*self.state.borrow() != VmmState::Paused { reason: PauseReason::HandOver }) {
+        if (*self.state.borrow()
+            != VmmState::Paused {
+                reason: PauseReason::HandOver,
+            })
+        {
             return;
         }
         let Some(machine) = &self.machine else { return };
         let state = match machine.run() {
             // If the lease is over the vCPUs stop themselves at once and say so.
             Ok(()) => VmmState::Running,
-            Err(error) => VmmState::Paused { reason: PauseReason::Fault { detail: error.to_string() } },
+            Err(error) => VmmState::Paused {
+                reason: PauseReason::Fault {
+                    detail: error.to_string(),
+                },
+            },
         };
         self.enter(state);
     }
@@ -200,24 +285,37 @@ impl Driver {
         let state = self.state.borrow().clone();
         match state {
             VmmState::Running => {
-                self.machine.as_ref().ok_or(MachineError::VcpuGone(0))?.pause()?;
-                self.enter(VmmState::Paused { reason: PauseReason::HandOver });
+                self.machine
+                    .as_ref()
+                    .ok_or(MachineError::VcpuGone(0))?
+                    .pause()?;
+                self.enter(VmmState::Paused {
+                    reason: PauseReason::HandOver,
+                });
                 Ok(Arrival::Run)
             }
-            VmmState::Paused { reason: PauseReason::Requested } => Ok(Arrival::StayPaused),
-            state => Err(MachineError::BadState(format!("the machine is {state:?} and cannot be handed over"))),
+            VmmState::Paused {
+                reason: PauseReason::Requested,
+            } => Ok(Arrival::StayPaused),
+            state => Err(MachineError::BadState(format!(
+                "the machine is {state:?} and cannot be handed over"
+            ))),
         }
     }
 
     fn migrated_away(&mut self) {
         self.drop_machine();
-        self.enter(VmmState::Stopped { reason: StopReason::MigratedAway });
+        self.enter(VmmState::Stopped {
+            reason: StopReason::MigratedAway,
+        });
     }
 
     fn void_incoming(&mut self) {
         if *self.state.borrow() == VmmState::Incoming {
             self.drop_machine();
-            self.enter(VmmState::Stopped { reason: StopReason::IncomingAborted });
+            self.enter(VmmState::Stopped {
+                reason: StopReason::IncomingAborted,
+            });
         }
     }
 }

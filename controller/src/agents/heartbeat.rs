@@ -1,0 +1,147 @@
+//! Heartbeats: what is observed, the lease, and orders to put right what the host cannot know.
+
+use crate::agents::{not_the_caller, removed};
+use crate::core::Core;
+use crate::drive::pulses::Heard;
+use crate::ha::orders::{Judgement, Standing, judge};
+use crate::ledger::Draft;
+use crate::model::{Actor, Host, Liveness, MaintenanceState, Subject};
+use crate::plan::reconcile::MISSING_HEARTBEATS;
+use crate::view::{Observed, View};
+use godwit_wire::host_api::{Heartbeat, HeartbeatReply, HostReport, MAX_VMS_PER_HOST, VmReport};
+use godwit_wire::id::{HostId, VmId};
+use godwit_wire::lease::LEASE_DURATION;
+use godwit_wire::problem::Problem;
+use jiff::Timestamp;
+use std::collections::BTreeMap;
+use tokio::time::Instant;
+
+pub(super) async fn answer(core: &Core, id: HostId, beat: Heartbeat) -> Result<HeartbeatReply, Problem> {
+    let now = Instant::now();
+    if beat.host != id {
+        return Err(not_the_caller(beat.host, id));
+    }
+    if beat.report.vms.len() > MAX_VMS_PER_HOST {
+        return Err(Problem::new(413, "too-many-vms", "The report is too long", "a host has at most 1024 VMs"));
+    }
+    let view = core.view();
+    let Some(host) = view.hosts.get(&id) else { return Err(removed(id)) };
+    let heard = core.pulses.hear(id, now, beat.incarnation, beat.sequence);
+    if heard == Heard::OutOfOrder {
+        return Err(Problem::conflict("stale-heartbeat", "a later heartbeat of this agent has come already"));
+    }
+    let returning = heard == Heard::GivenUp;
+    let news = returning
+        || host.first_heard_at.is_none()
+        || differs(host, &beat.report)
+        || view.liveness(id).is_silent();
+    let (judgement, standing) = if news {
+        // During a turn nobody takes VMs from this host; after it, the host is heard again.
+        let mut turn = core.ledger.turn().await;
+        turn.change(|view, draft| {
+            note_news(view, draft, id, &beat.report);
+            Ok(())
+        })
+        .await?;
+        core.pulses.revive(&turn, id, now);
+        observe(core, id, &beat);
+        let standing = if returning { Standing::Returning } else { Standing::Steady };
+        (look(core, id, &beat.report, standing), standing)
+    } else {
+        observe(core, id, &beat);
+        (look(core, id, &beat.report, Standing::Steady), Standing::Steady)
+    };
+    if !judgement.orders.is_empty() || standing == Standing::Returning {
+        tracing::info!(host = host.name(), orders = ?judgement.orders, ?standing, "orders for a host");
+    }
+    for vm in &judgement.foreign {
+        tracing::error!(
+            host = host.name(), %vm,
+            "the host has a VM that the store does not know or knows an older epoch of; it is left alone"
+        );
+    }
+    Ok(HeartbeatReply { lease_ms: LEASE_DURATION.as_millis() as u64, orders: judgement.orders })
+}
+
+fn look(core: &Core, id: HostId, report: &HostReport, standing: Standing) -> Judgement {
+    judge(&core.view(), id, &report.vms, standing, |vm| core.ledger.deleted(vm))
+}
+
+fn differs(host: &Host, report: &HostReport) -> bool {
+    let mut facts = report.facts.clone();
+    facts.name.clone_from(&host.facts.name);
+    facts != host.facts
+}
+
+/// What a heartbeat changes in the records: facts, the first word, a return, the end of everything by a reboot.
+fn note_news(view: &View, draft: &mut Draft<'_>, id: HostId, report: &HostReport) {
+    let Some(before) = view.hosts.get(&id) else { return };
+    let mut host = before.as_ref().clone();
+    let (actor, subject) = (Actor::controller(), Subject::host(id, host.name()));
+    let name = host.name().to_owned();
+    let rebooted = host.facts.boot_id != report.facts.boot_id && host.first_heard_at.is_some();
+    host.facts = report.facts.clone();
+    // The name is the pool's: it was checked when the host joined.
+    host.facts.name.clone_from(&name);
+    if host.first_heard_at.is_none() {
+        host.first_heard_at = Some(draft.now());
+        draft.info("host.up", subject.clone(), &actor, format!("{name} is part of the pool"));
+    } else if view.liveness(id).is_silent() {
+        draft.info("host.returned", subject.clone(), &actor, format!("{name} is back"));
+    }
+    if rebooted {
+        draft.warning("host.rebooted", subject, &actor, format!("{name} has booted anew"));
+        for vm in view.vms_of(id).filter(|vm| vm.operation.is_none()) {
+            // Whatever it reports was started after the boot and is no proof of an end.
+            if report.vms.iter().all(|reported| reported.vm != vm.id) {
+                let mut vm = vm.as_ref().clone();
+                vm.owner = None;
+                let message = format!("{} ended with the reboot of {name}", vm.name);
+                draft.warning("vm.lost_host", Subject::vm(vm.id, &vm.name), &actor, message);
+                draft.put_vm(vm);
+            }
+        }
+        if let Some(record) = host.maintenance.and_then(|id| view.maintenances.get(&id))
+            && record.state == MaintenanceState::Drained
+        {
+            let mut record = record.as_ref().clone();
+            record.state = MaintenanceState::Working;
+            draft.put_maintenance(record);
+        }
+    }
+    if host != **before {
+        draft.put_host(host);
+    }
+}
+
+fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
+    let view = core.view();
+    let vms: BTreeMap<VmId, VmReport> = beat.report.vms.iter().map(|vm| (vm.vm, vm.clone())).collect();
+    core.ledger.observe(id, |observed| {
+        let missing = missing(&view, id, observed, &vms);
+        *observed = Observed {
+            liveness: Liveness::Up,
+            heard_at: Some(Timestamp::now()),
+            incarnation: Some(beat.incarnation),
+            usage: beat.report.usage,
+            missing,
+            vms,
+        };
+        true
+    });
+}
+
+/// Counts heartbeats in a row that lack a VM the host owns. While an operation changes the VM, nothing is
+/// counted beyond what its executor may rest on.
+fn missing(
+    view: &View,
+    id: HostId,
+    before: &Observed,
+    vms: &BTreeMap<VmId, VmReport>,
+) -> BTreeMap<VmId, u32> {
+    let count = |vm: VmId| before.missing.get(&vm).copied().unwrap_or(0).saturating_add(1).min(MISSING_HEARTBEATS);
+    view.vms_of(id)
+        .filter(|vm| vms.get(&vm.id).is_none_or(|report| report.epoch < vm.epoch))
+        .map(|vm| (vm.id, count(vm.id)))
+        .collect()
+}

@@ -1,0 +1,441 @@
+//! Moving a VM live.
+//!
+//! ```text
+//! wait for a place ─▶ record the migration (open) ─▶ prepare the target ─▶ tell the source ─▶ watch
+//!                                                        │ refused, failed, cancelled, lost      │
+//!                                                        ▼                                       ▼
+//!                                     void (unless committed meanwhile)          committed, by the target's word
+//!                                     source runs on, target's copy destroyed    source's copy released
+//! ```
+//! The decision is the record's: whatever this executor sees or misses, an open migration is voided or committed
+//! exactly once, and everything after follows the record.
+
+use super::Ended;
+use super::context::{Conclusion, Context, Sent};
+use crate::ledger::Draft;
+use crate::model::rejection::{remedies, summary};
+use crate::model::{
+    Liveness, Migration, MigrationState, Operation, Subject, Vm, Work,
+};
+use crate::plan::picture;
+use crate::plan::placement::{Among, choose};
+use crate::plan::reconcile::MISSING_HEARTBEATS;
+use crate::view::View;
+use godwit_wire::host_api::{CancelMigration, PrepareIncoming, StartOutgoing};
+use godwit_wire::id::{HostId, MigrationId};
+use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
+use godwit_wire::problem::Problem;
+use godwit_wire::vmm_api::VmmState;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long the source may not mention a migration it has accepted.
+const MENTION_TIME: Duration = Duration::from_secs(10);
+/// How long the executor waits, after the commit, for both ends to say that they have followed.
+const FOLLOW_TIME: Duration = Duration::from_secs(10);
+
+pub(super) async fn run(context: &Context<'_>) -> Ended {
+    match migrate(context).await {
+        Ok(()) => Ended::Concluded,
+        Err(ended) => ended,
+    }
+}
+
+async fn migrate(context: &Context<'_>) -> Result<(), Ended> {
+    let Some(id) = begin(context).await? else { return Ok(()) };
+    let migration = record(context, id)?;
+    if migration.is_open()
+        && let Err(why) = drive(context, &migration).await
+    {
+        void(context, id, why).await?;
+    }
+    match record(context, id)?.state {
+        MigrationState::Committed { .. } => follow(context, &migration).await,
+        MigrationState::Void { .. } | MigrationState::Open => clean_up(context, &migration).await,
+    }
+}
+
+fn record(context: &Context<'_>, id: MigrationId) -> Result<Arc<Migration>, Ended> {
+    context.view().migrations.get(&id).cloned().ok_or(Ended::GaveUp)
+}
+
+enum Begun {
+    Migration(MigrationId),
+    Wait,
+    Ended,
+}
+
+/// Records the migration as soon as both hosts have a free place; `None` when the operation has ended.
+async fn begin(context: &Context<'_>) -> Result<Option<MigrationId>, Ended> {
+    loop {
+        let limit = context.core.settings.migrations_per_host;
+        match context.change(|view, draft, operation| begin_in_turn(view, draft, operation, limit)).await? {
+            Begun::Migration(id) => return Ok(Some(id)),
+            Begun::Ended => return Ok(None),
+            Begun::Wait => {
+                let version = context.view().version;
+                context.core.until(|view| (view.version > version).then_some(())).await;
+            }
+        }
+    }
+}
+
+fn begin_in_turn(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, limit: usize) -> Begun {
+    let Work::Migrate { vm: id, wanted, policy, cause, migration } = operation.work.clone() else {
+        return Begun::Ended;
+    };
+    if let Some(migration) = migration {
+        return Begun::Migration(migration);
+    }
+    let Some(mut vm) = Context::vm(view, id) else {
+        Context::conclude(draft, operation, None, Conclusion::Failed(Problem::not_found("VM", id)));
+        return Begun::Ended;
+    };
+    if let Some(actor) = &operation.cancel {
+        let detail = format!("called off by {actor} before it began");
+        Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled(detail));
+        return Begun::Ended;
+    }
+    let Some(source) = vm.owner else {
+        let problem = Problem::conflict("not-running", format!("{} is off", vm.name));
+        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
+        return Begun::Ended;
+    };
+    if view.liveness(source).is_silent() {
+        let detail = format!("{} is silent, so {} cannot move live", view.host_name(source), vm.name);
+        let problem = Problem::conflict("host-silent", detail);
+        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
+        return Begun::Ended;
+    }
+    let choice = choose(&picture::hosts(view), &picture::moving(view, &vm), Among { only: wanted, failed: &[] });
+    let Some((target, _)) = choice.best else {
+        let detail = format!("no host takes {}: {}", vm.name, summary(&choice.rejections));
+        let problem = Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections));
+        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
+        return Begun::Ended;
+    };
+    let busy = |host: HostId| {
+        view.vms
+            .values()
+            .filter_map(|vm| view.migrations.get(&vm.migration?))
+            .filter(|m| m.source == host || m.target == host)
+            .count()
+            >= limit
+    };
+    if busy(source) || busy(target) {
+        return Begun::Wait;
+    }
+    let migration = Migration {
+        id: MigrationId::fresh(),
+        vm: id,
+        vm_name: vm.name.clone(),
+        source,
+        source_name: view.host_name(source),
+        target,
+        target_name: view.host_name(target),
+        epoch: vm.epoch,
+        prepare_generation: vm.next_generation(),
+        send_generation: vm.next_generation(),
+        policy: policy.clone(),
+        operation: operation.id,
+        state: MigrationState::Open,
+        phase: None,
+        progress: None,
+        started_at: draft.now(),
+        ended_at: None,
+    };
+    let detail = format!("from {} to {}", migration.source_name, migration.target_name);
+    operation.begin_step("prepare the target", detail, draft.now());
+    operation.work = Work::Migrate { vm: id, wanted, policy, cause, migration: Some(migration.id) };
+    vm.migration = Some(migration.id);
+    let started = Begun::Migration(migration.id);
+    draft.put_migration(migration);
+    draft.put_vm(vm);
+    started
+}
+
+/// Why an open migration cannot go on.
+#[derive(Clone, Debug)]
+struct Why {
+    reason: String,
+    /// The operator's wish rather than a failure.
+    cancelled: bool,
+}
+
+impl Why {
+    fn failed(reason: impl Into<String>) -> Self {
+        Self { reason: reason.into(), cancelled: false }
+    }
+}
+
+/// Brings the migration about and watches it until it is decided. An error asks for it to be voided.
+async fn drive(context: &Context<'_>, migration: &Migration) -> Result<(), Why> {
+    let view = context.view();
+    let Some(vm) = view.vms.get(&migration.vm) else { return Err(Why::failed("the VM is gone")) };
+    let prepare = PrepareIncoming {
+        name: vm.name.clone(),
+        epoch: migration.epoch,
+        generation: migration.prepare_generation,
+        spec: vm.spec.clone(),
+        lease: vm.lease,
+        migration: migration.id,
+    };
+    let driver = &context.core.driver;
+    let own = context.id;
+    let over = |view: &View| {
+        !view.migrations.get(&migration.id).is_some_and(|m| m.is_open())
+            || view.operations.get(&own).is_some_and(|op| op.cancel.is_some())
+            || view.liveness(migration.source) == Liveness::RestartAllowed
+            || view.liveness(migration.target) == Liveness::RestartAllowed
+    };
+    let prepared = context.send(migration.target, |to| driver.prepare_incoming(to, vm.id, &prepare), over).await;
+    let Some(ready) = answer(prepared, &migration.target_name)? else { return watch(context, migration, None).await };
+    let outgoing = StartOutgoing {
+        epoch: migration.epoch,
+        generation: migration.send_generation,
+        migration: migration.id,
+        target: ready.address,
+        policy: migration.policy.clone(),
+    };
+    let noted = context
+        .change(|_, draft, operation| {
+            operation.begin_step("copy", format!("to {} at {}", migration.target_name, ready.address), draft.now());
+        })
+        .await;
+    if noted.is_err() {
+        return Err(Why::failed("the store failed"));
+    }
+    let told = context.send(migration.source, |to| driver.start_outgoing(to, vm.id, &outgoing), over).await;
+    answer(told, &migration.source_name)?;
+    watch(context, migration, Some(tokio::time::Instant::now() + MENTION_TIME)).await
+}
+
+/// `None` when a condition that [`watch`] will name came up first.
+fn answer<T>(sent: Sent<T>, name: &str) -> Result<Option<T>, Why> {
+    match sent {
+        Sent::Answer(answer) => Ok(Some(answer)),
+        Sent::Refused(problem) => Err(Why::failed(format!("{name} refused: {}", problem.detail))),
+        Sent::HostLost => Err(Why::failed(format!("{name} is silent"))),
+        Sent::Interrupted => Ok(None),
+    }
+}
+
+/// Waits for the decision. `mention_by` is until when the source must have spoken of the migration.
+async fn watch(
+    context: &Context<'_>,
+    migration: &Migration,
+    mention_by: Option<tokio::time::Instant>,
+) -> Result<(), Why> {
+    let judged = context.core.until(|view| judge(view, migration, context));
+    let unmentioned = async {
+        match mention_by {
+            Some(deadline) => {
+                tokio::time::sleep_until(deadline).await;
+                // It has been mentioned: wait for the decision only.
+                if status(&context.view(), migration.source, migration).is_some() {
+                    std::future::pending::<()>().await;
+                }
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        judged = judged => judged,
+        () = unmentioned => Err(Why::failed(format!(
+            "{} accepted the migration and does not mention it", migration.source_name
+        ))),
+    }
+}
+
+fn status<'v>(view: &'v View, host: HostId, migration: &Migration) -> Option<&'v MigrationStatus> {
+    view.report_at(host, migration.vm)?.migration.as_ref().filter(|status| status.migration == migration.id)
+}
+
+/// `None` while the migration goes its way.
+fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Result<(), Why>> {
+    if !view.migrations.get(&migration.id).is_some_and(|m| m.is_open()) {
+        return Some(Ok(()));
+    }
+    if let Some(actor) = view.operations.get(&context.id).and_then(|operation| operation.cancel.clone()) {
+        return Some(Err(Why { reason: format!("called off by {actor}"), cancelled: true }));
+    }
+    for (host, name) in
+        [(migration.source, &migration.source_name), (migration.target, &migration.target_name)]
+    {
+        if view.liveness(host) == Liveness::RestartAllowed || !view.hosts.contains_key(&host) {
+            return Some(Err(Why::failed(format!("{name} is silent"))));
+        }
+    }
+    let said = |host, name: &str| {
+        let status = status(view, host, migration)?;
+        let failed = matches!(status.phase, MigrationPhase::Failed | MigrationPhase::Cancelled);
+        let reason = status.reason.clone().unwrap_or_else(|| "no reason given".into());
+        failed.then(|| Err(Why::failed(format!("{name}: {reason}"))))
+    };
+    if let Some(failed) = said(migration.source, &migration.source_name) {
+        return Some(failed);
+    }
+    let source = view.observed.get(&migration.source)?;
+    let gone = match source.vms.get(&migration.vm) {
+        Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
+        None => source.missing.get(&migration.vm).is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
+    };
+    if gone {
+        return Some(Err(Why::failed(format!("{} does not have the VM any more", migration.source_name))));
+    }
+    said(migration.target, &migration.target_name)
+}
+
+/// Asks the source to stop sending, then voids the migration unless it was committed meanwhile.
+async fn void(context: &Context<'_>, id: MigrationId, why: Why) -> Result<(), Ended> {
+    let migration = record(context, id)?;
+    if migration.is_open() {
+        let command = CancelMigration { migration: id, epoch: migration.epoch };
+        let driver = &context.core.driver;
+        if let Some(source) = context.core.address(migration.source) {
+            // `too-late` and silence alike leave the decision to the record.
+            let asked = driver.cancel_migration(source, migration.vm, &command);
+            if let Err(error) = bounded(asked).await {
+                tracing::info!(migration = %id, vm = migration.vm_name, error, "the source did not cancel");
+            }
+        }
+    }
+    context
+        .change(|view, draft, operation| {
+            let Some(migration) = view.migrations.get(&id).filter(|m| m.is_open()) else { return };
+            let mut migration = migration.as_ref().clone();
+            let actor = operation.actor.clone();
+            migration.state = MigrationState::Void { reason: why.reason.clone() };
+            migration.ended_at = Some(draft.now());
+            let message = format!(
+                "the migration of {} from {} to {} is void: {}",
+                migration.vm_name, migration.source_name, migration.target_name, why.reason
+            );
+            let subject = Subject::vm(migration.vm, &migration.vm_name);
+            if why.cancelled {
+                draft.info("migration.cancelled", subject, &actor, message);
+            } else {
+                draft.warning("migration.failed", subject, &actor, message);
+            }
+            draft.put_migration(migration);
+        })
+        .await
+}
+
+/// For courtesies to a host that may be silent: what matters has another way to happen.
+async fn bounded<T>(
+    call: impl Future<Output = Result<T, godwit_channel::CallError>>,
+) -> Result<(), String> {
+    match tokio::time::timeout(Duration::from_secs(3), call).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(_) => Err("no answer in time".into()),
+    }
+}
+
+/// After the decision for the source: nothing may be left at the target.
+async fn clean_up(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    let (vm, driver) = (migration.vm, &context.core.driver);
+    // A target that does not answer is told with its next heartbeat.
+    if let Some(target) = context.core.address(migration.target)
+        && let Err(error) = bounded(driver.destroy(target, vm, migration.epoch)).await
+    {
+        tracing::info!(migration = %migration.id, error, "the target did not destroy its copy yet");
+    }
+    if let Some(source) = context.core.address(migration.source) {
+        let command = CancelMigration { migration: migration.id, epoch: migration.epoch };
+        // The source may still be waiting for a commit that will not come.
+        let _ = bounded(driver.cancel_migration(source, vm, &command)).await;
+    }
+    conclude(context, migration).await
+}
+
+/// After the decision for the target: waits until both ends have followed, then releases the source.
+async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    let mut figures = None;
+    let followed = context.core.until(|view| {
+        if let Some(status) = status(view, migration.source, migration) {
+            figures = Some(status.clone());
+        }
+        let lost = |host| view.liveness(host) == Liveness::RestartAllowed;
+        let source_done = lost(migration.source)
+            || figures.as_ref().is_some_and(|status| status.phase == MigrationPhase::Completed)
+            || view.report_at(migration.source, migration.vm).is_none_or(|report| {
+                matches!(report.state, None | Some(VmmState::Stopped { .. }))
+            });
+        let target_done = lost(migration.target)
+            || view.vms.get(&migration.vm).is_none_or(|vm| {
+                view.report(vm).is_some_and(|report| {
+                    matches!(report.state, Some(VmmState::Running | VmmState::Paused { .. }))
+                })
+            });
+        (source_done && target_done).then_some(())
+    });
+    if tokio::time::timeout(FOLLOW_TIME, followed).await.is_err() {
+        tracing::warn!(migration = %migration.id, vm = migration.vm_name, "an end has not followed the commit yet");
+    }
+    let driver = &context.core.driver;
+    if let Some(source) = context.core.address(migration.source)
+        && let Err(error) = bounded(driver.destroy(source, migration.vm, migration.epoch)).await
+    {
+        tracing::info!(migration = %migration.id, error, "the source did not release its copy yet");
+    }
+    if let Some(status) = figures {
+        context
+            .change(|view, draft, _| {
+                if let Some(record) = view.migrations.get(&migration.id) {
+                    let mut record = record.as_ref().clone();
+                    (record.phase, record.progress) = (Some(status.phase), Some(status.progress.clone()));
+                    draft.put_migration(record);
+                }
+            })
+            .await?;
+    }
+    conclude(context, migration).await
+}
+
+async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    context
+        .change(|view, draft, operation| {
+            let Some(record) = view.migrations.get(&migration.id) else { return };
+            let mut record = record.as_ref().clone();
+            if record.progress.is_none() {
+                let said = status(view, record.source, &record).filter(|s| s.role == MigrationRole::Source);
+                record.phase = said.map(|status| status.phase);
+                record.progress = said.map(|status| status.progress.clone());
+            }
+            let vm = Context::vm(view, migration.vm);
+            let conclusion = match &record.state {
+                MigrationState::Committed { .. } => {
+                    arrived(draft, operation, &record, vm.as_ref());
+                    Conclusion::Succeeded(format!("runs on {}", record.target_name))
+                }
+                MigrationState::Void { reason } if operation.cancel.is_some() => Conclusion::Cancelled(reason.clone()),
+                MigrationState::Void { reason } => {
+                    let detail = format!("{} stays on {}: {reason}", record.vm_name, record.source_name);
+                    Conclusion::Failed(Problem::conflict("migration-failed", detail))
+                }
+                MigrationState::Open => Conclusion::Failed(Problem::internal("an open migration was concluded")),
+            };
+            draft.put_migration(record);
+            Context::conclude(draft, operation, vm, conclusion);
+        })
+        .await
+}
+
+fn arrived(draft: &mut Draft<'_>, operation: &Operation, record: &Migration, vm: Option<&Vm>) {
+    let figures = record.progress.as_ref();
+    let downtime = figures.and_then(|progress| progress.downtime_us);
+    let sent = figures.map(|progress| format!(", {} sent", progress.transferred_bytes));
+    let message = format!(
+        "{} moved from {} to {}{}{}",
+        record.vm_name,
+        record.source_name,
+        record.target_name,
+        sent.unwrap_or_default(),
+        downtime.map(|us| format!(", downtime {:.1} ms", us as f64 / 1_000.0)).unwrap_or_default(),
+    );
+    let subject = vm.map_or_else(|| Subject::vm(record.vm, &record.vm_name), |vm| Subject::vm(vm.id, &vm.name));
+    draft.info("vm.migrated", subject, &operation.actor, message);
+}

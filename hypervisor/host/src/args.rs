@@ -1,0 +1,109 @@
+//! The agent's command line.
+
+use clap::{Args, ValueEnum};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// Port of a server whose URL does not name one.
+const DEFAULT_SERVER_PORT: u16 = 7071;
+
+/// What becomes of the VMs when the agent is told to end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum OnExit {
+    /// They run on; the next agent adopts them.
+    #[default]
+    KeepVms,
+    /// They are killed, and nothing is left running.
+    KillVms,
+}
+
+/// Options of `godwit host`.
+#[derive(Clone, Debug, Args)]
+pub struct HostArgs {
+    /// Directory for the host's identity, its lease and its VMs; kept over restarts.
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// The server, as `https://ADDRESS:PORT`.
+    #[arg(long, value_name = "URL")]
+    pub server: String,
+    /// One-time token from `godwit host token`; not needed once the host has joined.
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "GODWIT_JOIN_TOKEN",
+        hide_env_values = true
+    )]
+    pub join: Option<String>,
+    /// Name operators know the host by; the system's host name if not given.
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Where the agent listens, with the address by which the pool reaches this host; VMs arrive there too.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
+    pub listen: SocketAddr,
+    /// Memory that guests may use; all but a tenth (at least 512 MiB) if not given.
+    #[arg(long, value_name = "MIB")]
+    pub guest_memory_mib: Option<u64>,
+    /// What becomes of the VMs on SIGTERM and SIGINT.
+    #[arg(long, value_enum, default_value_t)]
+    pub on_exit: OnExit,
+    /// End when the process that started the agent ends, and let the kernel kill VMs whose agent died.
+    #[arg(long)]
+    pub die_with_parent: bool,
+    /// Program whose `vmm` command runs a VM; this program if not given.
+    #[arg(long, value_name = "FILE", hide = true)]
+    pub vmm_program: Option<PathBuf>,
+}
+
+/// `host:port` of a server's URL.
+pub(crate) fn server_authority(url: &str) -> Result<String, &'static str> {
+    let rest = url
+        .strip_prefix("https://")
+        .ok_or("it must begin with https://")?;
+    let authority = rest.strip_suffix('/').unwrap_or(rest);
+    if authority.contains(['/', '?', '#', '@']) {
+        return Err("it must have no path, query or user");
+    }
+    let parsed: http::uri::Authority = authority
+        .parse()
+        .map_err(|_| "it must name an address and a port")?;
+    if parsed.host().is_empty() {
+        return Err("it must name an address");
+    }
+    match parsed.port() {
+        Some(port) => port
+            .as_str()
+            .parse::<u16>()
+            .map(|_| authority.to_owned())
+            .map_err(|_| "its port is no port"),
+        None => Ok(format!("{authority}:{DEFAULT_SERVER_PORT}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_is_an_https_address_with_or_without_a_port() {
+        assert_eq!(
+            server_authority("https://10.0.0.1:7071").unwrap(),
+            "10.0.0.1:7071"
+        );
+        assert_eq!(
+            server_authority("https://pool.example/").unwrap(),
+            "pool.example:7071"
+        );
+        assert_eq!(server_authority("https://[::1]:9").unwrap(), "[::1]:9");
+        for wrong in [
+            "",
+            "10.0.0.1",
+            "http://10.0.0.1",
+            "https://",
+            "https://a/b",
+            "https://a:x",
+            "https://a:70000",
+        ] {
+            assert!(server_authority(wrong).is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! The heartbeat loop: keeps the lease, tells the server how things are, carries out its orders.
+//!
+//! ```text
+//! waiting ──HEARTBEAT_MS, a change, HEARTBEAT_BUSY_MS in a migration──▶ sending
+//!    ▲                                                                    │
+//!    ├──orders to destroy carried out, lease renewed, orders to resume ◀──┤ answered
+//!    └──backoff, at most LONGEST_PAUSE; the lease runs on ◀───────────────┘ not answered
+//! ```
+//!
+//! The lease is renewed only after everything that must not run here is gone.
+
+use crate::api::Agent;
+use crate::backoff::{Backoff, random};
+use crate::clock::boottime_ns;
+use crate::control::ControlPlane;
+use crate::lease::LeasePage;
+use crate::vm::Command;
+use godwit_channel::CallError;
+use godwit_wire::host_api::{
+    HEARTBEAT_BUSY_MS, HEARTBEAT_MS, Heartbeat, HeartbeatReply, Order, VmReport,
+};
+use godwit_wire::id::HostId;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// Shortest time between two heartbeats: changes that come together go together.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(20);
+/// First and longest pause after a heartbeat without an answer.
+const FIRST_FAILURE_PAUSE: Duration = Duration::from_millis(200);
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// How long orders to destroy may take; without them the lease is not renewed.
+const ORDERS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The loop's own state.
+pub(crate) struct Heartbeats {
+    pub(crate) host: HostId,
+    pub(crate) agent: Arc<Agent>,
+    pub(crate) control: ControlPlane,
+    pub(crate) lease: LeasePage,
+}
+
+/// Whether the server is heard, for one line in the log per change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Contact {
+    NeverHad,
+    Held,
+    Lost { since: Instant },
+}
+
+impl Heartbeats {
+    /// Runs until it is dropped.
+    pub(crate) async fn run(self) {
+        let incarnation = Uuid::new_v4();
+        let mut contact = Contact::NeverHad;
+        let mut pauses = Backoff::new(FIRST_FAILURE_PAUSE, LONGEST_PAUSE);
+        for sequence in 0.. {
+            let heartbeat = Heartbeat {
+                host: self.host,
+                incarnation,
+                sequence,
+                report: self.agent.report(),
+            };
+            let sent_ns = boottime_ns();
+            match self.control.heartbeat(&heartbeat).await {
+                Ok(reply) => {
+                    contact = answered(contact);
+                    pauses.reset();
+                    self.obey(sent_ns, reply, &heartbeat.report.vms).await;
+                    self.wait().await;
+                }
+                Err(error) => {
+                    contact = not_answered(contact, &error);
+                    tokio::time::sleep(pauses.next(random())).await;
+                }
+            }
+        }
+    }
+
+    async fn obey(&self, sent_ns: u64, reply: HeartbeatReply, told: &[VmReport]) {
+        let registry = &self.agent.registry;
+        registry.context().board.heard(told);
+        let mut destructions = JoinSet::new();
+        for order in &reply.orders {
+            if let Order::Destroy { vm, epoch } = *order {
+                let registry = registry.clone();
+                destructions.spawn(async move {
+                    match registry
+                        .ask(vm, |reply| Command::Destroy(epoch, reply))
+                        .await
+                    {
+                        // What is here is later than what must go.
+                        Err(problem) if problem.kind == "stale-epoch" => Ok(()),
+                        other => other.map_err(|problem| (vm, problem)),
+                    }
+                });
+            }
+        }
+        let outcome = tokio::time::timeout(ORDERS_TIMEOUT, destructions.join_all()).await;
+        let failed = match outcome {
+            Ok(results) => results.into_iter().find_map(Result::err),
+            Err(_) => {
+                tracing::error!("orders to destroy take too long; the lease is not renewed");
+                return;
+            }
+        };
+        if let Some((vm, problem)) = failed {
+            tracing::error!(%vm, %problem, "a VM that must not run here could not be destroyed; the lease is not renewed");
+            return;
+        }
+        self.lease
+            .renew(sent_ns, Duration::from_millis(reply.lease_ms));
+        for order in reply.orders {
+            if let Order::Resume { vm, epoch } = order
+                && let Err(problem) = registry.tell(vm, Command::ResumeAfterLease(epoch))
+            {
+                tracing::warn!(%vm, %problem, "an order to resume could not be passed on");
+            }
+        }
+    }
+
+    async fn wait(&self) {
+        let board = &self.agent.registry.context().board;
+        let pause = Duration::from_millis(if board.is_busy() {
+            HEARTBEAT_BUSY_MS
+        } else {
+            HEARTBEAT_MS
+        });
+        tokio::time::sleep(SHORTEST_PAUSE).await;
+        tokio::select! {
+            () = tokio::time::sleep(pause.saturating_sub(SHORTEST_PAUSE)) => {}
+            () = board.changed() => {}
+        }
+    }
+}
+
+fn answered(contact: Contact) -> Contact {
+    match contact {
+        Contact::Held => {}
+        Contact::NeverHad => tracing::info!("the server is heard"),
+        Contact::Lost { since } => {
+            tracing::info!(silent_for = ?since.elapsed(), "the server is heard again")
+        }
+    }
+    Contact::Held
+}
+
+fn not_answered(contact: Contact, error: &CallError) -> Contact {
+    let source = std::error::Error::source(error).map(ToString::to_string);
+    match contact {
+        Contact::Lost { .. } => contact,
+        Contact::Held | Contact::NeverHad => {
+            tracing::warn!(
+                %error, source,
+                "heartbeats are not answered; VMs go on until the lease ends, and the server is asked on"
+            );
+            Contact::Lost {
+                since: Instant::now(),
+            }
+        }
+    }
+}
