@@ -29,11 +29,14 @@ import { VmsView } from './views/vms.js';
 const QUIET_MS = 900;
 
 const SECTIONS = [
-  { name: 'overview', title: 'Overview', key: 'o', list: OverviewView, count: (pool) => attention(pool).filter((item) => item.severity !== 'info').length, alarm: true },
+  { name: 'overview', title: 'Overview', key: 'o', list: OverviewView, count: (pool) => attention(pool)
+    .filter((item) => item.severity !== 'info').length, alarm: true },
   { name: 'hosts', title: 'Hosts', key: 'h', list: HostsView, one: HostView, count: (pool) => pool.host.size },
   { name: 'vms', title: 'VMs', key: 'v', list: VmsView, one: VmView, count: (pool) => pool.vm.size },
-  { name: 'maintenance', title: 'Maintenance', key: 'm', list: MaintenancesView, one: MaintenanceView, count: (pool) => [...pool.maintenance.values()].filter(isOpen).length },
-  { name: 'operations', title: 'Operations', key: 'p', list: OperationsView, one: OperationsView, count: (pool) => [...pool.operation.values()].filter(isRunning).length },
+  { name: 'maintenance', title: 'Maintenance', key: 'm', list: MaintenancesView, one: MaintenanceView,
+    count: (pool) => [...pool.maintenance.values()].filter(isOpen).length },
+  { name: 'operations', title: 'Operations', key: 'p', list: OperationsView, one: OperationsView,
+    count: (pool) => [...pool.operation.values()].filter(isRunning).length },
   { name: 'events', title: 'Events', key: 'e', list: EventsView },
 ];
 
@@ -47,7 +50,8 @@ function App() {
     <${Sidebar} pool=${pool} here=${route.name} />
     <main id="main" data-testid="main" aria-busy=${String(!pool.loaded)}>
       ${lost && html`<${Disconnected} connection=${pool.connection} loaded=${pool.loaded} />`}
-      <div class=${classes('page', lost && pool.loaded && 'is-stale')}><${View} key="${route.name}/${route.id}" pool=${pool} route=${route} /></div>
+      <div class=${classes('page', lost && pool.loaded && 'is-stale')}>
+        <${View} key="${route.name}/${route.id}" pool=${pool} route=${route} /></div>
     </main>
     <${NoticeHost} />
     <${DialogHost} />
@@ -58,8 +62,10 @@ function View({ pool, route }) {
   const [failure] = useErrorBoundary((error) => console.error(error));
   const section = SECTIONS.find(({ name }) => name === route.name);
   useRouteFocus(route);
-  if (failure) return html`<${PageHead} title=${section?.title ?? 'Godwit'} /><${Empty} title="This view failed">${failure.message}. <a href="">Reload the page</a> to try again.<//>`;
-  if (!section) return html`<${PageHead} title="Not found" /><${Empty} title="There is no such page"><a href="#/">Go to the overview</a><//>`;
+  if (failure) return html`<${PageHead} title=${section?.title ?? 'Godwit'} />
+    <${Empty} title="This view failed">${failure.message}. <a href="">Reload the page</a> to try again.<//>`;
+  if (!section) return html`<${PageHead} title="Not found" /><${Empty} title="There is no such page"><a href="#/">Go to the overview</a>
+    <//>`;
   if (!pool.loaded) return html`<${PageHead} title=${section.title} /><${Loading} />`;
   const Shown = route.id && section.one ? section.one : section.list;
   return html`<${Shown} pool=${pool} id=${route.id} />`;
@@ -72,12 +78,17 @@ function Sidebar({ pool, here }) {
     <a class="brand" href="#/"><${Logo} /><span>Godwit</span></a>
     <nav aria-label="Sections"><ul>${SECTIONS.map(({ name, title, count, alarm }) => {
       const number = pool.loaded && count ? count(pool) : 0;
-      return html`<li key=${name}><a href="#/${name}" aria-current=${here === name ? 'page' : null} data-testid="nav-${name}"><${Icon} name=${name} /><span class="nav-title">${title}</span>${number > 0 && html`<span class=${classes('count', alarm && 'count-alarm')}>${number}</span>`}</a></li>`;
+      return html`<li key=${name}><a href="#/${name}" aria-current=${here === name ? 'page' : null} data-testid="nav-${name}">
+        <${Icon} name=${name} />
+        <span class="nav-title">${title}</span>${number > 0 && html`<span class=${classes('count', alarm && 'count-alarm')}>${number}</span>`}</a>
+        </li>`;
     })}</ul></nav>
     <div class="sidebar-foot">
       <${Connection} connection=${pool.connection} />
-      <button type="button" class="button-icon" data-testid="theme-toggle" aria-label="Theme: ${theme}" title="Theme: ${theme}" onClick=${nextTheme}><${Icon} name=${signs[theme]} /></button>
-      <button type="button" class="button-icon" aria-label="Keyboard shortcuts" title="Keyboard shortcuts ( ? )" onClick=${() => openDialog(HelpDialog)}>?</button>
+      <button type="button" class="button-icon" data-testid="theme-toggle" aria-label="Theme: ${theme}" title="Theme: ${theme}" onClick=${nextTheme}>
+        <${Icon} name=${signs[theme]} /></button>
+      <button type="button" class="button-icon" aria-label="Keyboard shortcuts" title="Keyboard shortcuts ( ? )"
+        onClick=${() => openDialog(HelpDialog)}>?</button>
     </div>
   </header>`;
 }
@@ -85,7 +96,8 @@ function Sidebar({ pool, here }) {
 function Connection({ connection }) {
   const words = { connecting: 'Connecting…', live: 'Live', lost: 'Disconnected' };
   const tone = { connecting: 'idle', live: 'ok', lost: 'bad' }[connection.state];
-  return html`<span class="connection" role="status" data-testid="connection" data-state=${connection.state}><span class="dot dot-${tone}" aria-hidden="true"></span><span class="connection-word">${words[connection.state]}</span></span>`;
+  return html`<span class="connection" role="status" data-testid="connection" data-state=${connection.state}>
+    <span class="dot dot-${tone}" aria-hidden="true"></span><span class="connection-word">${words[connection.state]}</span></span>`;
 }
 
 /** Tells that what is shown is old, since when, and when the next attempt is. */
@@ -96,7 +108,9 @@ function Disconnected({ connection, loaded }) {
   const wait = Math.max(0, Math.ceil((connection.retryAt - now) / 1000));
   return html`<div class="banner" role="alert" data-testid="disconnected">
     <${Icon} name="alert" />
-    <span><strong>Connection lost, retrying…</strong> ${loaded ? `What you see is from ${time(connection.since)}.` : connection.problem?.remedy} ${wait > 1 && html`<span class="quiet">Next attempt in ${seconds(wait).replace('.0', '')}.</span>`}</span>
+    <span>
+      <strong>Connection lost, retrying…</strong> ${loaded ? `What you see is from ${time(connection.since)}.` : connection.problem?.remedy} ${wait > 1
+        && html`<span class="quiet">Next attempt in ${seconds(wait).replace('.0', '')}.</span>`}</span>
     <button type="button" class="button button-small" onClick=${retryNow}>Retry now</button>
   </div>`;
 }

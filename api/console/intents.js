@@ -29,21 +29,25 @@ export function vmIntents(vm) {
     is('running') && { id: 'pause', label: 'Pause', run: () => send(vm, 'pause', 'Pause') },
     is('running') && {
       id: 'reboot', label: 'Reboot…',
-      run: () => afterConfirm({ title: `Reboot ${vm.name}?`, text: 'The guest starts afresh; what it holds only in memory is lost.', verb: 'Reboot', danger: true }, () => send(vm, 'reboot', 'Reboot')),
+      run: () => afterConfirm({ title: `Reboot ${vm.name}?`, text: 'The guest starts afresh; what it holds only in memory is lost.',
+        verb: 'Reboot', danger: true }, () => send(vm, 'reboot', 'Reboot')),
     },
     up && {
       id: 'stop', label: 'Stop…', main: is('running'),
-      run: () => afterConfirm({ title: `Stop ${vm.name}?`, text: `The guest is asked to shut down and stopped after ${GRACE_MS / 1000} seconds if it has not.`, verb: 'Stop', danger: true },
+      run: () => afterConfirm({ title: `Stop ${vm.name}?`,
+        text: `The guest is asked to shut down and stopped after ${GRACE_MS / 1000} seconds if it has not.`, verb: 'Stop', danger: true },
         () => send(vm, 'stop', 'Stop', { mode: 'graceful', timeout_ms: GRACE_MS })),
     },
     (up || is('stopping')) && {
       id: 'kill', label: 'Stop at once…', danger: true,
-      run: () => afterConfirm({ title: `Stop ${vm.name} at once?`, text: 'The guest is not asked. It is as if the power had failed.', verb: 'Stop at once', danger: true },
+      run: () => afterConfirm({ title: `Stop ${vm.name} at once?`, text: 'The guest is not asked. It is as if the power had failed.',
+        verb: 'Stop at once', danger: true },
         () => send(vm, 'stop', 'Stop', { mode: 'kill' })),
     },
     is('stopped', 'failed', 'pending') && {
       id: 'delete', label: 'Delete…', danger: true,
-      run: () => afterConfirm({ title: `Delete ${vm.name}?`, text: 'The VM and its record are removed from the pool. This cannot be taken back.', verb: 'Delete', danger: true },
+      run: () => afterConfirm({ title: `Delete ${vm.name}?`,
+        text: 'The VM and its record are removed from the pool. This cannot be taken back.', verb: 'Delete', danger: true },
         () => perform(`Delete ${vm.name}`, () => remove(`/v1/vms/${vm.id}`))),
     },
   ];
@@ -65,7 +69,8 @@ export function hostIntents(host) {
     },
     guests === 0 && host.state !== 'joining' && {
       id: 'remove', label: 'Remove from pool…', danger: true,
-      run: () => afterConfirm({ title: `Remove ${host.name} from the pool?`, text: 'Its certificate is no longer accepted; to come back it needs a new join token.', verb: 'Remove', danger: true },
+      run: () => afterConfirm({ title: `Remove ${host.name} from the pool?`,
+        text: 'Its certificate is no longer accepted; to come back it needs a new join token.', verb: 'Remove', danger: true },
         () => perform(`Remove ${host.name}`, () => remove(`/v1/hosts/${host.id}`))),
     },
   ];
@@ -81,4 +86,5 @@ export async function maintain(host) {
   if (started) go('maintenance', started.id);
 }
 
-export const cancelOperation = (id) => perform('Cancel requested', () => post(`/v1/operations/${id}/cancel`));
+/** `what` names it for the operator, such as "Migrate web-1". */
+export const cancelOperation = (id, what) => perform(`Cancel: ${what}`, () => post(`/v1/operations/${id}/cancel`));

@@ -14,4 +14,9 @@ pub mod rest;
 #[cfg(feature = "control-plane")]
 pub mod server;
 
+pub mod demo;
+
 pub mod program;
+
+/// Line on the server's stdout that says where the API is; printed when it answers.
+const READY_PREFIX: &str = "Console and API: ";

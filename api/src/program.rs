@@ -9,14 +9,16 @@ use crate::cli::{
 };
 #[cfg(feature = "control-plane")]
 use crate::server::{self, ServerArgs};
+use crate::demo::{self, DemoArgs};
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use std::error::Error;
 use std::future::Future;
-use std::io;
+use std::io::{self, IsTerminal};
 use std::process::ExitCode;
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Builder;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::ParseError;
 
 const AFTER_HELP: &str = "\
 Try it:       godwit demo
@@ -39,13 +41,18 @@ enum Role {
         #[command(flatten)]
         arguments: ServerArgs,
         #[command(flatten)]
-        service: ServiceOptions,
+        log: LogOptions,
+        /// End when the process that started the server ends.
+        #[arg(long, hide = true)]
+        die_with_parent: bool,
     },
     /// Run the agent on a host, or ask about hosts.
     #[command(subcommand)]
     Host(Host),
     /// Run one VM in this process; started by the host agent, usable alone.
     Vmm(godwit_vmm::VmmArgs),
+    /// Run a whole pool on this machine, guests running, console open.
+    Demo(DemoArgs),
     /// Work with VMs.
     #[command(subcommand)]
     Vm(VmCommand),
@@ -70,22 +77,27 @@ enum Role {
 
 #[derive(Debug, Subcommand)]
 enum Host {
+    /// Run the agent on this host: it joins the pool and runs VMs.
+    #[cfg(feature = "control-plane")]
+    Run {
+        #[command(flatten)]
+        arguments: godwit_host::HostArgs,
+        #[command(flatten)]
+        log: LogOptions,
+    },
     #[command(flatten)]
     Ask(HostCommand),
 }
 
 /// Options of processes that keep running.
 #[derive(Clone, Debug, Args)]
-struct ServiceOptions {
+struct LogOptions {
     /// How log lines look on stderr.
     #[arg(long, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
     log_format: LogFormat,
     /// What is logged, such as `info` or `godwit_api=debug,info`.
     #[arg(long, env = "GODWIT_LOG", default_value = "info", value_name = "FILTER", help_heading = "Logging")]
     log: String,
-    /// End when the process that started this one ends.
-    #[arg(long, hide = true)]
-    exit_with_parent: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -103,7 +115,9 @@ pub fn main() -> ExitCode {
     };
     match program.role {
         #[cfg(feature = "control-plane")]
-        Role::Server { arguments, service } => serve(&service, || server::run(arguments)),
+        Role::Server { arguments, log, die_with_parent } => logged(&log, || serve(arguments, die_with_parent)),
+        #[cfg(feature = "control-plane")]
+        Role::Host(Host::Run { arguments, log }) => logged(&log, || report(godwit_host::run(arguments))),
         Role::Vmm(arguments) => report(godwit_vmm::run(arguments, pilot::ELF)),
         Role::Host(Host::Ask(command)) => ask(&matches, |session| async move { command.run(&session).await }),
         Role::Vm(command) => ask(&matches, |session| async move { command.run(&session).await }),
@@ -111,6 +125,11 @@ pub fn main() -> ExitCode {
         Role::Operation(command) => ask(&matches, |session| async move { command.run(&session).await }),
         Role::Migration(command) => ask(&matches, |session| async move { command.run(&session).await }),
         Role::Event(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Demo(arguments) => match Builder::new_current_thread().enable_all().build() {
+            // One thread: the children end with the thread that started them.
+            Ok(runtime) => report(runtime.block_on(demo::run(arguments))),
+            Err(error) => report(Err(error)),
+        },
         Role::Completions { shell } => {
             clap_complete::generate(shell, &mut command(), "godwit", &mut io::stdout());
             ExitCode::SUCCESS
@@ -162,25 +181,18 @@ fn ask<F: Future<Output = Result<(), Failure>>>(matches: &ArgMatches, run: impl 
     }
 }
 
-/// Runs a process that keeps running.
-fn serve<E, F>(options: &ServiceOptions, run: impl FnOnce() -> F) -> ExitCode
-where
-    E: Error,
-    F: Future<Output = Result<(), E>>,
-{
-    if options.exit_with_parent {
-        if let Err(error) = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM)) {
-            eprintln!("godwit: cannot follow the parent process: {error}");
-            return ExitCode::FAILURE;
+/// Runs the server.
+#[cfg(feature = "control-plane")]
+fn serve(arguments: ServerArgs, die_with_parent: bool) -> ExitCode {
+    if die_with_parent {
+        let signal = Some(rustix::process::Signal::TERM);
+        if let Err(error) = rustix::process::set_parent_process_death_signal(signal) {
+            return report(Err(io::Error::from(error)));
         }
     }
-    if let Err(error) = log_to_stderr(options) {
-        eprintln!("godwit: --log {:?}: {error}", options.log);
-        return ExitCode::from(2);
-    }
-    match runtime() {
+    match Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => {
-            let outcome = runtime.block_on(run());
+            let outcome = runtime.block_on(server::run(arguments));
             // What still runs has been told to end and must not keep the process.
             runtime.shutdown_background();
             report(outcome)
@@ -189,16 +201,21 @@ where
     }
 }
 
-fn runtime() -> io::Result<Runtime> {
-    Builder::new_multi_thread().enable_all().build()
-}
-
-fn log_to_stderr(options: &ServiceOptions) -> Result<(), Box<dyn Error + Send + Sync>> {
-    let filter: EnvFilter = options.log.parse()?;
-    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    match options.log_format {
-        LogFormat::Text => subscriber.try_init(),
-        LogFormat::Json => subscriber.json().try_init(),
+/// Runs a process that logs.
+fn logged(options: &LogOptions, run: impl FnOnce() -> ExitCode) -> ExitCode {
+    let log = options.log.parse().map_err(|error: ParseError| error.into()).and_then(|filter: EnvFilter| {
+        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+        match options.log_format {
+            LogFormat::Text => subscriber.with_ansi(io::stderr().is_terminal()).try_init(),
+            LogFormat::Json => subscriber.json().try_init(),
+        }
+    });
+    match log {
+        Ok(()) => run(),
+        Err(error) => {
+            eprintln!("godwit: --log {:?} cannot be used: {error}\n  remedy: write it as `info` or `godwit_api=debug,info`", options.log);
+            ExitCode::from(2)
+        }
     }
 }
 

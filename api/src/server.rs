@@ -1,5 +1,6 @@
 //! `godwit server`: the controller, the REST API and the web console in one process.
 
+use crate::READY_PREFIX;
 use crate::rest::{self, Access, ApiConfig, ApiTokens, TokenError};
 use axum::Router;
 use godwit_channel::file::{self, FileError};
@@ -20,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 
 mod tls;
 
-/// Line on stdout that says where the API is; printed when it answers.
-pub const READY_PREFIX: &str = "Console and API: ";
+/// Directory of the pool's CA beneath the state directory.
+const PKI_DIR: &str = "pki";
 /// How long requests under way may still take at shutdown.
 const DRAIN_TIME: Duration = Duration::from_secs(3);
 
@@ -231,7 +232,7 @@ fn read(path: &Path) -> Result<String, ServerError> {
 /// A certificate from the pool's CA for every name operators may use.
 fn issued(arguments: &ServerArgs, address: SocketAddr) -> Result<(String, String), ServerError> {
     let authority =
-        Authority::load_or_create(&Controller::pki_dir(&arguments.state_dir)).map_err(ServerError::Issue)?;
+        Authority::load_or_create(&arguments.state_dir.join(PKI_DIR)).map_err(ServerError::Issue)?;
     let mut names = arguments.names.clone();
     names.extend(["localhost".to_owned(), "127.0.0.1".to_owned()]);
     if !address.ip().is_unspecified() {

@@ -8,10 +8,10 @@ mod draft;
 
 mod load;
 
-pub use draft::Draft;
+pub(crate) use draft::Draft;
 
 use crate::model::limits::MAX_EVENTS;
-use crate::model::{DeletedVm, Event, JoinToken};
+use crate::model::{DeletedVm, Event, JoinToken, Severity};
 use crate::store::{Revision, Store, StoreError, Txn, TxnOutcome};
 use crate::view::{Index, Observed, View};
 use godwit_wire::id::{Epoch, HostId, VmId};
@@ -27,16 +27,17 @@ const EVENT_BUFFER: usize = 1_024;
 
 /// How blocking store calls are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blocking {
+pub(crate) enum Blocking {
     /// On a thread that may block.
     Elsewhere,
     /// Right here: for a store that does not block, under simulated time.
+    #[cfg(test)]
     Here,
 }
 
 /// See the module.
 #[derive(Debug)]
-pub struct Ledger {
+pub(crate) struct Ledger {
     store: Arc<dyn Store>,
     blocking: Blocking,
     /// Held from decision to publication.
@@ -74,14 +75,14 @@ fn unavailable(error: &StoreError) -> Problem {
 
 /// A turn to change records; nothing changes meanwhile.
 #[derive(Debug)]
-pub struct Turn<'a> {
+pub(crate) struct Turn<'a> {
     ledger: &'a Ledger,
     books: tokio::sync::MutexGuard<'a, Books>,
 }
 
 impl Ledger {
     /// Reads everything.
-    pub fn open(store: Arc<dyn Store>, blocking: Blocking) -> Result<Self, StoreError> {
+    pub(crate) fn open(store: Arc<dyn Store>, blocking: Blocking) -> Result<Self, StoreError> {
         let loaded = load::everything(store.as_ref())?;
         let ledger = Self {
             store,
@@ -97,22 +98,22 @@ impl Ledger {
     }
 
     /// The latest view.
-    pub fn view(&self) -> Arc<View> {
+    pub(crate) fn view(&self) -> Arc<View> {
         self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Wakes with every new view.
-    pub fn changed(&self) -> watch::Receiver<u64> {
+    pub(crate) fn changed(&self) -> watch::Receiver<u64> {
         self.version.subscribe()
     }
 
     /// Events from now on.
-    pub fn subscribe_events(&self) -> broadcast::Receiver<Arc<Event>> {
+    pub(crate) fn subscribe_events(&self) -> broadcast::Receiver<Arc<Event>> {
         self.events.subscribe()
     }
 
     /// Events after `after`, oldest first, at most `limit`.
-    pub fn events_after(&self, after: u64, limit: usize) -> Result<Vec<Arc<Event>>, Problem> {
+    pub(crate) fn events_after(&self, after: u64, limit: usize) -> Result<Vec<Arc<Event>>, Problem> {
         let recent = self.recent();
         let oldest = recent.front().map_or(1, |event| event.revision);
         if after + 1 < oldest {
@@ -125,12 +126,12 @@ impl Ledger {
     }
 
     /// Last epoch of a VM that was deleted.
-    pub fn deleted(&self, vm: VmId) -> Option<Epoch> {
+    pub(crate) fn deleted(&self, vm: VmId) -> Option<Epoch> {
         self.deleted.read().unwrap_or_else(PoisonError::into_inner).get(&vm).copied()
     }
 
     /// Ids of VMs that were deleted, oldest first.
-    pub fn deleted_vms(&self) -> Vec<VmId> {
+    pub(crate) fn deleted_vms(&self) -> Vec<VmId> {
         self.deleted.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
     }
 
@@ -139,20 +140,26 @@ impl Ledger {
     }
 
     /// Waits for a turn.
-    pub async fn turn(&self) -> Turn<'_> {
+    pub(crate) async fn turn(&self) -> Turn<'_> {
         Turn { ledger: self, books: self.turn.lock().await }
     }
 
     /// Waits for a turn, decides and commits. `decide` may be asked again when another server was faster.
-    pub async fn change<T>(
+    pub(crate) async fn change<T>(
         &self,
         decide: impl FnMut(&View, &mut Draft<'_>) -> Result<T, Problem>,
     ) -> Result<T, Problem> {
         self.turn().await.change(decide).await
     }
 
+    /// Decides without committing: what a change would do.
+    pub(crate) fn rehearse<T>(&self, decide: impl FnOnce(&View, &mut Draft<'_>) -> Result<T, Problem>) -> Result<T, Problem> {
+        let (view, books) = (self.view(), Books::default());
+        decide(&view, &mut Draft::on(&view, &books))
+    }
+
     /// Publishes a change of what is observed; `update` tells whether anything did change.
-    pub fn observe(&self, host: HostId, update: impl FnOnce(&mut Observed) -> bool) {
+    pub(crate) fn observe(&self, host: HostId, update: impl FnOnce(&mut Observed) -> bool) {
         let mut current = self.view.write().unwrap_or_else(PoisonError::into_inner);
         let mut observed =
             current.observed.get(&host).map_or_else(Observed::nothing_yet, |observed| observed.as_ref().clone());
@@ -165,7 +172,7 @@ impl Ledger {
     }
 
     /// Forgets what was observed of a host.
-    pub fn forget_observed(&self, host: HostId) {
+    pub(crate) fn forget_observed(&self, host: HostId) {
         let mut current = self.view.write().unwrap_or_else(PoisonError::into_inner);
         let mut view = current.as_ref().clone();
         Arc::make_mut(&mut view.observed).remove(&host);
@@ -184,6 +191,7 @@ impl Ledger {
         call: impl FnOnce(&dyn Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         match self.blocking {
+            #[cfg(test)]
             Blocking::Here => call(self.store.as_ref()),
             Blocking::Elsewhere => {
                 let store = self.store.clone();
@@ -198,7 +206,7 @@ impl Ledger {
 
 impl Turn<'_> {
     /// See [`Ledger::change`].
-    pub async fn change<T>(
+    pub(crate) async fn change<T>(
         &mut self,
         mut decide: impl FnMut(&View, &mut Draft<'_>) -> Result<T, Problem>,
     ) -> Result<T, Problem> {

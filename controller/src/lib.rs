@@ -3,6 +3,9 @@
 //!
 //! A module uses only the modules above it in this list.
 
+// A `Problem` is made once per refused request: boxing it would only complicate every decision.
+#![allow(clippy::result_large_err)]
+
 pub mod model;
 
 pub mod store;
@@ -12,6 +15,8 @@ pub mod view;
 pub mod plan;
 
 pub mod ha;
+
+pub mod intent;
 
 mod ledger;
 
@@ -25,8 +30,15 @@ mod operation;
 
 mod loops;
 
-pub mod agents;
+mod agents;
 
-pub mod intent;
+mod decide;
 
 pub mod controller;
+
+#[cfg(test)]
+mod simulation;
+
+pub use controller::{Controller, ControllerConfig, Duplex, StartError};
+pub use intent::{Accepted, Intent, NewJoinToken, NewMaintenance, NewVm, Placement, Preview, Resource, VmChange};
+pub use view::View;

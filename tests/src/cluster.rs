@@ -3,10 +3,12 @@
 use crate::http::Client;
 use crate::process::Process;
 use crate::program;
+use crate::serial::Serial;
 use crate::test_dir::TestDir;
 use anyhow::{Context, ensure};
+use godwit_wire::vmm_api::{VmmInfo, VmmState};
 use serde_json::{Value, json};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -15,6 +17,8 @@ use std::time::{Duration, Instant};
 const START_PATIENCE: Duration = Duration::from_secs(30);
 /// An operation ends within this time.
 pub const OPERATION_PATIENCE: Duration = Duration::from_secs(120);
+/// A VMM that does not answer within this time is dead or frozen.
+const VMM_PATIENCE: Duration = Duration::from_secs(1);
 /// How often a resource is looked at while waiting for it to change.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -45,15 +49,21 @@ pub struct Host {
     /// Its process; `None` while it is down.
     pub agent: Option<Process>,
     /// How to start it again.
-    arguments: Vec<String>,
+    command_line: Vec<String>,
 }
 
 impl Cluster {
     /// A server without hosts.
     pub async fn start_server() -> anyhow::Result<Self> {
-        let (api_address, agents_address) = (free_address()?, free_address()?);
+        Self::start_server_in(TestDir::new(), IpAddr::from([127, 0, 0, 1])).await
+    }
+
+    /// A server without hosts that agents reach at `ip`.
+    pub async fn start_server_in(dir: TestDir, ip: IpAddr) -> anyhow::Result<Self> {
+        let (api_address, agents_address) =
+            (free_address()?, SocketAddr::new(ip, free_address()?.port()));
         let mut cluster = Self {
-            dir: TestDir::new(),
+            dir,
             server: None,
             hosts: Vec::new(),
             api: Client::tcp(api_address),
@@ -69,11 +79,7 @@ impl Cluster {
         let mut cluster = Self::start_server().await?;
         for number in 1..=count {
             cluster
-                .join_host(
-                    &format!("host-{number}"),
-                    cluster.agents_address,
-                    memory_mib,
-                )
+                .join_host(&format!("host-{number}"), memory_mib)
                 .await?;
         }
         Ok(cluster)
@@ -114,51 +120,79 @@ impl Cluster {
         self.server = None;
     }
 
-    /// Lets a host join that reaches the server at `server`, and waits until it is up.
-    pub async fn join_host(
+    /// Lets a host join and waits until it is up.
+    pub async fn join_host(&mut self, name: &str, memory_mib: u64) -> anyhow::Result<()> {
+        self.join_host_in(name, memory_mib, IpAddr::from([127, 0, 0, 1]), &[])
+            .await
+    }
+
+    /// Lets a host join that listens at `ip` and whose agent is started by the command `wrapper`.
+    pub async fn join_host_in(
         &mut self,
         name: &str,
-        server: SocketAddr,
         memory_mib: u64,
+        ip: IpAddr,
+        wrapper: &[&str],
     ) -> anyhow::Result<()> {
         let token: Value = self.api.post("/v1/join-tokens", &json!({})).await?;
         let token = token["token"].as_str().context("a join token")?;
         let state_dir = self.dir.join(name);
-        let arguments = [
-            "host",
-            "--state-dir",
-            state_dir.to_str().context("the path is text")?,
-            "--server",
-            &format!("https://{server}"),
-            "--join",
-            token,
-            "--name",
-            name,
-            "--listen",
-            "127.0.0.1:0",
-            "--guest-memory-mib",
-            &memory_mib.to_string(),
-        ]
-        .map(str::to_owned);
-        let host = Host {
+        let mut command_line: Vec<String> = wrapper.iter().map(ToString::to_string).collect();
+        command_line.push(program::godwit().display().to_string());
+        command_line.extend(["host", "--state-dir"].map(str::to_owned));
+        command_line.push(state_dir.display().to_string());
+        let server = format!("https://{}", self.agents_address);
+        let (listen, memory) = (format!("{ip}:0"), memory_mib.to_string());
+        let options = [
+            "--server", &server, "--join", token, "--name", name, "--listen", &listen,
+        ];
+        command_line.extend(options.map(str::to_owned));
+        command_line.extend(["--guest-memory-mib".to_owned(), memory]);
+        self.hosts.push(Host {
             name: name.to_owned(),
             state_dir,
             agent: None,
-            arguments: arguments.to_vec(),
-        };
-        self.hosts.push(host);
-        self.revive_agent(self.hosts.len() - 1)?;
+            command_line,
+        });
+        self.revive_agent(name)?;
         self.wait_for_host(name, "up").await
     }
 
     /// Starts a host's agent, for the first time or again with the state it had.
-    pub fn revive_agent(&mut self, index: usize) -> anyhow::Result<()> {
-        let log = self.dir.join(format!("{}.log", self.hosts[index].name));
-        let host = &mut self.hosts[index];
-        let mut command = Command::new(program::godwit());
-        command.args(&host.arguments);
+    pub fn revive_agent(&mut self, name: &str) -> anyhow::Result<()> {
+        let log = self.dir.join(format!("{name}.log"));
+        let host = self
+            .hosts
+            .iter_mut()
+            .find(|host| host.name == name)
+            .context("no such host")?;
+        let mut command = Command::new(&host.command_line[0]);
+        command.args(&host.command_line[1..]);
         host.agent = Some(Process::start(&mut command, &log)?);
         Ok(())
+    }
+
+    /// A host's agent.
+    ///
+    /// # Panics
+    /// When it is down.
+    pub fn agent(&self, name: &str) -> &Process {
+        let host = self
+            .hosts
+            .iter()
+            .find(|host| host.name == name)
+            .expect("the test knows its hosts");
+        host.agent.as_ref().expect("the agent runs")
+    }
+
+    /// Kills a host's agent (SIGKILL); its VMs run on.
+    pub fn kill_agent(&mut self, name: &str) {
+        let host = self
+            .hosts
+            .iter_mut()
+            .find(|host| host.name == name)
+            .expect("the test knows its hosts");
+        host.agent = None;
     }
 
     /// Creates and starts a pilot VM on `host`; waits until it runs.
@@ -172,12 +206,68 @@ impl Cluster {
         let vm = json!({
             "name": name,
             "spec": { "vcpus": vcpus, "memory_mib": memory_mib, "boot": { "kind": "pilot" } },
-            "host": self.host(host).await?["id"],
+            "host": host,
             "start": true,
         });
         let _: Value = self.api.post("/v1/vms", &vm).await?;
         self.wait_for_vm(name, OPERATION_PATIENCE, |vm| vm["state"] == "running")
             .await
+    }
+
+    /// The VMM of VM `id` on host `host`, asked directly; `None` if there is none that answers.
+    pub async fn vmm(&self, host: &str, id: &str) -> Option<VmmInfo> {
+        let socket = self.vm_dir(host, id).join("vmm.sock");
+        tokio::time::timeout(VMM_PATIENCE, Client::unix(&socket).get("/v1/info"))
+            .await
+            .ok()?
+            .ok()
+    }
+
+    /// The hosts on which VM `id` runs, its VMMs asked directly.
+    pub async fn running_on(&self, id: &str) -> Vec<String> {
+        let mut found = Vec::new();
+        for host in &self.hosts {
+            if self
+                .vmm(&host.name, id)
+                .await
+                .is_some_and(|vmm| vmm.state == VmmState::Running)
+            {
+                found.push(host.name.clone());
+            }
+        }
+        found
+    }
+
+    /// Attaches to the console of a VM, past everything it said before.
+    pub async fn shell(&self, name: &str) -> anyhow::Result<Serial> {
+        let vm = self.vm(name).await?;
+        let (id, host) = (
+            vm["id"].as_str().context("an id")?,
+            vm["host_name"].as_str().context("a host")?,
+        );
+        let mut serial = Serial::attach(&self.vm_dir(host, id).join("serial.sock")).await?;
+        serial.sync().await?;
+        Ok(serial)
+    }
+
+    /// What a host keeps about a VM.
+    pub fn vm_dir(&self, host: &str, id: &str) -> PathBuf {
+        self.dir.join(host).join("vms").join(id)
+    }
+
+    /// Asks for a migration; returns its operation's id.
+    pub async fn migrate(&self, name: &str, target: &str) -> anyhow::Result<String> {
+        let accepted: Value = self
+            .api
+            .post(
+                &format!("/v1/vms/{name}/migrate"),
+                &json!({ "target": target }),
+            )
+            .await?;
+        Ok(accepted["operation"]["id"]
+            .as_str()
+            .context("an operation")?
+            .to_owned())
     }
 
     /// A VM as REST shows it.
@@ -229,18 +319,6 @@ impl Cluster {
             }
             tokio::time::sleep(LOOK_AGAIN).await;
         }
-    }
-}
-
-impl Host {
-    /// Kills the agent (SIGKILL); its VMs run on.
-    pub fn kill_agent(&mut self) {
-        self.agent = None;
-    }
-
-    /// UNIX socket of a file called `name` in the directory of VM `id`.
-    pub fn vm_file(&self, id: &str, name: &str) -> PathBuf {
-        self.state_dir.join("vms").join(id).join(name)
     }
 }
 

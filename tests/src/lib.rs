@@ -26,3 +26,7 @@ pub mod vmm;
 pub mod migration;
 
 pub mod cluster;
+
+pub mod network;
+
+pub mod browser;

@@ -1,7 +1,7 @@
 //! One `godwit vmm` process under test.
 
 use crate::http::Client;
-use crate::linux::{AGENT_CMDLINE, LinuxGuest};
+use crate::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
 use crate::process::Process;
 use crate::program;
 use crate::serial::Serial;
@@ -148,6 +148,14 @@ pub fn linux(guest: &LinuxGuest, vcpus: u8, memory: Mib) -> MachineSpec {
         boot,
         cpu: CpuBaseline::Host,
         ..pilot(vcpus, memory)
+    }
+}
+
+/// What the guest of such a machine says when it is up.
+pub fn greeting(spec: &MachineSpec) -> &'static str {
+    match spec.boot {
+        Boot::Pilot => "pilot ",
+        Boot::Linux { .. } => AGENT_GREETING,
     }
 }
 

@@ -29,13 +29,16 @@ export function AddHostDialog({ close }) {
       <p class="lead">Run this on the new host, as root. The host gets a certificate of this pool and is ready for VMs a moment later.</p>
       <${ProblemNote} problem=${problem} />
       ${token && html`<${CopyField} text=${token.command} label="Command for the new host" testid="join-command" />
-        <p class="quiet">${expired ? 'The token has expired; create another.' : html`The token in it works once, for <span class="number-left">${between(now, token.expires_at)}</span> more. It is shown only now.`}</p>
+        <p class="quiet">${expired ? 'The token has expired; create another.' : html`The token in it works once, for <span
+          class="number-left">${between(now, token.expires_at)}</span> more. It is shown only now.`}</p>
         <p class="waiting" role="status" data-testid="join-status">${joined.length === 0
           ? html`<span class="dot dot-busy" aria-hidden="true"></span>Waiting for the host to join…`
-          : joined.map((host) => html`<span key=${host.id}><strong>${host.name}</strong> <${State} kind="host" state=${host.state} /></span>`)}</p>`}
+          : joined.map((host) => html`<span key=${host.id}><strong>${host.name}</strong> <${State} kind="host" state=${host.state} />
+            </span>`)}</p>`}
     </div>
     <footer class="dialog-foot">
-      ${(problem || expired || joined.length > 0) && html`<button type="button" class="button" disabled=${busy} onClick=${() => { before.current = new Set(pool.host.keys()); create(); }}>Create another token</button>`}
+      ${(problem || expired || joined.length > 0) && html`<button type="button" class="button" disabled=${busy}
+        onClick=${() => { before.current = new Set(pool.host.keys()); create(); }}>Create another token</button>`}
       <button type="button" class="button button-primary" onClick=${() => close()}>${joined.length ? 'Done' : 'Close'}</button>
     </footer>
   <//>`;

@@ -16,8 +16,10 @@ export function CancelMaintenanceDialog({ maintenance, away, close }) {
         <p class="lead">The move in flight is finished, then the host takes VMs again.</p>
         ${away > 0 && html`<fieldset class="options">
           <legend>VMs that have left already (${away})</legend>
-          <label class="option"><input type="radio" name="restore" checked=${restore} onChange=${() => setRestore(true)} /><span class="option-main">Bring them home</span></label>
-          <label class="option"><input type="radio" name="restore" checked=${!restore} onChange=${() => setRestore(false)} /><span class="option-main">Leave them where they are</span></label>
+          <label class="option"><input type="radio" name="restore" checked=${restore} onChange=${() => setRestore(true)} />
+            <span class="option-main">Bring them home</span></label>
+          <label class="option"><input type="radio" name="restore" checked=${!restore} onChange=${() => setRestore(false)} />
+            <span class="option-main">Leave them where they are</span></label>
         </fieldset>`}
       </div>
       <footer class="dialog-foot">

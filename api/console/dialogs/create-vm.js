@@ -12,10 +12,12 @@ import { ProblemNote } from '../parts/problem.js';
 import { useAnswer, useRequest } from './form.js';
 
 const ASK_AFTER_MS = 350;
-const NEW = { name: '', vcpus: 1, memory: 64, boot: 'pilot', kernel: '', initrd: '', cmdline: 'console=ttyS0', cpu: 'x86-64-v2', host: '', lease: 'watched', policy: 'migrate', start: true };
+const NEW = { name: '', vcpus: 1, memory: 64, boot: 'pilot', kernel: '', initrd: '', cmdline: 'console=ttyS0', cpu: 'x86-64-v2', host: '',
+  lease: 'watched', policy: 'migrate', start: true };
 
 function request(form) {
-  const boot = form.boot === 'pilot' ? { kind: 'pilot' } : { kind: 'linux', kernel: form.kernel, ...(form.initrd ? { initrd: form.initrd } : {}), cmdline: form.cmdline };
+  const boot = form.boot === 'pilot' ? { kind: 'pilot' } : { kind: 'linux',
+    kernel: form.kernel, ...(form.initrd ? { initrd: form.initrd } : {}), cmdline: form.cmdline };
   return {
     name: form.name,
     spec: { vcpus: Number(form.vcpus), memory_mib: Number(form.memory), boot, cpu: form.cpu },
@@ -46,19 +48,39 @@ export function CreateVmDialog({ close }) {
     <form onSubmit=${submit} class="dialog-form">
       <div class="dialog-body">
         <div class="fields">
-          <${Field} label="Name" hint="a–z, digits, dots and dashes" error=${error('name')} wide><input ...${bind('name')} required autofocus autocomplete="off" spellcheck=${false} maxlength="63" data-testid="create-name" /><//>
-          <${Field} label="vCPUs" hint="1 to 8" error=${error('spec.vcpus')}><input ...${bind('vcpus')} type="number" min="1" max="8" required /><//>
-          <${Field} label="Memory, MiB" hint="16 or more" error=${error('spec.memory_mib')}><input ...${bind('memory')} type="number" min="16" step="1" required /><//>
-          <${Field} label="Boots" error=${error('spec.boot')}><select ...${bind('boot')}><option value="pilot">Pilot (built-in test guest)</option><option value="linux">Linux kernel</option></select><//>
-          <${Field} label="CPU level" hint=${form.cpu === 'host' ? 'moves only between equal CPUs' : 'moves to any host that has it'}><select ...${bind('cpu')}><option value="x86-64-v2">x86-64-v2</option><option value="x86-64-v3">x86-64-v3</option><option value="x86-64-v4">x86-64-v4</option><option value="host">host</option></select><//>
+          <${Field} label="Name" hint="a–z, digits, dots and dashes" error=${error('name')} wide>
+            <input ...${bind('name')} required autofocus autocomplete="off" spellcheck=${false} maxlength="63" data-testid="create-name" />
+            <//>
+          <${Field} label="vCPUs" hint="1 to 8" error=${error('spec.vcpus')}>
+            <input ...${bind('vcpus')} type="number" min="1" max="8" required /><//>
+          <${Field} label="Memory, MiB" hint="16 or more" error=${error('spec.memory_mib')}>
+            <input ...${bind('memory')} type="number" min="16" step="1" required /><//>
+          <${Field} label="Boots" error=${error('spec.boot')}><select ...${bind('boot')}>
+            <option value="pilot">Pilot (built-in test guest)</option><option value="linux">Linux kernel</option></select><//>
+          <${Field} label="CPU level" hint=${form.cpu === 'host' ? 'moves only between equal CPUs' : 'moves to any host that has it'}>
+            <select ...${bind('cpu')}><option value="x86-64-v2">x86-64-v2</option><option value="x86-64-v3">x86-64-v3</option>
+            <option value="x86-64-v4">x86-64-v4</option><option value="host">host</option></select><//>
           ${form.boot === 'linux' && html`
-            <${Field} label="Kernel" hint="path of an uncompressed vmlinux on the hosts" error=${error('spec.boot.kernel')} wide><input ...${bind('kernel')} required placeholder="/var/lib/godwit/vmlinux" spellcheck=${false} /><//>
-            <${Field} label="Initial RAM disk" hint="path on the hosts, if it needs one" error=${error('spec.boot.initrd')} wide><input ...${bind('initrd')} spellcheck=${false} /><//>
-            <${Field} label="Kernel command line" error=${error('spec.boot.cmdline')} wide><input ...${bind('cmdline')} spellcheck=${false} /><//>`}
-          <${Field} label="Host" error=${error('host')}><select ...${bind('host')}><option value="">Let Godwit choose</option>${hosts(store).map((host) => html`<option key=${host.id} value=${host.name}>${host.name}</option>`)}</select><//>
-          <${Field} label="During maintenance"><select ...${bind('policy')}><option value="migrate">Move it live</option><option value="restart_elsewhere">Restart it elsewhere</option><option value="stop_and_return">Stop it, start it again afterwards</option><option value="block">Wait for the operator</option></select><//>
-          <${Field} label="If its host falls silent" wide><select ...${bind('lease')}><option value="watched">Stop it there and start it elsewhere</option><option value="unwatched">Let it run, never start it elsewhere without proof</option></select><//>
-          <label class="check"><input type="checkbox" checked=${form.start} onChange=${(event) => setForm({ ...form, start: event.target.checked })} /> Start it at once</label>
+            <${Field} label="Kernel" hint="path of an uncompressed vmlinux on the hosts" error=${error('spec.boot.kernel')} wide>
+              <input ...${bind('kernel')} required placeholder="/var/lib/godwit/vmlinux" spellcheck=${false} /><//>
+            <${Field} label="Initial RAM disk" hint="path on the hosts, if it needs one" error=${error('spec.boot.initrd')} wide>
+              <input ...${bind('initrd')} spellcheck=${false} /><//>
+            <${Field} label="Kernel command line" error=${error('spec.boot.cmdline')} wide>
+              <input ...${bind('cmdline')} spellcheck=${false} /><//>`}
+          <${Field} label="Host" error=${error('host')}><select ...${bind('host')}>
+            <option value="">Let Godwit choose</option>${hosts(store).map((host) => html`<option key=${host.id}
+              value=${host.name}>${host.name}</option>`)}</select>
+            <//>
+          <${Field} label="During maintenance"><select ...${bind('policy')}><option value="migrate">Move it live</option>
+            <option value="restart_elsewhere">Restart it elsewhere</option>
+            <option value="stop_and_return">Stop it, start it again afterwards</option><option value="block">Wait for the operator</option>
+            </select><//>
+          <${Field} label="If its host falls silent" wide><select ...${bind('lease')}>
+            <option value="watched">Stop it there and start it elsewhere</option>
+            <option value="unwatched">Let it run, never start it elsewhere without proof</option></select><//>
+          <label class="check">
+            <input type="checkbox" checked=${form.start}
+              onChange=${(event) => setForm({ ...form, start: event.target.checked })} /> Start it at once</label>
         </div>
         <${Placement} dry=${dry} named=${Boolean(form.name)} />
         <${ProblemNote} problem=${refused ?? (dry.problem?.fields?.length ? null : dry.problem)} />
@@ -77,6 +99,7 @@ function Placement({ dry, named }) {
   if (!placement) return html`<p class="quiet" role="status">${dry.busy ? 'Looking for a place…' : ''}</p>`;
   return html`<div class="note" role="status">
     <p>It would be placed on <strong>${placement.host_name}</strong>.</p>
-    ${placement.rejections.length > 0 && html`<ul>${placement.rejections.map((rejection) => html`<li key=${rejection.host}>${rejection.host_name}: ${rejection.detail}</li>`)}</ul>`}
+    ${placement.rejections.length > 0 && html`<ul>${placement.rejections.map((rejection) => html`<li
+      key=${rejection.host}>${rejection.host_name}: ${rejection.detail}</li>`)}</ul>`}
   </div>`;
 }

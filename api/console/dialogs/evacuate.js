@@ -20,7 +20,8 @@ export function EvacuateDialog({ host, close }) {
     </div>
     <footer class="dialog-foot">
       <button type="button" class="button" autofocus onClick=${() => close(false)}>Keep as it is</button>
-      <button type="button" class="button button-primary" disabled=${!dry.answer} data-testid="evacuate-start" onClick=${() => close(true)}>Evacuate</button>
+      <button type="button" class="button button-primary" disabled=${!dry.answer} data-testid="evacuate-start"
+        onClick=${() => close(true)}>Evacuate</button>
     </footer>
   <//>`;
 }

@@ -14,6 +14,7 @@ const KEYS = [
 
 export function HelpDialog({ close }) {
   return html`<${Dialog} title="Keyboard" close=${close}>
-    <div class="dialog-body"><dl class="keys">${KEYS.map(([key, what]) => html`<div key=${key}><dt>${key.split(' ').map((part) => html`<kbd>${part}</kbd>`)}</dt><dd>${what}</dd></div>`)}</dl></div>
+    <div class="dialog-body"><dl class="keys">${KEYS.map(([key, what]) => html`<div key=${key}>
+      <dt>${key.split(' ').map((part) => html`<kbd>${part}</kbd>`)}</dt><dd>${what}</dd></div>`)}</dl></div>
   <//>`;
 }

@@ -60,26 +60,37 @@ export function MaintenanceDialog({ host, close }) {
   const bind = (field) => ({ value: form[field], onInput: (event) => setForm({ ...form, [field]: event.target.value }) });
 
   if (!plan) {
-    return html`<${Dialog} title="Plan a maintenance" close=${close} testid="maintenance-dialog">
+    return html`<${Dialog} key="form" title="Plan a maintenance" close=${close} testid="maintenance-dialog">
       <form onSubmit=${submitForm} class="dialog-form">
         <div class="dialog-body">
           <p class="lead">Its VMs move to other hosts without stopping; you work on it; they come back. Nothing moves before you have seen the plan.</p>
           <div class="fields">
-            <${Field} label="Host" error=${fieldError(problem, 'host')} wide><select ...${bind('host')} required autofocus=${!host} data-testid="maintenance-host"><option value="" disabled>Choose a host</option>${candidates.map((candidate) => html`<option key=${candidate.id} value=${candidate.name}>${candidate.name}</option>`)}</select><//>
-            <${Field} label="Reason" hint="everyone who looks will see it" error=${fieldError(problem, 'reason')} wide><input ...${bind('reason')} autofocus=${Boolean(host)} placeholder="kernel update" autocomplete="off" data-testid="maintenance-reason" /><//>
-            <${Field} label="Afterwards" error=${fieldError(problem, 'return')} wide><select ...${bind('returning')} data-testid="maintenance-return">${Object.entries(RETURN_POLICIES).map(([value, text]) => html`<option key=${value} value=${value}>${text}</option>`)}</select><//>
+            <${Field} label="Host" error=${fieldError(problem, 'host')} wide>
+              <select ...${bind('host')} required autofocus=${!host} data-testid="maintenance-host">
+              <option value="" disabled>Choose a host</option>${candidates.map((candidate) => html`<option key=${candidate.id}
+                value=${candidate.name}>${candidate.name}</option>`)}</select>
+              <//>
+            <${Field} label="Reason" hint="everyone who looks will see it" error=${fieldError(problem, 'reason')} wide>
+              <input ...${bind('reason')} autofocus=${Boolean(host)} placeholder="kernel update" autocomplete="off" data-testid="maintenance-reason" />
+              <//>
+            <${Field} label="Afterwards" error=${fieldError(problem, 'return')} wide>
+              <select ...${bind('returning')}
+                data-testid="maintenance-return">${Object.entries(RETURN_POLICIES).map(([value, text]) => html`<option key=${value}
+                value=${value}>${text}</option>`)}</select>
+              <//>
           </div>
           <${ProblemNote} problem=${problem} />
         </div>
         <footer class="dialog-foot">
           <button type="button" class="button" onClick=${() => close()}>Cancel</button>
-          <button type="submit" class="button button-primary" disabled=${busy} data-testid="maintenance-plan">${busy ? 'Planning…' : 'Show the plan'}</button>
+          <button type="submit" class="button button-primary" disabled=${busy}
+            data-testid="maintenance-plan">${busy ? 'Planning…' : 'Show the plan'}</button>
         </footer>
       </form>
     <//>`;
   }
   const blocked = plan.blockers.length > 0;
-  return html`<${Dialog} title="Maintenance of ${form.host}: the plan" close=${close} width="wider" testid="maintenance-dialog">
+  return html`<${Dialog} key="plan" title="Maintenance of ${form.host}: the plan" close=${close} width="wider" testid="maintenance-dialog">
     <div class="dialog-body" aria-busy=${String(busy)}>
       <${MaintenancePlan} plan=${plan} overrides=${overrides} onOverride=${override} />
       <${ProblemNote} problem=${problem} />
@@ -88,7 +99,8 @@ export function MaintenanceDialog({ host, close }) {
       <span class="dialog-foot-note">${blocked ? 'It can start once nothing stands in the way.' : 'Nothing has happened yet.'}</span>
       <button type="button" class="button" onClick=${() => setPlan(null)}>Change</button>
       ${blocked && html`<button type="button" class="button" disabled=${busy} onClick=${() => makePlan(overrides)}>Plan again</button>`}
-      <button type="button" class="button button-primary" autofocus disabled=${busy || blocked} data-testid="maintenance-start" onClick=${start}>${busy ? 'One moment…' : 'Start maintenance'}</button>
+      <button type="button" class="button button-primary" autofocus disabled=${blocked} aria-busy=${String(busy)}
+        data-testid="maintenance-start" onClick=${start}>${busy ? 'One moment…' : 'Start maintenance'}</button>
     </footer>
   <//>`;
 }

@@ -38,22 +38,30 @@ export function MigrateDialog({ vm, close }) {
           <legend>Where to</legend>
           <label class="option">
             <input type="radio" name="target" value="" checked=${target === ''} onChange=${() => setTarget('')} />
-            <span class="option-main">Let Godwit choose</span><span class="option-note">${placement?.host ? `it would choose ${placement.host_name}` : ''}</span>
+            <span class="option-main">Let Godwit choose</span>
+              <span class="option-note">${placement?.host ? `it would choose ${placement.host_name}` : ''}</span>
           </label>
-          ${others.map((host) => html`<${Target} key=${host.id} host=${host} rejection=${placement?.rejections.find((rejection) => rejection.host === host.id)} chosen=${target === host.id} choose=${setTarget} />`)}
+          ${others.map((host) => html`<${Target} key=${host.id} host=${host}
+            rejection=${placement?.rejections.find((rejection) => rejection.host === host.id)} chosen=${target === host.id}
+            choose=${setTarget} />`)}
         </fieldset>`}
         <details class="advanced">
           <summary>Limits</summary>
           <div class="fields">
-            <${Field} label="Longest blackout, ms" hint="the guest is paused once the rest fits into this" error=${fieldError(dry.problem, 'policy.downtime_limit_ms')}><input type="number" min="1" max="60000" value=${limit} onInput=${(event) => setLimit(event.target.value)} /><//>
-            <label class="check"><input type="checkbox" checked=${verify} onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
+            <${Field} label="Longest blackout, ms" hint="the guest is paused once the rest fits into this"
+              error=${fieldError(dry.problem, 'policy.downtime_limit_ms')}>
+              <input type="number" min="1" max="60000" value=${limit} onInput=${(event) => setLimit(event.target.value)} /><//>
+            <label class="check">
+              <input type="checkbox" checked=${verify}
+                onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
           </div>
         </details>
         <${ProblemNote} problem=${dry.problem} />
       </div>
       <footer class="dialog-foot">
         <button type="button" class="button" onClick=${() => close()}>Cancel</button>
-        <button type="submit" class="button button-primary" disabled=${dry.busy || nowhere || Boolean(dry.problem)} data-testid="migrate-submit">Migrate</button>
+        <button type="submit" class="button button-primary" disabled=${dry.busy || nowhere || Boolean(dry.problem)}
+          data-testid="migrate-submit">Migrate</button>
       </footer>
     </form>
   <//>`;

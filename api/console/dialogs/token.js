@@ -21,7 +21,8 @@ export function TokenPrompt() {
       <div class="dialog-body">
         <p class="lead">The server printed an API token when it first started. It is kept until this tab is closed.</p>
         <${Field} label="API token" error=${asked.rejected ? 'the server does not accept the token given before' : null} wide>
-          <input type="password" value=${value} required autofocus autocomplete="off" spellcheck=${false} data-testid="token-input" onInput=${(event) => setValue(event.target.value)} />
+          <input type="password" value=${value} required autofocus autocomplete="off" spellcheck=${false} data-testid="token-input"
+            onInput=${(event) => setValue(event.target.value)} />
         <//>
       </div>
       <footer class="dialog-foot"><button type="submit" class="button button-primary" data-testid="token-submit">Sign in</button></footer>

@@ -72,7 +72,7 @@ export function time(value) {
 export function ago(value, now = Date.now()) {
   if (missing(value)) return NONE;
   const passed = (now - new Date(value)) / 1000;
-  if (passed < 2) return 'now';
+  if (passed < 2) return 'just now';
   return passed < 60 ? `${Math.round(passed)} s ago` : `${seconds(passed).replace(/ \d\d s$/, '')} ago`;
 }
 
@@ -93,6 +93,10 @@ export function words(name) {
 
 /** The same with a capital. */
 export function sentence(name) {
-  const text = words(name);
+  return capital(words(name));
+}
+
+/** Text as it is, with a capital. */
+export function capital(text) {
   return text[0].toUpperCase() + text.slice(1);
 }

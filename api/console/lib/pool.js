@@ -103,7 +103,8 @@ function hostAttention(pool, host) {
   }
   const pressure = host.usage?.pressure;
   if (pressure?.memory_percent >= PRESSURE_PERCENT) {
-    found.push(about('warning', `Host ${host.name} is short of memory`, `work stalled on memory ${Math.round(pressure.memory_percent)} % of the time; move VMs away`));
+    const stalled = `work stalled on memory ${Math.round(pressure.memory_percent)} % of the time; move VMs away`;
+    found.push(about('warning', `Host ${host.name} is short of memory`, stalled));
   }
   if (host.committed.memory_mib > host.capacity.guest_memory_mib) {
     found.push(about('warning', `Host ${host.name} has promised more memory than it has`, 'move VMs away before their guests ask for all of it'));
@@ -135,7 +136,8 @@ function maintenanceAttention(maintenance) {
 
 function operationAttention(operation, now) {
   if (operation.state !== 'failed' || now - new Date(operation.ended_at ?? operation.created_at) > RECENT_MS) return [];
-  return [{ severity: 'warning', key: `operation-${operation.id}`, text: `${operationTitle(operation)} failed`, detail: operation.error?.detail, view: 'operations', id: operation.id }];
+  return [{ severity: 'warning', key: `operation-${operation.id}`, text: `${operationTitle(operation)} failed`,
+    detail: operation.error?.detail, view: 'operations', id: operation.id }];
 }
 
 /** Whether the guests of the fullest host would find room on the others. */
@@ -147,7 +149,8 @@ function reserveAttention(pool) {
   const lacking = fullest.committed.memory_mib - room;
   if (lacking <= 0) return [];
   const amount = lacking >= GIB_IN_MIB ? `${(lacking / GIB_IN_MIB).toFixed(1)} GiB` : `${lacking} MiB`;
-  return [{ severity: 'warning', key: 'reserve', text: `If ${fullest.name} fails, its VMs do not all fit elsewhere`, detail: `${amount} of guest memory is lacking; add a host or stop a VM`, view: 'hosts', id: null }];
+  return [{ severity: 'warning', key: 'reserve', text: `If ${fullest.name} fails, its VMs do not all fit elsewhere`,
+    detail: `${amount} of guest memory is lacking; add a host or stop a VM`, view: 'hosts', id: null }];
 }
 
 /** "Migrate web-1". */

@@ -8,7 +8,9 @@ export function Actions({ intents, name, small }) {
   const main = intents.filter((intent) => intent.main);
   const others = intents.filter((intent) => !intent.main);
   return html`<span class="actions">
-    ${main.map((intent) => html`<button key=${intent.id} type="button" class="button ${small ? 'button-small' : ''}" aria-label="${intent.label.replace('…', '')} ${name}" data-testid="action-${intent.id}" onClick=${intent.run}>${intent.label}</button>`)}
+    ${main.map((intent) => html`<button key=${intent.id} type="button" class="button ${small ? 'button-small' : ''}"
+      aria-label="${intent.label.replace('…', '')} ${name}" data-testid="action-${intent.id}"
+      onClick=${intent.run}>${intent.label}</button>`)}
     <${Menu} label="More actions for ${name}" testid="actions-${name}" items=${others.map((intent) => ({ ...intent, testid: `action-${intent.id}` }))} />
   </span>`;
 }

@@ -13,17 +13,22 @@ const lastHost = new Map();
 export function VmChip({ vm, leaving }) {
   const arrived = useArrival(vm);
   return html`<a class=${classes('chip', `chip-${toneOf('vm', vm.state)}`, leaving && 'chip-leaving', arrived && 'chip-arrived')}
-    href=${linkTo('vms', vm.name)} data-testid="chip-${vm.name}" title=${leaving ? `${vm.name} is moving to ${leaving.target_name}` : `${vm.name}: ${vm.state}`}>
+    href=${linkTo('vms', vm.name)} data-testid="chip-${vm.name}"
+      title=${leaving ? `${vm.name} is moving to ${leaving.target_name}` : `${vm.name}: ${vm.state}`}>
     <span class="dot" aria-hidden="true"></span>${vm.name}
-    ${leaving && html`<span class="chip-way" aria-hidden="true">→ ${leaving.target_name}</span><span class="chip-fill" style=${{ transform: `scaleX(${migrationShare(leaving)})` }} aria-hidden="true"></span>`}
-    ${leaving ? html`<span class="hidden">, moving to ${leaving.target_name}</span>` : vm.state !== 'running' && html`<span class="chip-state">${vm.state.replace('_', ' ')}</span>`}
+    ${leaving && html`<span class="chip-way" aria-hidden="true">→ ${leaving.target_name}</span>
+      <span class="chip-fill" style=${{ transform: `scaleX(${migrationShare(leaving)})` }} aria-hidden="true"></span>`}
+    ${leaving ? html`<span class="hidden">, moving to ${leaving.target_name}</span>` : vm.state !== 'running' && html`<span
+      class="chip-state">${vm.state.replace('_', ' ')}</span>`}
   </a>`;
 }
 
 /** The place kept at the target for a VM that is on its way. */
 export function ComingChip({ migration }) {
-  return html`<a class="chip chip-coming" href=${linkTo('vms', migration.vm_name)} data-testid="coming-${migration.vm_name}" title="${migration.vm_name} is coming from ${migration.source_name}">
-    ${migration.vm_name}<span class="chip-fill" style=${{ transform: `scaleX(${migrationShare(migration)})` }} aria-hidden="true"></span><span class="hidden">, coming from ${migration.source_name}</span>
+  return html`<a class="chip chip-coming" href=${linkTo('vms', migration.vm_name)} data-testid="coming-${migration.vm_name}"
+    title="${migration.vm_name} is coming from ${migration.source_name}">
+    ${migration.vm_name}<span class="chip-fill" style=${{ transform: `scaleX(${migrationShare(migration)})` }} aria-hidden="true"></span>
+      <span class="hidden">, coming from ${migration.source_name}</span>
   </a>`;
 }
 

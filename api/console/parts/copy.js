@@ -14,6 +14,7 @@ export function CopyField({ text, label, testid }) {
   // The clipboard exists only in a secure context; elsewhere the text is selected by hand.
   return html`<div class="copy">
     <pre tabindex="0" aria-label=${label} data-testid=${testid}>${text}</pre>
-    ${navigator.clipboard && html`<button type="button" class="button" onClick=${copy}><${Icon} name=${copied ? 'check' : 'copy'} />${copied ? 'Copied' : 'Copy'}</button>`}
+    ${navigator.clipboard && html`<button type="button" class="button" onClick=${copy}>
+      <${Icon} name=${copied ? 'check' : 'copy'} />${copied ? 'Copied' : 'Copy'}</button>`}
   </div>`;
 }

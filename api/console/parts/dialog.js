@@ -1,6 +1,6 @@
 // Modal dialogs: the native element traps the focus, closes on Esc and gives the focus back.
 
-import { classes, html, useEffect, useRef, useState } from '../lib/ui.js';
+import { classes, html, useLayoutEffect, useRef, useState } from '../lib/ui.js';
 import { Icon } from './icon.js';
 
 let stack = [];
@@ -34,7 +34,7 @@ export function DialogHost() {
 /** The frame of a dialog. Without `close` it cannot be dismissed. */
 export function Dialog({ title, close, children, width = 'normal', testid }) {
   const element = useRef(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const dialog = element.current;
     dialog.showModal();
     return () => dialog.close();
@@ -46,7 +46,8 @@ export function Dialog({ title, close, children, width = 'normal', testid }) {
   return html`<dialog ref=${element} class=${classes('dialog', `dialog-${width}`)} aria-labelledby="dialog-title" data-testid=${testid} onCancel=${cancel}>
     <header class="dialog-head">
       <h2 id="dialog-title">${title}</h2>
-      ${close && html`<button type="button" class="button-icon" aria-label="Close" onClick=${() => close()}><${Icon} name="close" /></button>`}
+      ${close && html`<button type="button" class="button-icon" aria-label="Close" onClick=${() => close()}><${Icon} name="close" />
+        </button>`}
     </header>
     ${children}
   </dialog>`;
@@ -62,7 +63,8 @@ function Confirmation({ title, text, verb, danger, close }) {
     <div class="dialog-body"><p>${text}</p></div>
     <footer class="dialog-foot">
       <button type="button" class="button" autofocus onClick=${() => close(false)}>Keep as it is</button>
-      <button type="button" class=${classes('button', danger ? 'button-danger' : 'button-primary')} data-testid="confirm-yes" onClick=${() => close(true)}>${verb}</button>
+      <button type="button" class=${classes('button', danger ? 'button-danger' : 'button-primary')} data-testid="confirm-yes"
+        onClick=${() => close(true)}>${verb}</button>
     </footer>
   <//>`;
 }

@@ -24,7 +24,9 @@ export function EventLines({ events, empty = 'Nothing has happened yet.' }) {
 /** The full table. */
 export function EventTable({ events }) {
   return html`<div class="scroll"><table class="table table-dense" data-testid="events">
-    <thead><tr><th scope="col" class="narrow">Time</th><th scope="col" class="narrow">Severity</th><th scope="col" class="narrow">Subject</th><th scope="col">What happened</th><th scope="col" class="narrow">Kind</th><th scope="col" class="narrow">By</th></tr></thead>
+    <thead><tr><th scope="col" class="narrow">Time</th><th scope="col" class="narrow">Severity</th>
+      <th scope="col" class="narrow">Subject</th><th scope="col">What happened</th><th scope="col" class="narrow">Kind</th>
+      <th scope="col" class="narrow">By</th></tr></thead>
     <tbody>${events.map((event) => html`<tr key="${event.revision}-${event.kind}" data-testid="event" data-kind=${event.kind}>
       <td class="number-left"><time datetime=${event.time} title=${event.time}>${time(event.time)}</time></td>
       <td><${State} kind="severity" state=${event.severity} /></td>

@@ -11,7 +11,8 @@ import { ComingChip, VmChip } from './chip.js';
 import { Meter } from './meter.js';
 import { State } from './state.js';
 
-const PRESSURE_SHOWN_PERCENT = 0.5;
+const PRESSURE_WARN_PERCENT = 5;
+const PRESSURE_BAD_PERCENT = 20;
 const CHIPS_SHOWN = 36;
 
 /** The usage bars of a host. */
@@ -20,9 +21,13 @@ export function HostMeters({ host }) {
   const memory = facts?.memory_mib ?? 0;
   const used = (usage.memory_used_bytes ?? 0) / 2 ** 20;
   return html`<div class="meters">
-    <${Meter} label="CPU" title="Busy share of all cores" share=${(usage.cpu_percent ?? 0) / 100} text="${percent(usage.cpu_percent)} of ${count(capacity.cores, 'core')}" />
-    <${Meter} label="Memory" title="Memory in use on the host, by guests and everything else" share=${used / memory} text="${bytes(usage.memory_used_bytes)} of ${mib(memory)}" />
-    <${Meter} label="Committed" title="Memory promised to VMs, of what the host gives to guests" share=${committed.memory_mib / capacity.guest_memory_mib} warnAt=${0.9} badAt=${1.001} text="${mib(committed.memory_mib)} of ${mib(capacity.guest_memory_mib)}" />
+    <${Meter} label="CPU" title="Busy share of all cores" share=${(usage.cpu_percent ?? 0) / 100}
+      text="${percent(usage.cpu_percent)} of ${count(capacity.cores, 'core')}" />
+    <${Meter} label="Memory" title="Memory in use on the host, by guests and everything else" share=${used / memory}
+      text="${bytes(usage.memory_used_bytes)} of ${mib(memory)}" />
+    <${Meter} label="Committed" title="Memory promised to VMs, of what the host gives to guests"
+      share=${committed.memory_mib / capacity.guest_memory_mib} warnAt=${0.9} badAt=${1.001}
+      text="${mib(committed.memory_mib)} of ${mib(capacity.guest_memory_mib)}" />
   </div>`;
 }
 
@@ -31,9 +36,13 @@ export function Pressure({ pressure = {} }) {
   const entries = [['CPU', pressure.cpu_percent], ['memory', pressure.memory_percent], ['I/O', pressure.io_percent]];
   return html`<span class="pressure" title="Share of the last ten seconds in which some task waited">
     <span class="pressure-label">Pressure</span>
-    ${entries.map(([label, value]) => html`<span key=${label} class=${classes('pressure-item', value >= 20 && 'is-bad', value >= 5 && value < 20 && 'is-warn')}>${label} <b>${(value ?? 0) < PRESSURE_SHOWN_PERCENT ? '0' : Math.round(value)}</b> %</span>`)}
+    ${entries.map(([label, value = 0]) => html`<span key=${label} class="pressure-item ${pressureTone(value)}">
+      ${label} <b>${Math.round(value)}</b> %
+    </span>`)}
   </span>`;
 }
+
+const pressureTone = (value) => (value >= PRESSURE_BAD_PERCENT ? 'is-bad' : value >= PRESSURE_WARN_PERCENT ? 'is-warn' : '');
 
 /** The card on the overview and hosts pages. */
 export function HostCard({ pool, host, compact }) {
@@ -42,11 +51,13 @@ export function HostCard({ pool, host, compact }) {
   const maintenance = maintenanceOf(pool, host);
   const shown = chipsOf(pool, here);
   const silent = host.state === 'unreachable';
-  return html`<article class=${classes('host-card', `host-${host.state}`)} data-testid="host-${host.name}" data-state=${host.state} aria-label="Host ${host.name}">
+  return html`<article class=${classes('host-card', `host-${host.state}`)} data-testid="host-${host.name}" data-state=${host.state}
+    aria-label="Host ${host.name}">
     <header class="host-head">
-      <h3><a href=${linkTo('hosts', host.name)}>${host.name}</a></h3>
+      <${compact ? 'h3' : 'h2'} class="host-name"><a href=${linkTo('hosts', host.name)}>${host.name}</a><//>
       <${State} kind="host" state=${host.state} reason=${host.reason} testid="host-state-${host.name}" />
-      ${maintenance && html`<a class="tag" href=${linkTo('maintenance', maintenance.id)} title="Maintenance: ${maintenance.state}">${maintenance.state}</a>`}
+      ${maintenance && html`<a class="tag" href=${linkTo('maintenance', maintenance.id)}
+        title="Maintenance: ${maintenance.state}">${maintenance.state}</a>`}
       <span class="host-count">${count(here.length, 'VM')}</span>
     </header>
     ${silent && html`<p class="host-silent">${host.reason ?? `Last heard ${host.last_seen ? ago(host.last_seen, now) : 'never'}`}</p>`}
@@ -60,7 +71,8 @@ export function HostCard({ pool, host, compact }) {
     ${!compact && html`<footer class="host-foot">
       <${Pressure} pressure=${host.usage?.pressure} />
       <span class="actions">
-        ${canBeMaintained(host) && html`<button type="button" class="button button-small" data-testid="maintenance-open" aria-label="Maintenance of ${host.name}" onClick=${() => maintain(host)}>Maintenance…</button>`}
+        ${canBeMaintained(host) && html`<button type="button" class="button button-small" data-testid="maintenance-open"
+          aria-label="Maintenance of ${host.name}" onClick=${() => maintain(host)}>Maintenance…</button>`}
         ${maintenance && html`<a class="button button-small" href=${linkTo('maintenance', maintenance.id)}>Open maintenance</a>`}
         <${Actions} intents=${hostIntents(host)} name=${host.name} small />
       </span>

@@ -24,7 +24,9 @@ const PATHS = {
 
 /** A 16-pixel line icon; decorative, so it has no name of its own. */
 export function Icon({ name }) {
-  return html`<svg class="icon icon-${name}" viewBox="0 0 16 16" width="16" height="16" fill="none" stroke="currentColor" stroke-width="1.4" stroke-linecap="round" stroke-linejoin="round" aria-hidden="true"><path d=${PATHS[name]} /></svg>`;
+  return html`<svg class="icon icon-${name}" viewBox="0 0 16 16" width="16" height="16" fill="none" stroke="currentColor"
+    stroke-width="1.4" stroke-linecap="round" stroke-linejoin="round" aria-hidden="true">
+    <path d=${PATHS[name]} /></svg>`;
 }
 
 /** The bird. */

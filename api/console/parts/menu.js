@@ -36,9 +36,11 @@ export function Menu({ label, items, testid }) {
     item.run();
   };
   return html`<span class="menu-anchor">
-    <button ref=${button} type="button" class="button-icon" aria-label=${label} aria-haspopup="menu" popovertarget=${id.current} data-testid=${testid}><${Icon} name="more" /></button>
+    <button ref=${button} type="button" class="button-icon" aria-label=${label} aria-haspopup="menu" popovertarget=${id.current} data-testid=${testid}>
+      <${Icon} name="more" /></button>
     <div ref=${list} id=${id.current} class="menu" role="menu" aria-label=${label} popover="auto" onToggle=${place} onKeyDown=${walk}>
-      ${items.map((item) => html`<button key=${item.label} type="button" role="menuitem" class=${classes(item.danger && 'danger')} disabled=${item.disabled} title=${item.why} data-testid=${item.testid} onClick=${() => choose(item)}>${item.label}</button>`)}
+      ${items.map((item) => html`<button key=${item.label} type="button" role="menuitem" class=${classes(item.danger && 'danger')}
+        disabled=${item.disabled} title=${item.why} data-testid=${item.testid} onClick=${() => choose(item)}>${item.label}</button>`)}
     </div>
   </span>`;
 }

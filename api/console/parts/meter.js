@@ -10,7 +10,8 @@ export function Meter({ label, share, text, warnAt = 0.85, badAt = 0.95, title }
   const level = share >= badAt ? 'bad' : share >= warnAt ? 'warn' : 'ok';
   return html`<div class="meter" title=${title}>
     <span class="meter-label">${label}</span>
-    <span class="track" role="meter" aria-label=${label} aria-valuemin="0" aria-valuemax="100" aria-valuenow=${Math.round(value * 100)} aria-valuetext=${text}>
+    <span class="track" role="meter" aria-label=${label} aria-valuemin="0" aria-valuemax="100" aria-valuenow=${Math.round(value * 100)}
+      aria-valuetext=${text}>
       <span class="fill fill-${level}" style=${{ width: `${value * 100}%` }}></span>
     </span>
     <span class="meter-text">${text}</span>
@@ -30,7 +31,8 @@ export function CellBar({ share, text, label }) {
 /** How far something has come. */
 export function Progress({ share, label, tone = 'busy', thin }) {
   const value = clamp(share);
-  return html`<span class=${classes('track', 'progress', thin && 'progress-thin')} role="progressbar" aria-label=${label} aria-valuemin="0" aria-valuemax="100" aria-valuenow=${Math.round(value * 100)}>
+  return html`<span class=${classes('track', 'progress', thin && 'progress-thin')} role="progressbar" aria-label=${label} aria-valuemin="0"
+    aria-valuemax="100" aria-valuenow=${Math.round(value * 100)}>
     <span class="fill fill-${tone}" style=${{ width: `${value * 100}%` }}></span>
   </span>`;
 }

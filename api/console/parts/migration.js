@@ -1,7 +1,7 @@
 // A live migration as it happens, and what is left of it afterwards.
 
 import { classes, html } from '../lib/ui.js';
-import { ago, between, bytes, inMib, milliseconds, rate, sentence, time } from '../lib/format.js';
+import { ago, between, bytes, capital, inMib, milliseconds, rate, sentence, time } from '../lib/format.js';
 import { isMoving } from '../lib/pool.js';
 import { linkTo } from '../lib/router.js';
 import { phaseWords, PHASE_ORDER } from '../lib/tone.js';
@@ -28,10 +28,12 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
     ['Dirty rate', rate(p.dirty_bytes_per_s)],
     ['Predicted blackout', milliseconds(p.predicted_blackout_ms)],
   ];
-  return html`<section class="migration" data-testid="migration-${migration.vm_name}" data-phase=${migration.phase} aria-label="Migration of ${migration.vm_name}">
+  return html`<section class="migration" data-testid="migration-${migration.vm_name}" data-phase=${migration.phase}
+    aria-label="Migration of ${migration.vm_name}">
     <div class="migration-head">
       ${heading && html`<a class="migration-vm" href=${linkTo('vms', migration.vm_name)}>${migration.vm_name}</a>`}
-      <span class="migration-phase">${phaseWords(migration.phase)}${migration.phase === 'pre_copy' && p.round ? html`, round <b>${p.round}</b>` : ''}</span>
+      <span class="migration-phase">${phaseWords(migration.phase)}${migration.phase === 'pre_copy' && p.round
+        ? html`, round <b>${p.round}</b>` : ''}</span>
       <span class="quiet">${milliseconds(p.elapsed_ms)}</span>
       ${onCancel && html`<button type="button" class="button button-small" data-testid="migration-cancel" onClick=${onCancel}>Cancel</button>`}
     </div>
@@ -52,11 +54,23 @@ export function EndedMigration({ migration }) {
   const now = useNow();
   const p = migration.progress ?? {};
   const done = migration.state === 'committed';
-  return html`<p class=${classes('migration-ended', !done && 'is-bad')} data-testid="migration-ended-${migration.vm_name}">
-    ${done
-      ? html`Moved from ${migration.source_name} to ${migration.target_name} ${ago(migration.ended_at, now)}: ${between(migration.started_at, migration.ended_at)}, ${inMib(p.transferred_bytes)} MiB, <strong>downtime ${downtime(p)}</strong>`
-      : html`The move to ${migration.target_name} ended ${ago(migration.ended_at, now)} and the guest runs on at ${migration.source_name}: ${migration.reason ?? migration.phase}`}
+  const calledOff = migration.phase === 'cancelled';
+  return html`<p class=${classes('migration-ended', !done && (calledOff ? 'is-idle' : 'is-failed'))} data-testid="migration-ended-${migration.vm_name}">
+    ${done ? movedSentence(migration, now) : stayedSentence(migration, now)}
   </p>`;
+}
+
+function movedSentence(migration, now) {
+  const p = migration.progress ?? {};
+  const took = between(migration.started_at, migration.ended_at);
+  return html`Moved from ${migration.source_name} to ${migration.target_name} ${ago(migration.ended_at, now)}:
+    ${' '}${took}, ${inMib(p.transferred_bytes)} MiB, <strong>downtime ${downtime(p)}</strong>`;
+}
+
+function stayedSentence(migration, now) {
+  const how = migration.phase === 'cancelled' ? 'was called off' : 'failed';
+  return html`The move to ${migration.target_name} ${how} ${ago(migration.ended_at, now)}; the guest runs on at ${migration.source_name}.
+    ${migration.reason && html`${' '}<span class="quiet">${capital(migration.reason)}</span>`}`;
 }
 
 const downtime = (progress) => milliseconds(progress.downtime_us === undefined || progress.downtime_us === null ? null : progress.downtime_us / 1000);
@@ -65,11 +79,14 @@ const downtime = (progress) => milliseconds(progress.downtime_us === undefined |
 export function MigrationHistory({ migrations }) {
   if (migrations.length === 0) return html`<p class="quiet">It has not moved yet.</p>`;
   return html`<div class="scroll"><table class="table table-compact">
-    <thead><tr><th scope="col">When</th><th scope="col">Way</th><th scope="col">Outcome</th><th scope="col" class="number">Rounds</th><th scope="col" class="number">Sent</th><th scope="col" class="number">Took</th><th scope="col" class="number">Downtime</th></tr></thead>
+    <thead><tr><th scope="col">When</th><th scope="col">Way</th><th scope="col">Outcome</th><th scope="col" class="number">Rounds</th>
+      <th scope="col" class="number">Sent</th><th scope="col" class="number">Took</th><th scope="col" class="number">Downtime</th></tr>
+      </thead>
     <tbody>${migrations.map((m) => html`<tr key=${m.id}>
       <td class="number-left">${time(m.started_at)}</td>
       <td>${m.source_name} → ${m.target_name}</td>
-      <td title=${m.reason}>${isMoving(m) ? phaseWords(m.phase) : m.state === 'committed' ? 'Moved' : `${sentence(m.phase)}${m.reason ? `: ${m.reason}` : ''}`}</td>
+      <td
+        title=${m.reason}>${isMoving(m) ? phaseWords(m.phase) : m.state === 'committed' ? 'Moved' : (m.reason ? capital(m.reason) : sentence(m.phase))}</td>
       <td class="number">${m.progress?.round ?? '–'}</td>
       <td class="number">${bytes(m.progress?.transferred_bytes)}</td>
       <td class="number">${between(m.started_at, m.ended_at)}</td>

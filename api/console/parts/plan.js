@@ -4,7 +4,7 @@ import { classes, html } from '../lib/ui.js';
 import { count, mib, milliseconds, seconds } from '../lib/format.js';
 import { Icon } from './icon.js';
 
-export const MOVE_ACTIONS = { migrate: 'moves live', restart_elsewhere: 'restarts', stop_and_return: 'stops until finished' };
+const MOVE_ACTIONS = { migrate: 'moves live', restart_elsewhere: 'restarts', stop_and_return: 'stops until finished' };
 
 const OVERRIDES = { restart_elsewhere: 'Restart it elsewhere', stop_and_return: 'Stop it until finished' };
 
@@ -24,16 +24,22 @@ export function MaintenancePlan({ plan, overrides = {}, onOverride }) {
       <tbody>${plan.moves.map((move, index) => html`<tr key=${move.vm} data-testid="planned-${move.vm_name}">
         <td class="number quiet">${index + 1}</td>
         <td><strong>${move.vm_name}</strong></td>
-        <td>${MOVE_ACTIONS[move.action] ?? move.action}${move.to_name && html` to <strong>${move.to_name}</strong>`}${overrides[move.vm] && html` <span class="tag">your choice</span>`}</td>
+        <td>${MOVE_ACTIONS[move.action] ?? move.action}${move.to_name && html` to <strong>${move.to_name}</strong>`}${overrides[move.vm]
+          && html` <span class="tag">your choice</span>`}</td>
         <td class="number">${seconds(move.predicted_s)}</td>
         <td class="number">${move.action === 'migrate' ? mib(move.predicted_mib) : '–'}</td>
-        <td class=${classes('number', move.action !== 'migrate' && 'is-warn')}>${move.action === 'stop_and_return' ? 'until finished' : milliseconds(move.predicted_blackout_ms)}</td>
-        <td class=${classes('number', move.reserve_after_mib < 0 && 'is-bad')}>${move.reserve_after_mib < 0 ? `−${mib(-move.reserve_after_mib)}` : mib(move.reserve_after_mib)}</td>
+        <td class=${classes('number', move.action !== 'migrate' && 'is-warn')}>${blackout(move)}</td>
+        <td class=${classes('number', move.reserve_after_mib < 0 && 'is-bad')}>${reserve(move.reserve_after_mib)}</td>
       </tr>`)}</tbody>
     </table></div>`}
-    ${plan.moves.some((move) => move.reserve_after_mib < 0) && html`<div class="note note-warn"><p><strong>The reserve goes below zero.</strong> Should another host fail during this maintenance, not every VM could start again.</p></div>`}
+    ${plan.moves.some((move) => move.reserve_after_mib < 0) && html`<div class="note note-warn"><p>
+      <strong>The reserve goes below zero.</strong> Should another host fail during this maintenance, not every VM could start again.</p>
+      </div>`}
   </div>`;
 }
+
+const blackout = (move) => (move.action === 'stop_and_return' ? 'until finished' : milliseconds(move.predicted_blackout_ms));
+const reserve = (left) => (left < 0 ? `−${mib(-left)}` : mib(left));
 
 function summary(plan) {
   const live = plan.moves.filter((move) => move.action === 'migrate');
@@ -54,7 +60,9 @@ function Blocker({ blocker, onOverride }) {
     <div>
       <strong>${blocker.vm_name ?? 'The host'}: ${blocker.detail}</strong>
       <p class="remedy"><span>What to do:</span> ${blocker.remedy}</p>
-      ${onOverride && blocker.vm && html`<p class="blocker-choices">For this maintenance: ${Object.entries(OVERRIDES).map(([policy, text]) => html`<button key=${policy} type="button" class="button button-small" onClick=${() => onOverride(blocker.vm, policy)}>${text}</button>`)}</p>`}
+      ${onOverride && blocker.vm && html`<p
+        class="blocker-choices">For this maintenance: ${Object.entries(OVERRIDES).map(([policy, text]) => html`<button key=${policy}
+        type="button" class="button button-small" onClick=${() => onOverride(blocker.vm, policy)}>${text}</button>`)}</p>`}
     </div>
   </div>`;
 }

@@ -8,7 +8,8 @@ export function ProblemNote({ problem }) {
   return html`<div class="note note-bad" role="alert" data-testid="problem">
     <strong>${problem.title}</strong>
     ${problem.detail && problem.detail !== problem.title && html`<p>${problem.detail}</p>`}
-    ${problem.fields?.length > 0 && html`<ul>${problem.fields.map((field) => html`<li><code>${field.field}</code>: ${field.problem}. <em>${field.remedy}</em></li>`)}</ul>`}
+    ${problem.fields?.length > 0 && html`<ul>${problem.fields.map((field) => html`<li>
+      <code>${field.field}</code>: ${field.problem}. <em>${field.remedy}</em></li>`)}</ul>`}
     ${problem.remedy && html`<p class="remedy"><span>What to do:</span> ${problem.remedy}</p>`}
   </div>`;
 }

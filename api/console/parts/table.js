@@ -17,7 +17,8 @@ export function useSort(keys, first, firstDirection = 1) {
   const header = (name, label, align = '') => {
     const active = by.name === name;
     return html`<th scope="col" class=${align} aria-sort=${active ? (by.direction > 0 ? 'ascending' : 'descending') : null}>
-      <button type="button" class="sort" onClick=${() => turn(name)}>${label}${active && html`<span class="sort-sign" aria-hidden="true">${by.direction > 0 ? '▲' : '▼'}</span>`}</button>
+      <button type="button" class="sort" onClick=${() => turn(name)}>${label}${active && html`<span class="sort-sign"
+        aria-hidden="true">${by.direction > 0 ? '▲' : '▼'}</span>`}</button>
     </th>`;
   };
   return [(items) => [...items].sort(compare), header];
@@ -27,14 +28,16 @@ export function useSort(keys, first, firstDirection = 1) {
 export function usePieces(items) {
   const [limit, setLimit] = useState(STEP);
   const rest = items.length - limit;
-  const more = rest > 0 && html`<button type="button" class="button more" onClick=${() => setLimit(limit + STEP)}>Show ${Math.min(STEP, rest)} more of ${rest}</button>`;
+  const more = rest > 0 && html`<button type="button" class="button more"
+    onClick=${() => setLimit(limit + STEP)}>Show ${Math.min(STEP, rest)} more of ${rest}</button>`;
   return [items.slice(0, limit), more];
 }
 
 /** The text filter of a view; `/` puts the focus here. */
 export function FilterBox({ value, onInput, label }) {
   return html`<span class="filter">
-    <input type="search" data-filter placeholder="${label} ( / )" aria-label=${label} value=${value} onInput=${(event) => onInput(event.target.value)} data-testid="filter" />
+    <input type="search" data-filter placeholder="${label} ( / )" aria-label=${label} value=${value}
+      onInput=${(event) => onInput(event.target.value)} data-testid="filter" />
   </span>`;
 }
 
@@ -47,7 +50,9 @@ export function matches(query, ...texts) {
 /** A row of exclusive choices, such as severities. `options`: [[value, label, count]]. */
 export function Choice({ label, options, value, onChange }) {
   return html`<div class="choice" role="group" aria-label=${label}>
-    ${options.map(([key, text, number]) => html`<button key=${key} type="button" aria-pressed=${String(value === key)} data-testid="choice-${key}" onClick=${() => onChange(key)}>${text}${number !== undefined && html`<span class="count">${number}</span>`}</button>`)}
+    ${options.map(([key, text, number]) => html`<button key=${key} type="button" aria-pressed=${String(value === key)}
+      data-testid="choice-${key}" onClick=${() => onChange(key)}>${text}${number !== undefined && html`<span
+      class="count">${number}</span>`}</button>`)}
   </div>`;
 }
 

@@ -4,8 +4,10 @@
 // appears twice.
 
 import { html, useEffect, useRef, useState } from '../lib/ui.js';
+import { words } from '../lib/format.js';
 import { token } from '../lib/auth.js';
 
+const LINKS = { connecting: 'Connecting…', live: 'Connected', lost: 'Connection lost, retrying…' };
 const BACKOFF_MS = [300, 700, 1500, 3000, 5000];
 const THEME = {
   background: '#10151a', foreground: '#d5dde3', cursor: '#e0a070', cursorAccent: '#10151a', selectionBackground: '#2f4a57',
@@ -33,9 +35,10 @@ export function Terminal({ vm }) {
   }, [vm.id]);
   // A VM that has just started or moved need not wait for the next attempt.
   useEffect(() => again.current(), [answers, vm.host]);
-  const text = answers ? { connecting: 'Connecting…', live: 'Connected', lost: 'Connection lost, retrying…' }[link] : `The VM is ${vm.state}; the console attaches when it runs`;
+  const text = answers ? LINKS[link] : `The VM is ${words(vm.state)}; the console attaches when it runs`;
   return html`<div class="serial" data-testid="serial-terminal" data-link=${link}>
-    <div class="serial-bar"><span class="dot dot-${link === 'live' && answers ? 'ok' : 'idle'}" aria-hidden="true"></span><span role="status">${text}</span><span class="serial-hint">Tab leaves with Shift+Esc</span></div>
+    <div class="serial-bar"><span class="dot dot-${link === 'live' && answers ? 'ok' : 'idle'}" aria-hidden="true"></span>
+      <span role="status">${text}</span><span class="serial-hint">Tab leaves with Shift+Esc</span></div>
     <div class="serial-screen" ref=${place}></div>
   </div>`;
 }

@@ -12,13 +12,16 @@ export function EventsView({ pool }) {
   const [query, setQuery] = useState('');
   const [severity, setSeverity] = useState('all');
   const number = (name) => pool.events.filter((event) => FROM[name].includes(event.severity)).length;
-  const shown = pool.events.filter((event) => FROM[severity].includes(event.severity) && matches(query, event.message, event.kind, event.subject.name, event.actor));
+  const shown = pool.events.filter((event) => FROM[severity].includes(event.severity)
+    && matches(query, event.message, event.kind, event.subject.name, event.actor));
   const [rows, more] = usePieces(shown);
   return html`<${PageHead} title="Events" />
     <div class="toolbar">
       <${FilterBox} label="Filter events" value=${query} onInput=${setQuery} />
-      <${Choice} label="Severity" value=${severity} onChange=${setSeverity} options=${[['all', 'All', number('all')], ['warning', 'Warnings and errors', number('warning')], ['error', 'Errors', number('error')]]} />
+      <${Choice} label="Severity" value=${severity} onChange=${setSeverity} options=${[['all', 'All', number('all')],
+        ['warning', 'Warnings and errors', number('warning')], ['error', 'Errors', number('error')]]} />
     </div>
-    ${shown.length === 0 ? html`<${Empty} title=${pool.events.length ? 'No event matches' : 'Nothing has happened yet'} />` : html`<${EventTable} events=${rows} />`}
+    ${shown.length === 0 ? html`<${Empty} title=${pool.events.length ? 'No event matches' : 'Nothing has happened yet'} />`
+      : html`<${EventTable} events=${rows} />`}
     ${more}`;
 }

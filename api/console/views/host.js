@@ -21,7 +21,8 @@ export function HostView({ pool, id }) {
   const now = useNow();
   const host = find(pool, 'host', id);
   const crumb = { href: '#/hosts', text: 'Hosts' };
-  if (!host) return html`<${PageHead} title=${id} crumb=${crumb} /><${Empty} title="There is no host ${id}">It may have been removed from the pool.<//>`;
+  if (!host) return html`<${PageHead} title=${id} crumb=${crumb} />
+    <${Empty} title="There is no host ${id}">It may have been removed from the pool.<//>`;
   const { here, coming } = guestsOf(pool, host);
   const events = pool.events.filter((event) => event.subject.id === host.id).slice(0, EVENTS_SHOWN);
   const past = maintenances(pool).filter((maintenance) => maintenance.host === host.id);
@@ -31,8 +32,10 @@ export function HostView({ pool, id }) {
     ['Memory', mib(host.facts?.memory_mib)], ['For guests', mib(host.capacity.guest_memory_mib)], ['vCPUs given out', host.committed.vcpus],
     ['Kernel', host.facts?.kernel], ['Godwit', host.version], ['Last heard', host.last_seen ? ago(host.last_seen, now) : 'never'], ['Id', host.id],
   ];
-  return html`<${PageHead} title=${host.name} crumb=${crumb} note=${html`<${State} kind="host" state=${host.state} reason=${host.reason} testid="host-state" />`}>
-      ${canBeMaintained(host) && html`<button type="button" class="button" data-testid="maintenance-open" onClick=${() => maintain(host)}>Maintenance…</button>`}
+  return html`<${PageHead} title=${host.name} crumb=${crumb} note=${html`<${State} kind="host" state=${host.state} reason=${host.reason}
+    testid="host-state" />`}>
+      ${canBeMaintained(host) && html`<button type="button" class="button" data-testid="maintenance-open"
+        onClick=${() => maintain(host)}>Maintenance…</button>`}
       ${host.maintenance && html`<a class="button" href=${linkTo('maintenance', host.maintenance)}>Open maintenance</a>`}
       <${Actions} intents=${hostIntents(host)} name=${host.name} />
     <//>
@@ -43,17 +46,28 @@ export function HostView({ pool, id }) {
           <${HostMeters} host=${host} />
           <div class="sparklines">
             <${Sparkline} label="CPU" text=${percent(host.usage?.cpu_percent)} samples=${samples} value=${(sample) => sample.cpu_percent} max=${10} />
-            <${Sparkline} label="Memory used" text=${mib(Math.round((host.usage?.memory_used_bytes ?? 0) / 2 ** 20))} samples=${samples} value=${(sample) => sample.memory_used_bytes} max=${(host.facts?.memory_mib ?? 0) * 2 ** 20} />
+            <${Sparkline} label="Memory used" text=${mib(Math.round((host.usage?.memory_used_bytes ?? 0) / 2 ** 20))} samples=${samples}
+              value=${(sample) => sample.memory_used_bytes} max=${(host.facts?.memory_mib ?? 0) * 2 ** 20} />
           </div>
         </section>
         <section class="panel"><header class="panel-head"><h2>VMs</h2><span class="quiet">${here.length}</span></header>
-          <div class="chips">${here.map((vm) => html`<${VmChip} key=${vm.id} vm=${vm} leaving=${migrationOf(pool, vm)} />`)}${coming.map((migration) => html`<${ComingChip} key=${migration.id} migration=${migration} />`)}${here.length + coming.length === 0 && html`<span class="quiet">No VMs here</span>`}</div>
+          <div class="chips">${here.map((vm) => html`<${VmChip} key=${vm.id} vm=${vm}
+            leaving=${migrationOf(pool, vm)} />`)}${coming.map((migration) => html`<${ComingChip} key=${migration.id}
+            migration=${migration} />`)}${here.length + coming.length === 0 && html`<span class="quiet">No VMs here</span>`}</div>
         </section>
-        <section class="panel"><header class="panel-head"><h2>Events</h2></header><${EventLines} events=${events} empty="No events about this host." /></section>
+        <section class="panel"><header class="panel-head"><h2>Events</h2></header>
+          <${EventLines} events=${events} empty="No events about this host." /></section>
       </div>
       <div class="detail-side">
-        <section class="panel"><header class="panel-head"><h2>Facts</h2></header><dl class="facts">${facts.map(([label, value]) => html`<div key=${label}><dt>${label}</dt><dd>${value ?? '–'}</dd></div>`)}</dl></section>
-        <section class="panel"><header class="panel-head"><h2>Maintenances</h2></header>${past.length === 0 ? html`<p class="quiet">None yet.</p>` : html`<ul class="plain">${past.map((maintenance) => html`<li key=${maintenance.id}><a href=${linkTo('maintenance', maintenance.id)}>${maintenance.reason || 'Maintenance'}</a> <${State} kind="maintenance" state=${maintenance.state} /><span class="quiet"> ${time(maintenance.created_at)}</span></li>`)}</ul>`}</section>
+        <section class="panel"><header class="panel-head"><h2>Facts</h2></header>
+          <dl class="facts">${facts.map(([label, value]) => html`<div key=${label}><dt>${label}</dt><dd>${value ?? '–'}</dd></div>`)}</dl>
+          </section>
+        <section class="panel"><header class="panel-head"><h2>Maintenances</h2>
+          </header>${past.length === 0 ? html`<p class="quiet">None yet.</p>` : html`<ul class="plain">${past.map((maintenance) => html`<li
+            key=${maintenance.id}>
+          <a href=${linkTo('maintenance', maintenance.id)}>${maintenance.reason || 'Maintenance'}</a> <${State} kind="maintenance"
+            state=${maintenance.state} />
+          <span class="quiet"> ${time(maintenance.created_at)}</span></li>`)}</ul>`}</section>
       </div>
     </div>`;
 }

@@ -14,12 +14,14 @@ import { Progress } from '../parts/meter.js';
 import { LiveMigration, migrationShare } from '../parts/migration.js';
 import { perform } from '../parts/notices.js';
 import { Empty } from '../parts/placeholder.js';
-import { MaintenancePlan, MOVE_ACTIONS } from '../parts/plan.js';
+import { MaintenancePlan } from '../parts/plan.js';
 import { State } from '../parts/state.js';
 import { PageHead } from './page.js';
 
 const RAIL = ['planned', 'ready', 'cordoned', 'draining', 'drained', 'working', 'verifying', 'restoring', 'done'];
 const ONLY_PLANNED = ['planned', 'blocked', 'ready'];
+/** How a VM leaves, in a table where some have left already. */
+const WAYS = { migrate: 'live', restart_elsewhere: 'restart', stop_and_return: 'stopped meanwhile' };
 const MEANING = {
   planned: 'The plan is being made.',
   blocked: 'Something must be put right before it can start.',
@@ -30,9 +32,9 @@ const MEANING = {
   working: 'The host is being worked on. Finish when it is back.',
   verifying: 'The host is being checked before it takes VMs again.',
   restoring: 'VMs are coming home.',
-  done: 'It is over.',
+  done: 'Finished. The host takes VMs again.',
   cancelling: 'It is being called off; the move in flight is finished first.',
-  cancelled: 'It was called off.',
+  cancelled: 'It was called off. The host takes VMs again.',
   failed: 'It could not go on. The host stays cordoned, every VM runs where it is. Try again or cancel.',
 };
 
@@ -41,17 +43,21 @@ export function MaintenanceView({ pool, id }) {
   const crumb = { href: '#/maintenance', text: 'Maintenance' };
   if (!maintenance) return html`<${PageHead} title="Maintenance" crumb=${crumb} /><${Empty} title="There is no such maintenance" />`;
   const { state, policy } = maintenance;
-  const moving = pool && [...rowsOf(pool, maintenance)].map((row) => row.migration).filter(Boolean);
-  return html`<${PageHead} title=${maintenance.host_name} crumb=${crumb} note=${html`<${State} kind="maintenance" state=${state} testid="maintenance-state" />`}>
+  const moving = rowsOf(pool, maintenance).map((row) => row.migration).filter(Boolean);
+  return html`<${PageHead} title=${maintenance.host_name} crumb=${crumb} note=${html`<${State} kind="maintenance" state=${state}
+    testid="maintenance-state" />`}>
       <${Steps} maintenance=${maintenance} />
     <//>
     <${Rail} state=${state} />
-    <p class="maintenance-meaning" role="status">${MEANING[state] ?? words(state)}${maintenance.detail && html` <strong>${maintenance.detail}</strong>`}</p>
+    <p class="maintenance-meaning" role="status">${MEANING[state] ?? words(state)}${maintenance.detail
+      && html` <strong>${maintenance.detail}</strong>`}</p>
     <div class="detail">
       <div class="detail-main">
-        ${moving.map((migration) => html`<div key=${migration.id} class="panel panel-busy"><${LiveMigration} migration=${migration} /></div>`)}
+        ${moving.map((migration) => html`<div key=${migration.id} class="panel panel-busy"><${LiveMigration} migration=${migration} />
+          </div>`)}
         ${ONLY_PLANNED.includes(state)
-          ? html`<section class="panel"><header class="panel-head"><h2>The plan</h2></header><${MaintenancePlan} plan=${maintenance.plan} /></section>`
+          ? html`<section class="panel"><header class="panel-head"><h2>The plan</h2></header><${MaintenancePlan} plan=${maintenance.plan} />
+            </section>`
           : html`<${Moves} pool=${pool} maintenance=${maintenance} />`}
       </div>
       <div class="detail-side"><section class="panel"><header class="panel-head"><h2>Facts</h2></header><dl class="facts">
@@ -70,7 +76,8 @@ function Steps({ maintenance }) {
   const ask = (verb, what, body) => perform(`${what} maintenance of ${host}`, () => post(`/v1/maintenances/${id}/${verb}`, body));
   const start = () => ask('start', 'Start');
   const finish = async () => {
-    const sure = await confirm({ title: `Finish the maintenance of ${host}?`, text: 'The host is checked, takes VMs again, and those that left come back as planned.', verb: 'Finish' });
+    const sure = await confirm({ title: `Finish the maintenance of ${host}?`,
+      text: 'The host is checked, takes VMs again, and those that left come back as planned.', verb: 'Finish' });
     if (sure) await ask('finish', 'Finish');
   };
   const cancel = async () => {
@@ -81,8 +88,10 @@ function Steps({ maintenance }) {
   const cancellable = isOpen(maintenance) && !['cancelling', 'restoring', 'verifying'].includes(state);
   return html`
     ${cancellable && html`<button type="button" class="button" data-testid="maintenance-cancel" onClick=${cancel}>Cancel…</button>`}
-    ${(state === 'ready' || state === 'failed') && html`<button type="button" class="button button-primary" data-testid="maintenance-start" onClick=${start}>${state === 'failed' ? 'Try again' : 'Start'}</button>`}
-    ${(state === 'drained' || state === 'working') && html`<button type="button" class="button button-primary" data-testid="maintenance-finish" onClick=${finish}>Finish…</button>`}`;
+    ${(state === 'ready' || state === 'failed') && html`<button type="button" class="button button-primary" data-testid="maintenance-start"
+      onClick=${start}>${state === 'failed' ? 'Try again' : 'Start'}</button>`}
+    ${(state === 'drained' || state === 'working') && html`<button type="button" class="button button-primary"
+      data-testid="maintenance-finish" onClick=${finish}>Finish…</button>`}`;
 }
 
 /** The states in order, with those behind, the one now and those ahead. */
@@ -95,7 +104,8 @@ function Rail({ state }) {
     const done = index < at || state === 'done';
     const now = index === at && state !== 'done';
     return html`<li key=${step} class=${classes(done && 'is-done', now && 'is-now', now && halted && 'is-halted')} aria-current=${now ? 'step' : null}>
-      <span class="rail-mark" aria-hidden="true">${done && html`<${Icon} name="check" />`}</span><span class="rail-name">${now ? words(state) : step}</span>
+      <span class="rail-mark" aria-hidden="true">${done && html`<${Icon} name="check" />`}</span>
+        <span class="rail-name">${now ? words(state) : step}</span>
     </li>`;
   })}</ol>`;
 }
@@ -108,7 +118,8 @@ function rowsOf(pool, maintenance) {
   return [...rows.values()].map((row) => {
     const vm = pool.vm.get(row.vm);
     const migration = vm && isOpen(maintenance) ? migrationOf(pool, vm) : undefined;
-    const past = migrationsOf(pool, row.vm).filter((m) => m.state === 'committed' && m.started_at >= maintenance.created_at && (!maintenance.ended_at || m.started_at <= maintenance.ended_at));
+    const past = migrationsOf(pool, row.vm)
+      .filter((m) => m.state === 'committed' && m.started_at >= maintenance.created_at && (!maintenance.ended_at || m.started_at <= maintenance.ended_at));
     return { ...row, current: vm, migration, past };
   });
 }
@@ -117,14 +128,21 @@ function Moves({ pool, maintenance }) {
   const now = useNow();
   const rows = rowsOf(pool, maintenance);
   const settled = rows.filter((row) => row.moved).length;
-  const returning = ['restoring', 'done'].includes(maintenance.state);
-  const back = rows.filter((row) => row.moved && row.moved.state !== 'away').length;
+  const returning = ['restoring', 'done', 'cancelled'].includes(maintenance.state);
+  const number = (state) => rows.filter((row) => row.moved?.state === state).length;
+  const [back, stayed] = [number('returned'), number('stayed')];
+  const staying = stayed ? `, ${stayed} stay where they are` : '';
+  const sum = returning ? `${back} of ${rows.length} are back${staying}` : `${settled} of ${rows.length} have left`;
+  const share = (returning ? back + stayed : settled) / rows.length;
   return html`<section class="panel">
-    <header class="panel-head"><h2>VMs</h2><span class="quiet" data-testid="maintenance-count">${returning ? `${back} of ${rows.length} settled` : `${settled} of ${rows.length} have left`}</span></header>
+    <header class="panel-head"><h2>VMs</h2>
+      <span class="quiet" data-testid="maintenance-count">${sum}</span></header>
     ${rows.length === 0 ? html`<p class="quiet">The host had no VMs.</p>` : html`
-      <${Progress} share=${(returning ? back : settled) / rows.length} label="VMs" thin tone=${(returning ? back : settled) === rows.length ? 'ok' : 'busy'} />
+      <${Progress} share=${share} label="VMs" thin tone=${share === 1 ? 'ok' : 'busy'} />
       <div class="scroll"><table class="table" data-testid="moves">
-        <thead><tr><th scope="col">VM</th><th scope="col">State</th><th scope="col">What happens</th><th scope="col">Runs on</th><th scope="col" class="number">Predicted</th><th scope="col" class="number">Sent</th><th scope="col" class="number">Downtime</th></tr></thead>
+        <thead><tr><th scope="col">VM</th><th scope="col">State</th><th scope="col">Way out</th><th scope="col">Runs on</th>
+          <th scope="col" class="number">Predicted</th><th scope="col" class="number">Sent</th><th scope="col" class="number">Downtime</th>
+          </tr></thead>
         <tbody>${rows.map((row) => html`<${MoveRow} key=${row.vm} row=${row} now=${now} />`)}</tbody>
       </table></div>`}
   </section>`;
@@ -138,10 +156,14 @@ function MoveRow({ row, now }) {
   const downtime = past.map((m) => (m.progress.downtime_us === undefined ? '–' : milliseconds(m.progress.downtime_us / 1000))).reverse().join(', ');
   return html`<tr data-testid="move-${row.name}" data-state=${state}>
     <td><a class="name" href=${linkTo('vms', row.name)}>${row.name}</a></td>
-    <td>${migration ? html`<span class="cell-migration"><${State} kind="move" state="moving" /><${Progress} share=${migrationShare(migration)} label="Migration of ${row.name}" thin /></span>` : html`<${State} kind="move" state=${state} reason=${moved?.reason} />`}${moved?.reason && html`<div class="quiet wrap">${moved.reason}</div>`}</td>
-    <td class="nowrap">${MOVE_ACTIONS[action] ?? words(action)}${planned?.to_name && html` to ${planned.to_name}`}</td>
+    <td>${migration ? html`<span class="cell-migration"><${State} kind="move" state="moving" />
+      <${Progress} share=${migrationShare(migration)} label="Migration of ${row.name}" thin />
+      </span>` : html`<${State} kind="move" state=${state} reason=${moved?.reason} />`}${moved?.reason && html`<div
+        class="quiet wrap">${moved.reason}</div>`}</td>
+    <td class="nowrap">${WAYS[action] ?? words(action)}${planned?.to_name && html`, to ${planned.to_name}`}</td>
     <td>${current?.host_name ?? html`<span class="quiet">–</span>`}</td>
-    <td class="number quiet">${planned ? `${seconds(planned.predicted_s)}, ${planned.action === 'migrate' ? mib(planned.predicted_mib) : 'down'}` : '–'}</td>
+    <td
+      class="number quiet">${planned ? `${seconds(planned.predicted_s)}, ${planned.action === 'migrate' ? mib(planned.predicted_mib) : 'down'}` : '–'}</td>
     <td class="number">${past.length ? `${inMib(past.reduce((sum, m) => sum + m.progress.transferred_bytes, 0))} MiB` : '–'}</td>
     <td class="number" title=${past[0] ? `last move ${ago(past[0].ended_at, now)}` : null}>${downtime || '–'}</td>
   </tr>`;

@@ -16,12 +16,15 @@ export function MaintenancesView({ pool }) {
   const now = useNow();
   const all = maintenances(pool);
   const [rows, more] = usePieces(all);
-  const plan = html`<button type="button" class="button button-primary" data-testid="maintenance-open" onClick=${() => maintain()}><${Icon} name="plus" />Plan maintenance</button>`;
+  const plan = html`<button type="button" class="button button-primary" data-testid="maintenance-open" onClick=${() => maintain()}>
+    <${Icon} name="plus" />Plan maintenance</button>`;
   return html`<${PageHead} title="Maintenance">${plan}<//>
     ${all.length === 0
-      ? html`<${Empty} title="No maintenance yet">Plan one before you patch, reboot or repair a host: its VMs move away without stopping and come home afterwards.<//>`
+      ? html`<${Empty}
+        title="No maintenance yet">Plan one before you patch, reboot or repair a host: its VMs move away without stopping and come home afterwards.<//>`
       : html`<div class="scroll"><table class="table" data-testid="maintenances">
-          <thead><tr><th scope="col">Host</th><th scope="col">State</th><th scope="col">Reason</th><th scope="col" class="number">VMs</th><th scope="col">Created</th><th scope="col" class="number">Took</th><th scope="col">By</th></tr></thead>
+          <thead><tr><th scope="col">Host</th><th scope="col">State</th><th scope="col">Reason</th><th scope="col" class="number">VMs</th>
+            <th scope="col">Created</th><th scope="col" class="number">Took</th><th scope="col">By</th></tr></thead>
           <tbody>${rows.map((maintenance) => html`<tr key=${maintenance.id}>
             <td><a class="name" href=${linkTo('maintenance', maintenance.id)}>${maintenance.host_name}</a></td>
             <td><${State} kind="maintenance" state=${maintenance.state} reason=${maintenance.detail} /></td>

@@ -18,12 +18,15 @@ export function OperationsView({ pool, id }) {
   return html`<${PageHead} title="Operations" />
     <div class="toolbar">
       <${FilterBox} label="Filter operations" value=${query} onInput=${setQuery} />
-      <${Choice} label="Which" value=${group} onChange=${setGroup} options=${[['all', 'All', all.length], ['running', 'Running', number('running')], ['failed', 'Failed', number('failed')]]} />
+      <${Choice} label="Which" value=${group} onChange=${setGroup} options=${[['all', 'All', all.length],
+        ['running', 'Running', number('running')], ['failed', 'Failed', number('failed')]]} />
     </div>
     ${shown.length === 0
       ? html`<${Empty} title=${all.length ? 'No operation matches' : 'Nothing has been asked for yet'} />`
       : html`<div class="scroll"><table class="table" data-testid="operations">
-          <thead><tr><th scope="col">Operation</th><th scope="col">State</th><th scope="col" class="progress-cell">Progress</th><th scope="col">Began</th><th scope="col" class="number">Took</th><th scope="col">By</th><th scope="col"><span class="hidden">Actions</span></th></tr></thead>
+          <thead><tr><th scope="col">Operation</th><th scope="col">State</th><th scope="col" class="progress-cell">Progress</th>
+            <th scope="col">Began</th><th scope="col" class="number">Took</th><th scope="col">By</th><th scope="col">
+            <span class="hidden">Actions</span></th></tr></thead>
           <tbody>${rows.map((operation) => html`<${OperationRow} key=${operation.id} operation=${operation} open=${operation.id === id} />`)}</tbody>
         </table></div>`}
     ${more}`;

@@ -8,7 +8,7 @@ import { linkTo } from '../lib/router.js';
 import { HostCard } from '../parts/host-card.js';
 import { EventLines } from '../parts/event-list.js';
 import { Icon } from '../parts/icon.js';
-import { Meter } from '../parts/meter.js';
+import { Meter, Progress } from '../parts/meter.js';
 import { LiveMigration } from '../parts/migration.js';
 import { OperationLine } from '../parts/operation.js';
 import { Empty } from '../parts/placeholder.js';
@@ -46,10 +46,13 @@ function Health({ pool, wants }) {
   const tone = urgent === 0 ? 'ok' : worst === 'error' ? 'bad' : 'warn';
   const needs = urgent === 0 ? 'nothing needs attention' : `${count(urgent, 'thing')} ${urgent === 1 ? 'needs' : 'need'} attention`;
   return html`<section class="health health-${tone}" aria-label="Health of the pool">
-    <p class="health-sentence" role="status" data-testid="health"><${Icon} name=${tone === 'ok' ? 'check' : 'alert'} /><span>${census(pool)}, ${needs}.</span></p>
-    ${wants.length > 0 && html`<ul class="attention" data-testid="attention">${wants.map((item) => html`<li key=${item.key} class="attention-${item.severity}">
+    <p class="health-sentence" role="status" data-testid="health"><${Icon} name=${tone === 'ok' ? 'check' : 'alert'} />
+      <span>${census(pool)}, ${needs}.</span></p>
+    ${wants.length > 0 && html`<ul class="attention" data-testid="attention">${wants.map((item) => html`<li key=${item.key}
+      class="attention-${item.severity}">
       <span class="dot" aria-hidden="true"></span>
-      <span class="attention-text"><a href=${linkTo(item.view, item.id)}>${item.text}</a>${item.detail && html`<span class="quiet">: ${item.detail}</span>`}</span>
+      <span class="attention-text">
+        <a href=${linkTo(item.view, item.id)}>${item.text}</a>${item.detail && html`<span class="quiet">: ${item.detail}</span>`}</span>
       <span class="attention-severity">${item.severity === 'info' ? 'note' : item.severity}</span>
     </li>`)}</ul>`}
   </section>`;
@@ -60,21 +63,33 @@ function Work({ pool }) {
   const open = maintenances(pool).filter(isOpen);
   const moving = movingMigrations(pool);
   const shown = new Set(moving.map((migration) => migration.vm));
-  const running = operations(pool).filter((operation) => isRunning(operation) && !partOfAnother(pool, operation) && !(operation.kind === 'migrate' && shown.has(operation.subject.id)));
+  const running = operations(pool).filter((operation) => isRunning(operation)
+    && !partOfAnother(pool, operation)
+    && !(operation.kind === 'migrate' && shown.has(operation.subject.id))
+    && !open.some((maintenance) => maintenance.operation === operation.id));
   const quiet = open.length + moving.length + running.length === 0;
   return html`<section class="panel" aria-labelledby="work-title" data-testid="work">
-    <header class="panel-head"><h2 id="work-title">Under way</h2>${quiet ? html`<span class="quiet">Nothing is moving.</span>` : html`<${More} href="#/operations">All operations<//>`}</header>
+    <header class="panel-head">
+      <h2 id="work-title">Under way</h2>${quiet ? html`<span class="quiet">Nothing is moving.</span>` : html`<${More}
+        href="#/operations">All operations<//>`}</header>
     ${!quiet && html`<div class="work">
-      ${open.map((maintenance) => html`<div key=${maintenance.id} class="work-maintenance">
-        <a href=${linkTo('maintenance', maintenance.id)}>Maintenance of ${maintenance.host_name}</a>
-        <${State} kind="maintenance" state=${maintenance.state} />
-        <span class="quiet ellipsis">${maintenance.reason}</span>
-      </div>`)}
+      ${open.map((maintenance) => html`<${MaintenanceLine} key=${maintenance.id} pool=${pool} maintenance=${maintenance} />`)}
       ${moving.slice(0, MIGRATIONS_SHOWN).map((migration) => html`<${LiveMigration} key=${migration.id} migration=${migration} />`)}
       ${moving.length > MIGRATIONS_SHOWN && html`<p class="quiet">and ${count(moving.length - MIGRATIONS_SHOWN, 'more migration')}</p>`}
       ${running.map((operation) => html`<${OperationLine} key=${operation.id} operation=${operation} />`)}
     </div>`}
   </section>`;
+}
+
+function MaintenanceLine({ pool, maintenance }) {
+  const operation = pool.operation.get(maintenance.operation);
+  return html`<div class="work-maintenance" data-testid="maintenance-${maintenance.host_name}">
+    <a href=${linkTo('maintenance', maintenance.id)}>Maintenance of ${maintenance.host_name}</a>
+    <${State} kind="maintenance" state=${maintenance.state} />
+    <span class="quiet ellipsis">${maintenance.reason}</span>
+    ${operation && isRunning(operation) && html`<${Progress} share=${operation.progress}
+      label="Progress of the maintenance of ${maintenance.host_name}" thin />`}
+  </div>`;
 }
 
 /** Whether it is shown already as a step of the operation it belongs to. */
@@ -88,8 +103,10 @@ function Board({ pool }) {
   return html`<section aria-labelledby="board-title">
     <header class="section-head"><h2 id="board-title">Hosts</h2><${More} href="#/hosts">All hosts<//></header>
     ${all.length === 0
-      ? html`<${Empty} title="No hosts yet">Add the first one: <button type="button" class="link" onClick=${addHost}>create a join token</button> and run the command it shows.<//>`
-      : html`<div class="host-grid host-grid-compact">${all.slice(0, MANY_HOSTS).map((host) => html`<${HostCard} key=${host.id} pool=${pool} host=${host} compact />`)}</div>`}
+      ? html`<${Empty} title="No hosts yet">Add the first one: <button type="button" class="link"
+        onClick=${addHost}>create a join token</button> and run the command it shows.<//>`
+      : html`<div class="host-grid host-grid-compact">${all.slice(0, MANY_HOSTS).map((host) => html`<${HostCard} key=${host.id}
+        pool=${pool} host=${host} compact />`)}</div>`}
     ${all.length > MANY_HOSTS && html`<p class="quiet">and ${count(all.length - MANY_HOSTS, 'more host')}</p>`}
   </section>`;
 }
@@ -97,11 +114,14 @@ function Board({ pool }) {
 function Capacity({ pool }) {
   const sum = capacity(pool);
   return html`<section class="panel" aria-labelledby="capacity-title">
-    <header class="panel-head"><h2 id="capacity-title">Capacity</h2><span class="quiet">${count(sum.cores, 'core')}, ${count(sum.vcpus, 'vCPU')} given out</span></header>
+    <header class="panel-head"><h2 id="capacity-title">Capacity</h2>
+      <span class="quiet">${count(sum.cores, 'core')}, ${count(sum.vcpus, 'vCPU')} given out</span></header>
     <div class="meters">
       <${Meter} label="CPU" share=${sum.busyCores / sum.cores} text=${sum.cores ? percent((100 * sum.busyCores) / sum.cores) : '–'} />
-      <${Meter} label="Memory" title="Memory in use on all hosts" share=${sum.usedMib / sum.memoryMib} text="${bytes(sum.usedMib * 2 ** 20)} of ${mib(sum.memoryMib)}" />
-      <${Meter} label="Committed" title="Memory promised to VMs, of what the hosts give to guests" share=${sum.committedMib / sum.guestMib} warnAt=${0.9} badAt=${1.001} text="${mib(sum.committedMib)} of ${mib(sum.guestMib)}" />
+      <${Meter} label="Memory" title="Memory in use on all hosts" share=${sum.usedMib / sum.memoryMib}
+        text="${bytes(sum.usedMib * 2 ** 20)} of ${mib(sum.memoryMib)}" />
+      <${Meter} label="Committed" title="Memory promised to VMs, of what the hosts give to guests" share=${sum.committedMib / sum.guestMib}
+        warnAt=${0.9} badAt=${1.001} text="${mib(sum.committedMib)} of ${mib(sum.guestMib)}" />
     </div>
   </section>`;
 }

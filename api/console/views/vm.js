@@ -1,7 +1,7 @@
 // One VM: its console, its move if it is moving, what it uses, what it is, what happened to it.
 
-import { html } from '../lib/ui.js';
-import { ago, bytes, mib, percent, rate, words } from '../lib/format.js';
+import { classes, html } from '../lib/ui.js';
+import { ago, bytes, capital, mib, percent, rate, words } from '../lib/format.js';
 import { find, migrationOf, migrationsOf } from '../lib/pool.js';
 import { cancelOperation, vmIntents } from '../intents.js';
 import { linkTo } from '../lib/router.js';
@@ -17,7 +17,8 @@ import { PageHead } from './page.js';
 
 const EVENTS_SHOWN = 30;
 const JUST_ENDED_MS = 5 * 60_000;
-const POLICIES = { migrate: 'moves live', restart_elsewhere: 'restarts elsewhere', stop_and_return: 'stops, starts again afterwards', block: 'waits for the operator' };
+const POLICIES = { migrate: 'moves live', restart_elsewhere: 'restarts elsewhere',
+  stop_and_return: 'stops, starts again afterwards', block: 'waits for the operator' };
 const LEASES = { watched: 'stops and starts elsewhere', unwatched: 'runs on; elsewhere only with proof' };
 
 export function VmView({ pool, id }) {
@@ -28,27 +29,39 @@ export function VmView({ pool, id }) {
   const migration = migrationOf(pool, vm);
   const history = migrationsOf(pool, vm.id);
   const ended = !migration && history[0]?.ended_at && now - new Date(history[0].ended_at) < JUST_ENDED_MS && history[0];
+  const inTrouble = ['failed', 'unreachable', 'awaiting_fence'].includes(vm.state);
   const samples = pool.samples.get(vm.id);
   const events = pool.events.filter((event) => event.subject.id === vm.id).slice(0, EVENTS_SHOWN);
-  return html`<${PageHead} title=${vm.name} crumb=${crumb} note=${html`<${State} kind="vm" state=${vm.state} testid="vm-state" />${vm.host_name && html`<span class="quiet">on <a href=${linkTo('hosts', vm.host_name)} data-testid="vm-host">${vm.host_name}</a></span>`}`}>
+  return html`<${PageHead} title=${vm.name} crumb=${crumb} note=${html`<${State} kind="vm" state=${vm.state}
+    testid="vm-state" />${vm.host_name && html`<span class="quiet">on <a href=${linkTo('hosts', vm.host_name)}
+    data-testid="vm-host">${vm.host_name}</a>
+    </span>`}`}>
       <${Actions} intents=${vmIntents(vm)} name=${vm.name} />
     <//>
-    ${vm.reason && html`<div class="note ${['failed', 'unreachable', 'awaiting_fence'].includes(vm.state) ? 'note-bad' : ''}"><p>${vm.reason}</p></div>`}
+    ${vm.reason && html`<div class="note ${inTrouble ? 'note-bad' : ''}"><p>${capital(vm.reason)}</p></div>`}
     <div class="detail">
       <div class="detail-main">
-        ${migration && html`<div class="panel panel-busy"><${LiveMigration} migration=${migration} heading=${false} onCancel=${vm.operation ? () => cancelOperation(vm.operation) : null} /></div>`}
+        ${migration && html`<div class="panel panel-busy">
+          <${LiveMigration} migration=${migration} heading=${false}
+            onCancel=${vm.operation ? () => cancelOperation(vm.operation, `Migrate ${vm.name}`) : null} />
+          </div>`}
         ${ended && html`<${EndedMigration} migration=${ended} />`}
         <${Terminal} vm=${vm} />
-        <section class="panel"><header class="panel-head"><h2>Migrations</h2><span class="quiet">${history.length || ''}</span></header><${MigrationHistory} migrations=${history} /></section>
+        <section class="panel"><header class="panel-head"><h2>Migrations</h2><span class="quiet">${history.length || ''}</span></header>
+          <${MigrationHistory} migrations=${history} /></section>
       </div>
       <div class="detail-side">
-        <section class="panel"><header class="panel-head"><h2>Use</h2></header>
-          <${Sparkline} label="CPU, of one core" text=${percent(vm.usage?.cpu_percent)} samples=${samples} value=${(sample) => sample.cpu_percent} max=${20} />
-          <${Sparkline} label="Memory dirtied" text=${rate(vm.usage?.dirty_bytes_per_s)} samples=${samples} value=${(sample) => sample.dirty_bytes_per_s} max=${2 ** 20} />
-          <dl class="facts"><div><dt>Resident</dt><dd>${bytes(vm.usage?.rss_bytes)}</dd></div><div><dt>Exits</dt><dd>${Math.round(vm.usage?.exits_per_s ?? 0).toLocaleString('en')} /s</dd></div></dl>
-        </section>
+        <section class="panel"><header class="panel-head"><h2>Use</h2></header><div class=${classes(inTrouble && 'is-stale')}>
+          <${Sparkline} label="CPU, of one core" text=${percent(vm.usage?.cpu_percent)} samples=${samples}
+            value=${(sample) => sample.cpu_percent} max=${20} />
+          <${Sparkline} label="Memory dirtied" text=${rate(vm.usage?.dirty_bytes_per_s)} samples=${samples}
+            value=${(sample) => sample.dirty_bytes_per_s} max=${2 ** 20} />
+          <dl class="facts"><div><dt>Resident</dt><dd>${bytes(vm.usage?.rss_bytes)}</dd></div><div><dt>Exits</dt>
+            <dd>${Math.round(vm.usage?.exits_per_s ?? 0).toLocaleString('en')} /s</dd></div></dl>
+        </div></section>
         <section class="panel"><header class="panel-head"><h2>Facts</h2></header><${Facts} pool=${pool} vm=${vm} now=${now} /></section>
-        <section class="panel"><header class="panel-head"><h2>Events</h2></header><${EventLines} events=${events} empty="No events about this VM." /></section>
+        <section class="panel"><header class="panel-head"><h2>Events</h2></header>
+          <${EventLines} events=${events} empty="No events about this VM." /></section>
       </div>
     </div>`;
 }

@@ -25,6 +25,7 @@ const KEYS = {
   dirty: (vm) => vm.usage?.dirty_bytes_per_s ?? 0,
 };
 
+const NUMBERS = { vcpus: 'vCPUs', memory: 'Memory', cpu: 'CPU', dirty: 'Dirty rate' };
 const UNMEASURED = ['unreachable', 'awaiting_fence', 'failed', 'stopped'];
 
 const GROUPS = [
@@ -43,9 +44,11 @@ export function VmsView({ pool }) {
   const states = GROUPS.find(([name]) => name === group)?.[2];
   const shown = all.filter((vm) => (!states || states.includes(vm.state)) && matches(query, vm.name, vm.state, vm.host_name));
   const [rows, more] = usePieces(sorted(shown));
-  const options = GROUPS.map(([name, text, members]) => [name, text, all.filter((vm) => members.includes(vm.state)).length]).filter(([name, , number]) => number > 0 || name === group);
+  const options = GROUPS.map(([name, text, members]) => [name, text, all.filter((vm) => members.includes(vm.state)).length])
+    .filter(([name, , number]) => number > 0 || name === group);
   return html`<${PageHead} title="VMs" note=${html`<span class="page-count">${all.length}</span>`}>
-      <button type="button" class="button button-primary" data-testid="create-vm-open" onClick=${createVm}><${Icon} name="plus" />Create VM</button>
+      <button type="button" class="button button-primary" data-testid="create-vm-open" onClick=${createVm}>
+        <${Icon} name="plus" />Create VM</button>
     <//>
     <div class="toolbar">
       <${FilterBox} label="Filter VMs" value=${query} onInput=${setQuery} />
@@ -54,13 +57,20 @@ export function VmsView({ pool }) {
     ${all.length === 0
       ? html`<${Empty} title="No VMs yet"><button type="button" class="link" onClick=${createVm}>Create the first one.</button><//>`
       : shown.length === 0
-        ? html`<${Empty} title="No VM matches"><button type="button" class="link" onClick=${() => { setQuery(''); setGroup('all'); }}>Show all</button><//>`
-        : html`<div class="scroll"><table class="table" data-testid="vms">
-            <thead><tr>${header('name', 'Name')}${header('state', 'State')}${header('host', 'Host')}${header('vcpus', 'vCPUs', 'number')}${header('memory', 'Memory', 'number')}${header('cpu', 'CPU', 'number')}${header('dirty', 'Dirty rate', 'number')}<th scope="col"><span class="hidden">Actions</span></th></tr></thead>
+        ? html`<${Empty} title="No VM matches">
+          <button type="button" class="link" onClick=${() => { setQuery(''); setGroup('all'); }}>Show all</button><//>`
+        : html`<div class="scroll"><table class="table vms" data-testid="vms">
+            <thead><tr>
+              ${header('name', 'Name')}${header('state', 'State')}${header('host', 'Host')}
+              ${['vcpus', 'memory', 'cpu', 'dirty'].map((name) => header(name, NUMBERS[name], 'number'))}
+              <th scope="col"><span class="hidden">Actions</span></th>
+            </tr></thead>
             <tbody>${rows.map((vm) => html`<${Row} key=${vm.id} pool=${pool} vm=${vm} />`)}</tbody>
           </table></div>`}
     ${more}`;
 }
+
+const NOTHING = html`<span class="quiet">–</span>`;
 
 function Row({ pool, vm }) {
   const measured = vm.host && !UNMEASURED.includes(vm.state);
@@ -69,13 +79,20 @@ function Row({ pool, vm }) {
   return html`<tr data-testid="vm-${vm.name}" data-state=${vm.state} data-host=${vm.host_name}>
     <td><a class="name" href=${linkTo('vms', vm.name)}>${vm.name}</a></td>
     <td>${migration
-      ? html`<span class="cell-migration"><${State} kind="vm" state="migrating" /><span class="quiet">${phaseWords(migration.phase)}</span><${Progress} share=${migrationShare(migration)} label="Migration of ${vm.name}" thin /></span>`
+      ? html`<span class="cell-migration"><${State} kind="vm" state="migrating" /><span class="quiet">${phaseWords(migration.phase)}</span>
+        <${Progress} share=${migrationShare(migration)} label="Migration of ${vm.name}" thin /></span>`
       : html`<${State} kind="vm" state=${vm.state} reason=${vm.reason} />`}</td>
-    <td>${vm.host_name ? html`<a href=${linkTo('hosts', vm.host_name)}>${vm.host_name}</a>` : html`<span class="quiet">–</span>`}${migration && html`<span class="way"> → ${migration.target_name}</span>`}${!migration && away && html`<span class="quiet"> (home: ${away.name})</span>`}</td>
+    <td>
+      ${vm.host_name ? html`<a href=${linkTo('hosts', vm.host_name)}>${vm.host_name}</a>` : NOTHING}
+      ${migration && html`<span class="way"> → ${migration.target_name}</span>`}
+      ${!migration && away && html`<span class="quiet"> (home: ${away.name})</span>`}
+    </td>
     <td class="number">${vm.spec.vcpus}</td>
     <td class="number">${mib(vm.spec.memory_mib)}</td>
-    <td class="number">${measured ? html`<${CellBar} share=${(vm.usage?.cpu_percent ?? 0) / (100 * vm.spec.vcpus)} text=${percent(vm.usage?.cpu_percent)} label="CPU of ${vm.name}" />` : html`<span class="quiet">–</span>`}</td>
-    <td class="number">${measured ? rate(vm.usage?.dirty_bytes_per_s) : html`<span class="quiet">–</span>`}</td>
+    <td class="number">${measured
+      ? html`<${CellBar} share=${vm.usage.cpu_percent / (100 * vm.spec.vcpus)} text=${percent(vm.usage.cpu_percent)} label="CPU of ${vm.name}" />`
+      : NOTHING}</td>
+    <td class="number">${measured ? rate(vm.usage.dirty_bytes_per_s) : NOTHING}</td>
     <td class="tools"><${Actions} intents=${vmIntents(vm)} name=${vm.name} small /></td>
   </tr>`;
 }

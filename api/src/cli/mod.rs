@@ -24,11 +24,15 @@ mod migration;
 
 mod event;
 
+#[cfg(test)]
+mod golden;
+
 pub use event::EventCommand;
 pub use host::HostCommand;
 pub use maintenance::MaintenanceCommand;
 pub use migration::MigrationCommand;
 pub use operation::OperationCommand;
+pub(crate) use table::Table;
 pub use vm::VmCommand;
 
 use crate::client::{Client, ClientError, ConnectOptions};

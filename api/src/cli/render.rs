@@ -312,7 +312,7 @@ pub(super) fn plan(plan: &MaintenancePlan) -> String {
 }
 
 fn reserve(mib_left: i64) -> String {
-    if mib_left < 0 { format!("-{} short", mib(mib_left.unsigned_abs())) } else { mib(mib_left.unsigned_abs()) }
+    if mib_left < 0 { format!("{} short", mib(mib_left.unsigned_abs())) } else { mib(mib_left.unsigned_abs()) }
 }
 
 /// What a change would do.
@@ -329,6 +329,9 @@ pub(super) fn dry_run(dry_run: &DryRun) -> String {
             }
             let _ = write!(text, "\n{table}");
         }
+    }
+    if let Some(plan) = &dry_run.plan {
+        let _ = write!(text, "\n{}", self::plan(plan));
     }
     text
 }

@@ -11,14 +11,14 @@ enum Align {
 
 /// A table that prints itself with just enough room for each column.
 #[derive(Clone, Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     columns: Vec<(&'static str, Align)>,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
     /// A table with these columns; numbers stand at the right, and so do columns whose title begins with `>`.
-    pub(super) fn new(titles: &[&'static str]) -> Self {
+    pub(crate) fn new(titles: &[&'static str]) -> Self {
         let column = |title: &&'static str| match title.strip_prefix('>') {
             Some(title) => (title, Align::Right),
             None => (*title, Align::Left),
@@ -27,7 +27,7 @@ impl Table {
     }
 
     /// Adds a row; it has one cell for each column.
-    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
+    pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
         assert_eq!(N, self.columns.len(), "one cell for each column");
         self.rows.push(cells.into());
     }

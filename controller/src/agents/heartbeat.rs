@@ -5,7 +5,7 @@ use crate::core::Core;
 use crate::drive::pulses::Heard;
 use crate::ha::orders::{Judgement, Standing, judge};
 use crate::ledger::Draft;
-use crate::model::{Actor, Host, Liveness, MaintenanceState, Subject};
+use crate::model::{Actor, Host, Liveness, MaintenanceState, Subject, Vm, Work};
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::{Observed, View};
 use godwit_wire::host_api::{Heartbeat, HeartbeatReply, HostReport, MAX_VMS_PER_HOST, VmReport};
@@ -131,8 +131,8 @@ fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
     });
 }
 
-/// Counts heartbeats in a row that lack a VM the host owns. While an operation changes the VM, nothing is
-/// counted beyond what its executor may rest on.
+/// Counts heartbeats in a row that lack a VM the host owns. While a command that creates or ends the VM is under
+/// way nothing is counted: it may not have reached the host.
 fn missing(
     view: &View,
     id: HostId,
@@ -140,7 +140,12 @@ fn missing(
     vms: &BTreeMap<VmId, VmReport>,
 ) -> BTreeMap<VmId, u32> {
     let count = |vm: VmId| before.missing.get(&vm).copied().unwrap_or(0).saturating_add(1).min(MISSING_HEARTBEATS);
+    let settled = |vm: &Vm| match vm.operation.and_then(|id| view.operations.get(&id)).map(|op| &op.work) {
+        None | Some(Work::Migrate { .. } | Work::Start { placed: None, .. }) => true,
+        Some(_) => false,
+    };
     view.vms_of(id)
+        .filter(|vm| settled(vm))
         .filter(|vm| vms.get(&vm.id).is_none_or(|report| report.epoch < vm.epoch))
         .map(|vm| (vm.id, count(vm.id)))
         .collect()

@@ -93,7 +93,7 @@ pub(super) async fn resolve(
             Ok(match (request.role, migration.map(|m| &m.state)) {
                 (MigrationRole::Source, Some(MigrationState::Open)) if owned => {
                     if let Some(migration) = migration.filter(|m| m.source == host && m.vm == request.vm) {
-                        void(draft, migration.as_ref().clone(), "the source lost the target before the commit");
+                        
                         Resolution::RunHere { epoch: request.epoch }
                     } else {
                         Resolution::End

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// Writes that become one transaction.
 #[derive(Debug)]
-pub struct Draft<'a> {
+pub(crate) struct Draft<'a> {
     view: &'a View,
     books: &'a Books,
     now: Timestamp,
@@ -100,7 +100,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Time to write into records.
-    pub fn now(&self) -> Timestamp {
+    pub(crate) fn now(&self) -> Timestamp {
         self.now
     }
 
@@ -112,7 +112,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Writes a VM; its name is taken or changed along with it.
-    pub fn put_vm(&mut self, mut vm: Vm) {
+    pub(crate) fn put_vm(&mut self, mut vm: Vm) {
         let before = match self.records.vms.get(&vm.id) {
             Some(drafted) => drafted.as_ref(),
             None => self.view.vms.get(&vm.id),
@@ -129,7 +129,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Deletes a VM, frees its name and remembers its id.
-    pub fn delete_vm(&mut self, vm: &Vm) {
+    pub(crate) fn delete_vm(&mut self, vm: &Vm) {
         self.raw.insert(key::of(key::VM, vm.id), None);
         self.raw.insert(key::vm_name(&vm.name), None);
         let deleted = DeletedVm { vm: vm.id, epoch: vm.epoch };
@@ -139,13 +139,13 @@ impl<'a> Draft<'a> {
     }
 
     /// Forgets that a VM was deleted.
-    pub fn forget_deleted(&mut self, vm: VmId) {
+    pub(crate) fn forget_deleted(&mut self, vm: VmId) {
         self.raw.insert(key::of(key::DELETED_VM, vm), None);
         self.forgotten.insert(vm);
     }
 
     /// Writes a host; its name is taken along with it.
-    pub fn put_host(&mut self, host: Host) {
+    pub(crate) fn put_host(&mut self, host: Host) {
         let before = self.view.hosts.get(&host.id);
         if let Some(before) = before.filter(|before| before.name() != host.name()) {
             self.raw.insert(key::host_name(before.name()), None);
@@ -158,73 +158,73 @@ impl<'a> Draft<'a> {
     }
 
     /// Deletes a host and frees its name.
-    pub fn delete_host(&mut self, host: &Host) {
+    pub(crate) fn delete_host(&mut self, host: &Host) {
         self.raw.insert(key::of(key::HOST, host.id), None);
         self.raw.insert(key::host_name(host.name()), None);
         self.records.hosts.insert(host.id, None);
     }
 
     /// Writes an operation.
-    pub fn put_operation(&mut self, operation: Operation) {
+    pub(crate) fn put_operation(&mut self, operation: Operation) {
         self.put_raw(key::of(key::OPERATION, operation.id), &operation);
         self.records.operations.insert(operation.id, Some(Arc::new(operation)));
     }
 
     /// Forgets an operation.
-    pub fn delete_operation(&mut self, id: OperationId) {
+    pub(crate) fn delete_operation(&mut self, id: OperationId) {
         self.raw.insert(key::of(key::OPERATION, id), None);
         self.records.operations.insert(id, None);
     }
 
     /// Writes a maintenance.
-    pub fn put_maintenance(&mut self, mut maintenance: Maintenance) {
+    pub(crate) fn put_maintenance(&mut self, mut maintenance: Maintenance) {
         maintenance.changed_at = self.now;
         self.put_raw(key::of(key::MAINTENANCE, maintenance.id), &maintenance);
         self.records.maintenances.insert(maintenance.id, Some(Arc::new(maintenance)));
     }
 
     /// Forgets a maintenance.
-    pub fn delete_maintenance(&mut self, id: MaintenanceId) {
+    pub(crate) fn delete_maintenance(&mut self, id: MaintenanceId) {
         self.raw.insert(key::of(key::MAINTENANCE, id), None);
         self.records.maintenances.insert(id, None);
     }
 
     /// Writes a migration.
-    pub fn put_migration(&mut self, migration: Migration) {
+    pub(crate) fn put_migration(&mut self, migration: Migration) {
         self.put_raw(key::of(key::MIGRATION, migration.id), &migration);
         self.records.migrations.insert(migration.id, Some(Arc::new(migration)));
     }
 
     /// Forgets a migration.
-    pub fn delete_migration(&mut self, id: MigrationId) {
+    pub(crate) fn delete_migration(&mut self, id: MigrationId) {
         self.raw.insert(key::of(key::MIGRATION, id), None);
         self.records.migrations.insert(id, None);
     }
 
     /// The join token with this digest.
-    pub fn token(&self, digest: &str) -> Option<&'a JoinToken> {
+    pub(crate) fn token(&self, digest: &str) -> Option<&'a JoinToken> {
         self.books.tokens.get(digest)
     }
 
     /// All join tokens by digest.
-    pub fn tokens(&self) -> &'a BTreeMap<String, JoinToken> {
+    pub(crate) fn tokens(&self) -> &'a BTreeMap<String, JoinToken> {
         &self.books.tokens
     }
 
     /// Writes a join token.
-    pub fn put_token(&mut self, digest: String, token: JoinToken) {
+    pub(crate) fn put_token(&mut self, digest: String, token: JoinToken) {
         self.put_raw(key::of(key::TOKEN, &digest), &token);
         self.tokens.insert(digest, Some(token));
     }
 
     /// Forgets a join token.
-    pub fn delete_token(&mut self, digest: String) {
+    pub(crate) fn delete_token(&mut self, digest: String) {
         self.raw.insert(key::of(key::TOKEN, &digest), None);
         self.tokens.insert(digest, None);
     }
 
     /// Tells what happens, in the same transaction.
-    pub fn event(
+    pub(crate) fn event(
         &mut self,
         severity: Severity,
         kind: &str,
@@ -252,17 +252,17 @@ impl<'a> Draft<'a> {
     }
 
     /// Tells that all is well.
-    pub fn info(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn info(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
         self.event(Severity::Info, kind, subject, actor, message);
     }
 
     /// Tells that someone should look by day.
-    pub fn warning(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn warning(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
         self.event(Severity::Warning, kind, subject, actor, message);
     }
 
     /// Tells that someone should look now.
-    pub fn error(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn error(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
         self.event(Severity::Error, kind, subject, actor, message);
     }
 

@@ -147,6 +147,9 @@ fn round(
     now: Instant,
 ) -> Round {
     let mut maintenance = maintenance_of(view, &operation.work).cloned();
+    if let Some(record) = maintenance.as_mut().filter(|record| record.state == MaintenanceState::Cordoned) {
+        record.state = MaintenanceState::Draining;
+    }
     let leaving = match operation.work {
         Work::Evacuate { host, .. } | Work::Drain { host, .. } => Some(host),
         _ => None,

@@ -21,7 +21,7 @@ use crate::process::{self, VmmProcess};
 use crate::procfs;
 use crate::record::{End, StateDirectory, VmRecord};
 use crate::sys::AfterAgent;
-use crate::vm::{self, Command, Context, Registry};
+use crate::vm::{self, Adopted, Command, Context, Registry};
 use godwit_channel::client::NO_BODY;
 use godwit_channel::file::FileError;
 use godwit_channel::uds::{self, UdsClient};
@@ -41,10 +41,14 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
 /// How long a VMM left by a former agent may take to answer.
 const ADOPTION_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long drivers may take to kill their VMMs when the agent ends.
+const KILL_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// Runs the host agent until it is told to end.
 ///
@@ -60,6 +64,7 @@ pub fn run(args: HostArgs) -> Result<(), HostError> {
             }
         })?;
     }
+    log_to_stderr();
     facts::check_kvm()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -69,6 +74,16 @@ pub fn run(args: HostArgs) -> Result<(), HostError> {
             source,
         })?;
     runtime.block_on(serve(args))
+}
+
+/// `RUST_LOG` chooses what is logged. A program that has set up logging itself keeps what it has.
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let logging = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_target(false);
+    drop(logging.try_init());
 }
 
 /// What the agent needs to exist.
@@ -217,7 +232,7 @@ fn lock(path: &Path, directory: &Path) -> Result<File, HostError> {
 }
 
 /// Takes over what a former agent has left, all VMs at once.
-async fn adopt_all(registry: &Arc<Registry>) -> Result<(), HostError> {
+pub(crate) async fn adopt_all(registry: &Arc<Registry>) -> Result<(), HostError> {
     let mut adoptions = JoinSet::new();
     for vm in registry.context().state.known_vms()? {
         adoptions.spawn(adopt(registry.clone(), vm));
@@ -248,10 +263,17 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
     match decision {
         Adoption::Live => {
             let info = match found {
-                Found::Answers(info) => Some(*info),
+                Found::Answers(info) => Some(info),
                 Found::Silent | Found::NoProcess => None,
             };
-            vm::adopt(&registry, record, process.map(|process| (process, info)));
+            vm::adopt(
+                &registry,
+                Adopted {
+                    record,
+                    process,
+                    info,
+                },
+            );
         }
         Adoption::StillEnded => kill_and_adopt(&registry, record).await,
         Adoption::Lost => kill_and_adopt(&registry, lost(record)).await,
@@ -316,7 +338,14 @@ async fn kill_and_adopt(registry: &Arc<Registry>, record: VmRecord) {
     {
         tracing::error!(vm = %record.vm, %error, source = %error.source, "a VM's end could not be written down");
     }
-    vm::adopt(registry, record, None);
+    vm::adopt(
+        registry,
+        Adopted {
+            record,
+            process: None,
+            info: None,
+        },
+    );
 }
 
 async fn forget(registry: &Registry, vm: VmId, reason: &str) {
@@ -331,6 +360,25 @@ async fn forget(registry: &Registry, vm: VmId, reason: &str) {
 }
 
 async fn kill_all(registry: &Arc<Registry>) {
+    if tokio::time::timeout(KILL_TIMEOUT, kill_by_drivers(registry))
+        .await
+        .is_err()
+    {
+        tracing::warn!("drivers are busy; killing their VMMs over their heads");
+    }
+    let state = &registry.context().state;
+    for vm in state.known_vms().unwrap_or_default() {
+        let directory = state.vm(vm);
+        if let Err(error) = process::kill_strays(&directory).await {
+            tracing::error!(%vm, %error, "a VM could not be killed");
+        }
+        if let Err(error) = directory.remove_sockets() {
+            tracing::error!(%vm, %error, "sockets are left");
+        }
+    }
+}
+
+async fn kill_by_drivers(registry: &Arc<Registry>) {
     let mut kills = JoinSet::new();
     for vm in registry.vms() {
         let registry = registry.clone();

@@ -69,13 +69,10 @@ pub(crate) fn server_authority(url: &str) -> Result<String, &'static str> {
     if parsed.host().is_empty() {
         return Err("it must name an address");
     }
-    match parsed.port() {
-        Some(port) => port
-            .as_str()
-            .parse::<u16>()
-            .map(|_| authority.to_owned())
-            .map_err(|_| "its port is no port"),
-        None => Ok(format!("{authority}:{DEFAULT_SERVER_PORT}")),
+    match parsed.port_u16() {
+        Some(_) => Ok(authority.to_owned()),
+        None if authority == parsed.host() => Ok(format!("{authority}:{DEFAULT_SERVER_PORT}")),
+        None => Err("its port must be a number from 0 to 65535"),
     }
 }
 

@@ -143,11 +143,6 @@ impl VmmProcess {
         self.id
     }
 
-    /// How it ended, if it has.
-    pub(crate) fn exit(&self) -> Option<Exit> {
-        self.exit.borrow().clone()
-    }
-
     /// Completes when the process has ended.
     pub(crate) async fn exited(&self) -> Exit {
         let mut exit = self.exit.clone();
@@ -258,7 +253,6 @@ mod tests {
             panic!("a child's status is known")
         };
         assert_eq!(status.code(), Some(3));
-        assert_eq!(process.exit(), Some(Exit::Status(status)));
         assert_eq!(last_words(&fixture.directory), "no kernel");
     }
 

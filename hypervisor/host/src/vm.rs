@@ -15,16 +15,21 @@
 //! a process may have been half started, nothing: the half is killed. The agent may die at any point; its successor
 //! goes on from the record and the processes it finds (see [`adoption`](crate::adoption)).
 
+// These modules are one state machine over several files: each extends the driver by one concern.
 mod driver;
 mod handover;
+mod ledger;
 mod observe;
+mod receiving;
+mod registry;
+mod sending;
 mod start;
 mod stop;
 
 #[cfg(test)]
 mod tests;
 
-pub(crate) use driver::{Context, Registry, adopt};
+pub(crate) use registry::{Adopted, Context, Registry, adopt};
 
 use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,

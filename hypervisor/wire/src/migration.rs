@@ -32,6 +32,8 @@ pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
 pub const MAX_CONTROL_BYTES: u32 = 64 * 1024;
 /// Longest device-and-vCPU state.
 pub const MAX_STATE_BYTES: u32 = 16 * 1024 * 1024;
+/// Most stretches of touched memory that a hello names; the rest is found when it arrives.
+pub const MAX_TOUCHED_STRETCHES: usize = 1024;
 /// Most pages in one frame (1 MiB): long enough to keep a link full, short enough to react to a cancel.
 pub const MAX_FRAME_PAGES: u32 = 256;
 /// Bytes in an encoded [`FrameHeader`].
@@ -158,6 +160,15 @@ pub struct MigrationStatus {
     pub reason: Option<String>,
 }
 
+/// Consecutive pages of guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stretch {
+    /// Guest physical address of the first page.
+    pub address: u64,
+    /// Number of pages.
+    pub pages: u64,
+}
+
 /// What a guest does after it has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -195,6 +206,10 @@ pub enum ToTarget {
         cpu: CpuFacts,
         /// Whether `Done` will carry a hash of all memory.
         verify: Verify,
+        /// Memory the guest has touched so far: the target takes host memory for it before it accepts, so that
+        /// the transfer does not wait for page faults. At most [`MAX_TOUCHED_STRETCHES`]; a hint, never trusted.
+        #[serde(default)]
+        touched: Vec<Stretch>,
     },
     /// All pages of a round have been sent.
     EndOfRound {

@@ -1,158 +1,29 @@
 //! The driver task: receives commands and news, one at a time.
 
+use super::Command;
 use super::handover::Handover;
+use super::ledger::Refusal;
 use super::observe::{Observation, Observer};
+use super::registry::{Adopted, Context, Doom, Handle, MAX_WAITING_COMMANDS, Registry};
 use super::stop::Stopping;
-use super::{Command, Reply};
-use crate::admission::{Admission, Fence, Stale};
-use crate::board::Board;
-use crate::control::ControlPlane;
+use crate::admission::Fence;
 use crate::process::{Exit, VmmProcess};
-use crate::record::{End, Purpose, StateDirectory, VmDirectory, VmRecord};
-use crate::sys::AfterAgent;
+use crate::record::{End, Purpose, VmDirectory, VmRecord};
 use godwit_channel::CallError;
-use godwit_channel::file::FileError;
 use godwit_channel::uds::UdsClient;
 use godwit_wire::host_api::{CommitReply, Resolution, VmReport};
-use godwit_wire::id::{Epoch, Generation, HostId, VmId};
+use godwit_wire::id::{Epoch, Generation, VmId};
 use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::Problem;
 use godwit_wire::usage::VmUsage;
-use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmInfo, VmmState};
-use std::collections::BTreeMap;
+use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
 use std::future::Future;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{mpsc, oneshot, watch};
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use uuid::Uuid;
 
-/// Commands that may wait for one VM; more are refused.
-const MAX_WAITING_COMMANDS: usize = 32;
 /// News that may wait for a driver; whoever brings more waits.
 const MAX_WAITING_NEWS: usize = 32;
-
-/// What every driver of this agent shares.
-#[derive(Debug)]
-pub(crate) struct Context {
-    pub(crate) host: HostId,
-    pub(crate) state: StateDirectory,
-    pub(crate) boot_id: Uuid,
-    pub(crate) program: PathBuf,
-    pub(crate) after_agent: AfterAgent,
-    /// Where VMMs listen for incoming migrations.
-    pub(crate) migration_address: IpAddr,
-    pub(crate) control: ControlPlane,
-    pub(crate) board: Board,
-}
-
-/// All drivers of this agent.
-#[derive(Debug)]
-pub(crate) struct Registry {
-    context: Arc<Context>,
-    drivers: Mutex<BTreeMap<VmId, Handle>>,
-}
-
-#[derive(Debug)]
-struct Handle {
-    inbox: mpsc::Sender<Command>,
-    /// Cuts short whatever the driver is waiting for.
-    doom: watch::Sender<Doom>,
-}
-
-/// Orders to destroy that were given.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Doom {
-    /// How many.
-    orders: u64,
-    /// Highest epoch that must go.
-    epoch: Epoch,
-}
-
-impl Registry {
-    pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
-        Arc::new(Self {
-            context,
-            drivers: Mutex::new(BTreeMap::new()),
-        })
-    }
-
-    pub(crate) fn context(&self) -> &Arc<Context> {
-        &self.context
-    }
-
-    /// Has a command carried out by the VM's driver, which is started if there is none.
-    pub(crate) async fn ask<T>(
-        self: &Arc<Self>,
-        vm: VmId,
-        command: impl FnOnce(Reply<T>) -> Command,
-    ) -> Result<T, Problem> {
-        let (reply, answer) = oneshot::channel();
-        self.tell(vm, command(reply))?;
-        answer
-            .await
-            .unwrap_or_else(|_| Err(Problem::internal(format!("the driver of VM {vm} ended"))))
-    }
-
-    /// Hands a command to the VM's driver.
-    pub(crate) fn tell(self: &Arc<Self>, vm: VmId, command: Command) -> Result<(), Problem> {
-        let mut drivers = self.drivers();
-        if !drivers.contains_key(&vm) {
-            let fence = self
-                .context
-                .state
-                .read_fence(vm)
-                .map_err(|error| unwritable(&error))?;
-            drivers.insert(vm, Driver::spawn(self, vm, fence.unwrap_or_default(), None));
-        }
-        let handle = drivers
-            .get(&vm)
-            .expect("a driver was put there if there was none");
-        let doomed = match &command {
-            Command::Destroy(epoch, _) => Some(*epoch),
-            _ => None,
-        };
-        handle.inbox.try_send(command).map_err(|_| {
-            Problem::new(
-                503,
-                "busy",
-                "Busy",
-                format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}"),
-            )
-        })?;
-        if let Some(epoch) = doomed {
-            handle.doom.send_modify(|doom| {
-                *doom = Doom {
-                    orders: doom.orders + 1,
-                    epoch: doom.epoch.max(epoch),
-                };
-            });
-        }
-        Ok(())
-    }
-
-    /// VMs with a driver.
-    pub(crate) fn vms(&self) -> Vec<VmId> {
-        self.drivers().keys().copied().collect()
-    }
-
-    fn drivers(&self) -> MutexGuard<'_, BTreeMap<VmId, Handle>> {
-        // Every critical section leaves the map whole.
-        self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Starts the driver of a VM that a former agent has left.
-pub(crate) fn adopt(
-    registry: &Arc<Registry>,
-    record: VmRecord,
-    found: Option<(VmmProcess, Option<VmmInfo>)>,
-) {
-    let (vm, fence) = (record.vm, record.fence);
-    let handle = Driver::spawn(registry, vm, fence, Some((record, found)));
-    registry.drivers().insert(vm, handle);
-}
 
 /// What is brought to a driver by its own tasks.
 #[derive(Debug)]
@@ -194,7 +65,7 @@ pub(super) struct Driver {
     pub(super) fence: Fence,
     pub(super) holding: Option<Holding>,
     /// Why the latest generation failed, should it be asked again.
-    pub(super) refusal: Option<(Epoch, Generation, Problem)>,
+    pub(super) refusal: Option<Refusal>,
     pub(super) news: mpsc::Sender<News>,
     /// How the latest incoming migration was prepared, should it be asked again.
     pub(super) prepared: Option<(Generation, IncomingReady)>,
@@ -212,16 +83,16 @@ enum Wake {
 }
 
 impl Driver {
-    fn spawn(
+    pub(super) fn spawn(
         registry: &Arc<Registry>,
         vm: VmId,
         fence: Fence,
-        adopted: Option<(VmRecord, Option<(VmmProcess, Option<VmmInfo>)>)>,
+        adopted: Option<Adopted>,
     ) -> Handle {
         let (inbox, commands) = mpsc::channel(MAX_WAITING_COMMANDS);
         let (news, arriving) = mpsc::channel(MAX_WAITING_NEWS);
         let (doom, doomed) = watch::channel(Doom::default());
-        let context = registry.context.clone();
+        let context = registry.context().clone();
         let directory = context.state.vm(vm);
         let mut driver = Self {
             vm,
@@ -235,11 +106,19 @@ impl Driver {
             doom: doomed,
             destructions: 0,
         };
-        if let Some((record, found)) = adopted {
-            driver.take_over(record, found);
+        if let Some(adopted) = adopted {
+            driver.take_over(adopted);
         }
-        tokio::spawn(driver.run(registry.clone(), commands, arriving));
-        Handle { inbox, doom }
+        let task = tokio::spawn(driver.run(registry.clone(), commands, arriving));
+        // A driver ends by itself; only tests make away with it.
+        #[cfg(not(test))]
+        drop(task);
+        Handle {
+            inbox,
+            doom,
+            #[cfg(test)]
+            task,
+        }
     }
 
     async fn run(
@@ -250,7 +129,7 @@ impl Driver {
     ) {
         loop {
             self.publish();
-            if self.holding.is_none() {
+            if self.holding.is_none() && !self.has_something_to_repeat() {
                 // Under the lock nobody can send: a driver that has nothing leaves no command behind.
                 let mut drivers = registry.drivers();
                 if commands.is_empty() {
@@ -313,8 +192,17 @@ impl Driver {
         self.advance_handover().await;
     }
 
+    /// Whether a failure may still be asked about.
+    fn has_something_to_repeat(&self) -> bool {
+        self.refusal
+            .as_ref()
+            .is_some_and(|refusal| Instant::now() < refusal.forgotten_at())
+    }
+
     fn next_look(&self) -> Option<Instant> {
-        let holding = self.holding.as_ref()?;
+        let Some(holding) = &self.holding else {
+            return self.refusal.as_ref().map(Refusal::forgotten_at);
+        };
         let stop = holding
             .live
             .as_ref()
@@ -368,103 +256,6 @@ impl Driver {
             .ok_or_else(|| Problem::not_found("VM", self.vm))
     }
 
-    /// Judges a command to a VM that must be here under exactly this epoch.
-    pub(super) fn admit_here(
-        &mut self,
-        epoch: Epoch,
-        generation: Generation,
-    ) -> Result<Admission, Problem> {
-        let here = self.present_under(epoch)?;
-        debug_assert_eq!(here, epoch);
-        let admission = self
-            .fence
-            .admit(epoch, generation)
-            .map_err(|stale| stale.problem(self.vm))?;
-        if admission == Admission::New {
-            self.note_generation(generation)?;
-        }
-        Ok(admission)
-    }
-
-    /// Checks that the VM is here under exactly this epoch.
-    pub(super) fn present_under(&self, epoch: Epoch) -> Result<Epoch, Problem> {
-        if epoch < self.fence.epoch {
-            return Err(Stale::Epoch {
-                given: epoch,
-                known: self.fence.epoch,
-            }
-            .problem(self.vm));
-        }
-        let here = self
-            .holding
-            .as_ref()
-            .ok_or_else(|| Problem::not_found("VM", self.vm))?
-            .record
-            .epoch;
-        if epoch > here {
-            let detail = format!(
-                "VM {} is here under epoch {here}, not yet under {epoch}",
-                self.vm
-            );
-            return Err(Problem::conflict("epoch-ahead", detail));
-        }
-        Ok(here)
-    }
-
-    /// Writes down that this generation is being carried out.
-    fn note_generation(&mut self, generation: Generation) -> Result<(), Problem> {
-        let fence = self.fence;
-        self.change_record(|record| {
-            record.generation = generation;
-            record.fence = fence;
-        })
-    }
-
-    /// Changes the record on disk, then in memory.
-    pub(super) fn change_record(
-        &mut self,
-        change: impl FnOnce(&mut VmRecord),
-    ) -> Result<(), Problem> {
-        let Some(holding) = &mut self.holding else {
-            return Err(Problem::not_found("VM", self.vm));
-        };
-        let mut record = holding.record.clone();
-        change(&mut record);
-        self.directory
-            .write_record(&record)
-            .map_err(|error| unwritable(&error))?;
-        holding.record = record;
-        Ok(())
-    }
-
-    /// The same command again: the same answer.
-    pub(super) fn repeat(&self, epoch: Epoch, generation: Generation) -> Result<VmReport, Problem> {
-        if let Some((refused_epoch, refused, problem)) = &self.refusal
-            && (*refused_epoch, *refused) == (epoch, generation)
-        {
-            return Err(problem.clone());
-        }
-        self.report().ok_or_else(|| {
-            let detail = format!(
-                "generation {generation} was carried out for VM {}, and the VM is not here",
-                self.vm
-            );
-            Problem::conflict("generation-spent", detail).with_remedy("send a later generation")
-        })
-    }
-
-    /// Remembers a failure, for [`repeat`](Self::repeat).
-    pub(super) fn refuse<T>(
-        &mut self,
-        epoch: Epoch,
-        generation: Generation,
-        problem: Problem,
-    ) -> Result<T, Problem> {
-        tracing::warn!(vm = %self.vm, %epoch, %generation, %problem, "a command failed");
-        self.refusal = Some((epoch, generation, problem.clone()));
-        Err(problem)
-    }
-
     /// Waits for a VMM's answer, but not longer than the VM may stay.
     pub(super) async fn vmm_answer<T>(
         &mut self,
@@ -511,23 +302,6 @@ impl Driver {
         self.advance_handover().await;
     }
 
-    /// Writes down how the machine ended. A failure to write is only logged: a successor finds no process.
-    pub(super) fn record_end(&mut self, end: End) {
-        let written = self.change_record(|record| {
-            record.end = Some(end.clone());
-            record.process = None;
-        });
-        if let Err(problem) = written {
-            tracing::error!(vm = %self.vm, %problem, "the VM's end could not be written down");
-            if let Some(holding) = &mut self.holding {
-                holding.record.end = Some(end);
-            }
-        }
-        if let Err(error) = self.directory.remove_sockets() {
-            tracing::warn!(vm = %self.vm, %error, "sockets of an ended VMM are left");
-        }
-    }
-
     async fn observed(&mut self, observation: Observation) {
         let Some(holding) = &mut self.holding else {
             return;
@@ -555,7 +329,12 @@ impl Driver {
     }
 
     /// Goes on with what a former agent has left.
-    fn take_over(&mut self, record: VmRecord, found: Option<(VmmProcess, Option<VmmInfo>)>) {
+    fn take_over(&mut self, adopted: Adopted) {
+        let Adopted {
+            record,
+            process,
+            info,
+        } = adopted;
         let purpose = record.purpose;
         self.holding = Some(Holding {
             record,
@@ -564,7 +343,7 @@ impl Driver {
             migration: None,
             usage: VmUsage::default(),
         });
-        let Some((process, info)) = found else { return };
+        let Some(process) = process else { return };
         let silent = || VmmState::Paused {
             reason: PauseReason::Fault {
                 detail: "its VMM does not answer the agent".to_owned(),
@@ -587,11 +366,7 @@ impl Driver {
             }
         }
         // Whatever there is to do is done by the first turn of the loop.
-        if let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        {
+        if let Some(handover) = self.handover_mut() {
             handover.look_now();
         }
     }
@@ -615,12 +390,6 @@ fn stop_reason(state: &VmmState) -> StopReason {
         VmmState::Stopped { reason } => reason.clone(),
         _ => StopReason::Killed,
     }
-}
-
-/// A file of ours that cannot be read or written.
-pub(super) fn unwritable(error: &FileError) -> Problem {
-    Problem::internal(format!("{error}: {}", error.source))
-        .with_remedy("make room on the agent's state directory, and check its permissions")
 }
 
 async fn exited(process: Option<VmmProcess>) -> Exit {

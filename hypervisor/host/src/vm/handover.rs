@@ -3,21 +3,15 @@
 //! A *watcher* brings the VMM's word, a *courier* asks the store until it answers; both belong to the [`Handover`] and
 //! end with it.
 
-use super::driver::{Driver, News};
+use super::driver::Driver;
 use super::observe::watch_migration;
-use crate::admission::Admission;
 use crate::backoff::{Backoff, random};
-use crate::handover::{SOURCE_PATIENCE, SourceStep, TargetStep, Verdict, source_step, target_step};
-use crate::record::{End, Purpose};
-use godwit_wire::host_api::{
-    CancelMigration, CommitReply, CommitRequest, Resolution, ResolveRequest, StartOutgoing,
-    VmReport,
-};
+use crate::handover::{Verdict, source_step, target_step};
+use godwit_wire::host_api::{CancelMigration, CommitReply, Resolution, ResolveRequest, VmReport};
 use godwit_wire::id::{Epoch, MigrationId};
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{MigrationCommand, OutgoingRequest, StopReason, VmmState};
-use http::Method;
+use godwit_wire::vmm_api::{MigrationCommand, StopReason};
 use std::time::Duration;
 use tokio::sync::OwnedMutexGuard;
 use tokio::time::Instant;
@@ -28,32 +22,35 @@ use tokio_util::task::AbortOnDropHandle;
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a VMM may take to obey in the blackout.
-const OBEY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a source VMM may take to be released before it is killed.
-const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+pub(super) const OBEY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pauses of one who asks until there is an answer.
+pub(super) fn pauses() -> Backoff {
+    Backoff::new(FIRST_PAUSE, LONGEST_PAUSE)
+}
 
 /// A migration under way, seen from this end.
 #[derive(Debug)]
 pub(super) struct Handover {
-    migration: MigrationId,
-    role: MigrationRole,
+    pub(super) migration: MigrationId,
+    pub(super) role: MigrationRole,
     /// Epoch the source has.
-    source_epoch: Epoch,
-    verdict: Verdict,
-    resolution: Option<Resolution>,
+    pub(super) source_epoch: Epoch,
+    pub(super) verdict: Verdict,
+    pub(super) resolution: Option<Resolution>,
     /// Since when the VMM has been waiting for the commit.
-    awaiting_since: Option<Instant>,
-    look_again: Option<Instant>,
-    pauses: Backoff,
-    warm: Warm,
-    _watcher: AbortOnDropHandle<()>,
-    courier: Option<AbortOnDropHandle<()>>,
-    _dirty_log: Option<OwnedMutexGuard<()>>,
+    pub(super) awaiting_since: Option<Instant>,
+    pub(super) look_again: Option<Instant>,
+    pub(super) pauses: Backoff,
+    pub(super) warm: Warm,
+    pub(super) _watcher: AbortOnDropHandle<()>,
+    pub(super) courier: Option<AbortOnDropHandle<()>>,
+    pub(super) _dirty_log: Option<OwnedMutexGuard<()>>,
 }
 
 /// Whether a connection to the server has been opened for the commit, which falls into the guest's blackout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Warm {
+pub(super) enum Warm {
     NotYet,
     Asked,
 }
@@ -72,53 +69,28 @@ impl Handover {
     }
 
     /// Whether only the store can decide now.
-    fn is_decided_by_store(&self) -> bool {
+    pub(super) fn is_decided_by_store(&self) -> bool {
         self.verdict != Verdict::NotAsked
     }
 
-    fn awaiting(&self) -> Duration {
+    pub(super) fn awaiting(&self) -> Duration {
         self.awaiting_since
             .map_or(Duration::ZERO, |since| since.elapsed())
     }
 }
 
 impl Driver {
-    /// `POST /v1/vms/{vm}/outgoing`.
-    pub(super) async fn send(&mut self, ask: StartOutgoing) -> Result<VmReport, Problem> {
-        if self.admit_here(ask.epoch, ask.generation)? == Admission::Repeat {
-            return self.repeat(ask.epoch, ask.generation);
-        }
-        match self.begin_sending(&ask).await {
-            Ok(()) => self.answer(),
-            Err(problem) => self.refuse(ask.epoch, ask.generation, problem),
-        }
+    pub(super) fn handover(&self) -> Option<&Handover> {
+        self.holding.as_ref()?.handover.as_ref()
     }
 
-    async fn begin_sending(&mut self, ask: &StartOutgoing) -> Result<(), Problem> {
-        self.nothing_moves()?;
-        let live = self.live().ok_or_else(|| not_running(self.vm))?;
-        let dirty_log = live.observer.reserve_dirty_log().await;
-        live.observer.command_sent();
-        let request = OutgoingRequest {
-            epoch: ask.epoch,
-            migration: ask.migration,
-            target: ask.target,
-            policy: ask.policy.clone(),
-        };
-        let vmm = live.vmm.clone();
-        let status: MigrationStatus = self.vmm_answer(vmm.post("/v1/outgoing", &request)).await?;
-        tracing::info!(vm = %self.vm, migration = %ask.migration, target = %ask.target, "sending the VM");
-        self.begin_handover(status, MigrationRole::Source, ask.epoch, Some(dirty_log));
-        Ok(())
+    pub(super) fn handover_mut(&mut self) -> Option<&mut Handover> {
+        self.holding.as_mut()?.handover.as_mut()
     }
 
     /// Refuses while a migration is under way: its outcome is not for others to decide.
     pub(super) fn nothing_moves(&self) -> Result<(), Problem> {
-        match self
-            .holding
-            .as_ref()
-            .and_then(|holding| holding.handover.as_ref())
-        {
+        match self.handover() {
             None => Ok(()),
             Some(handover) => {
                 let detail = format!(
@@ -129,15 +101,6 @@ impl Driver {
                     .with_remedy("cancel it or wait for its end"))
             }
         }
-    }
-
-    /// Whether the store was asked for the commit of an incoming migration.
-    pub(super) fn asked_the_store(&self) -> bool {
-        let handover = self
-            .holding
-            .as_ref()
-            .and_then(|holding| holding.handover.as_ref());
-        handover.is_some_and(Handover::is_decided_by_store)
     }
 
     pub(super) fn begin_handover(
@@ -154,7 +117,7 @@ impl Driver {
         self.watch_handover(migration, role, source_epoch, dirty_log);
     }
 
-    fn watch_handover(
+    pub(super) fn watch_handover(
         &mut self,
         migration: MigrationId,
         role: MigrationRole,
@@ -175,69 +138,12 @@ impl Driver {
             resolution: None,
             awaiting_since: None,
             look_again: None,
-            pauses: Backoff::new(FIRST_PAUSE, LONGEST_PAUSE),
+            pauses: pauses(),
             warm: Warm::NotYet,
             _watcher: watcher,
             courier: None,
             _dirty_log: dirty_log,
         });
-    }
-
-    /// A VMM says that it is sending, and this driver does not know: a former agent began it.
-    pub(super) fn adopt_handover(&mut self, status: MigrationStatus) {
-        let Some(holding) = &mut self.holding else {
-            return;
-        };
-        let over = matches!(
-            status.phase,
-            MigrationPhase::Failed | MigrationPhase::Cancelled
-        );
-        if holding.handover.is_some() || status.role == MigrationRole::Target {
-            return;
-        }
-        holding.migration = Some(status.clone());
-        if over {
-            return;
-        }
-        let epoch = holding.record.epoch;
-        let dirty_log = holding
-            .live
-            .as_ref()
-            .and_then(|live| live.observer.try_reserve_dirty_log());
-        tracing::info!(vm = %self.vm, migration = %status.migration, phase = ?status.phase, "going on with a migration");
-        self.begin_handover(status, MigrationRole::Source, epoch, dirty_log);
-        if let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        {
-            // How long it has waited already is not known: long enough.
-            handover.awaiting_since = Instant::now().checked_sub(SOURCE_PATIENCE);
-        }
-    }
-
-    /// Goes on receiving what a former agent began to receive.
-    pub(super) fn resume_receiving(
-        &mut self,
-        migration: MigrationId,
-        status: Option<MigrationStatus>,
-    ) {
-        let Some(holding) = &mut self.holding else {
-            return;
-        };
-        let (epoch, purpose) = (holding.record.epoch, holding.record.purpose);
-        holding.migration = status;
-        tracing::info!(vm = %self.vm, %migration, ?purpose, "going on with an incoming migration");
-        self.watch_handover(migration, MigrationRole::Target, epoch, None);
-        let granted = matches!(purpose, Purpose::Granted { .. });
-        if let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-            && granted
-        {
-            handover.verdict = Verdict::Given(CommitReply::Granted { epoch });
-        }
     }
 
     pub(super) async fn migration_seen(&mut self, status: MigrationStatus) {
@@ -269,57 +175,14 @@ impl Driver {
         self.advance_handover().await;
     }
 
-    /// Asks the store something harmless, so that the commit finds an open connection.
-    fn warm_up(&mut self) {
-        let request = self.resolve_request();
-        let control = self.context.control.clone();
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
-            return;
-        };
-        if handover.warm == Warm::Asked {
-            return;
-        }
-        handover.warm = Warm::Asked;
-        let (migration, news) = (handover.migration, self.news.clone());
-        let Some(request) = request else { return };
-        tokio::spawn(async move {
-            if let Ok(resolution) = control.resolve(migration, &request).await {
-                // Should the migration be void already, there is no point in going on.
-                let _ = news.send(News::Resolution(resolution)).await;
-            }
-        });
-    }
-
-    pub(super) async fn verdict_given(&mut self, reply: CommitReply) {
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
-            return;
-        };
-        tracing::info!(vm = %self.vm, migration = %handover.migration, ?reply, "the store has decided");
-        handover.courier = None;
-        handover.verdict = Verdict::Given(reply);
-        handover.pauses.reset();
-        self.advance_handover().await;
-    }
-
     pub(super) async fn resolution_given(&mut self, resolution: Resolution) {
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
+        let vm = self.vm;
+        let Some(handover) = self.handover_mut() else {
             return;
         };
         match handover.role {
             MigrationRole::Source => {
-                tracing::info!(vm = %self.vm, migration = %handover.migration, ?resolution, "the store has decided");
+                tracing::info!(%vm, migration = %handover.migration, ?resolution, "the store has decided");
                 handover.courier = None;
                 handover.resolution = Some(resolution);
             }
@@ -368,151 +231,7 @@ impl Driver {
         }
     }
 
-    async fn take_target_step(&mut self, step: TargetStep) {
-        match step {
-            TargetStep::Wait => {}
-            TargetStep::AskStore => self.ask_for_commit(),
-            TargetStep::TellVmm { epoch } => self.run_here(epoch).await,
-            TargetStep::Own { epoch } => self.own(epoch),
-            TargetStep::Destroy { reason } => {
-                tracing::info!(vm = %self.vm, reason, "an incoming VM is destroyed");
-                self.depart(StopReason::IncomingAborted).await;
-            }
-            TargetStep::Lose { epoch } => {
-                self.own(epoch);
-                self.record_end(End::Lost);
-            }
-        }
-    }
-
-    fn ask_for_commit(&mut self) {
-        let control = self.context.control.clone();
-        let host = self.context.host;
-        let (vm, news) = (self.vm, self.news.clone());
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
-            return;
-        };
-        handover.verdict = Verdict::Asked;
-        if handover.courier.is_some() {
-            return;
-        }
-        let migration = handover.migration;
-        let request = CommitRequest {
-            vm,
-            host,
-            epoch: handover.source_epoch,
-        };
-        handover.courier = Some(AbortOnDropHandle::new(tokio::spawn(async move {
-            let mut pauses = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-            loop {
-                match control.commit(migration, &request).await {
-                    Ok(reply) => return drop(news.send(News::Verdict(reply)).await),
-                    Err(error) if pauses.failures() == 0 => {
-                        tracing::warn!(%vm, %migration, %error, "the store gives no answer on the commit; asking on");
-                    }
-                    Err(_) => {}
-                }
-                tokio::time::sleep(pauses.next(random())).await;
-            }
-        })));
-    }
-
-    /// The store has given the VM to this host: written down first, then the VMM is told.
-    async fn run_here(&mut self, epoch: Epoch) {
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
-            return;
-        };
-        let migration = handover.migration;
-        if let Err(problem) = self.take_ownership(epoch, Purpose::Granted { migration }) {
-            tracing::error!(vm = %self.vm, %migration, %problem, "the commit could not be written down; trying again");
-            return self.look_again_later();
-        }
-        let Some(live) = self.live() else { return };
-        live.observer.command_sent();
-        let vmm = live.vmm.clone();
-        let command = MigrationCommand { migration, epoch };
-        let told = vmm.request_within(
-            OBEY_TIMEOUT,
-            Method::POST,
-            "/v1/migration/commit",
-            Some(&command),
-        );
-        match self.vmm_answer::<MigrationStatus>(told).await {
-            Ok(status) if status.phase == MigrationPhase::Completed => {
-                if let Some(holding) = &mut self.holding {
-                    holding.migration = Some(status);
-                }
-                self.own(epoch);
-            }
-            Ok(_) => self.look_again_later(),
-            Err(problem) => {
-                tracing::warn!(vm = %self.vm, %migration, %problem, "the VMM did not run the VM; telling it again");
-                self.look_again_later();
-            }
-        }
-    }
-
-    fn take_ownership(&mut self, epoch: Epoch, purpose: Purpose) -> Result<(), Problem> {
-        let mut fence = self.fence;
-        fence.raise(epoch);
-        let settled = self
-            .holding
-            .as_ref()
-            .is_some_and(|h| (h.record.epoch, h.record.purpose) == (epoch, purpose));
-        if !settled {
-            self.change_record(|record| {
-                record.epoch = epoch;
-                record.purpose = purpose;
-                record.fence = fence;
-            })?;
-        }
-        self.fence = fence;
-        Ok(())
-    }
-
-    /// The migration is over, and the VM is this host's.
-    fn own(&mut self, epoch: Epoch) {
-        if let Err(problem) = self.take_ownership(epoch, Purpose::Owned) {
-            // The record says `Granted` under this epoch, from which a successor comes to the same end.
-            tracing::error!(vm = %self.vm, %epoch, %problem, "the end of the migration could not be written down");
-        }
-        tracing::info!(vm = %self.vm, %epoch, "the VM is this host's");
-        if let Some(holding) = &mut self.holding {
-            holding.handover = None;
-            if let Some(live) = &mut holding.live {
-                live.state = VmmState::Running;
-            }
-        }
-    }
-
-    async fn take_source_step(&mut self, step: SourceStep) {
-        match step {
-            SourceStep::Wait => {}
-            SourceStep::LookAgainIn(time) => {
-                if let Some(handover) = self
-                    .holding
-                    .as_mut()
-                    .and_then(|holding| holding.handover.as_mut())
-                {
-                    handover.look_again = Some(Instant::now() + time);
-                }
-            }
-            SourceStep::AskStore => self.ask_for_resolution(),
-            SourceStep::TellVmmToRun { epoch } => self.run_again(epoch).await,
-            SourceStep::Release => self.release().await,
-            SourceStep::Keep => self.keep(),
-        }
-    }
-
-    fn resolve_request(&self) -> Option<ResolveRequest> {
+    pub(super) fn resolve_request(&self) -> Option<ResolveRequest> {
         let handover = self.holding.as_ref()?.handover.as_ref()?;
         Some(ResolveRequest {
             vm: self.vm,
@@ -522,137 +241,10 @@ impl Driver {
         })
     }
 
-    fn ask_for_resolution(&mut self) {
-        let Some(request) = self.resolve_request() else {
-            return;
-        };
-        let control = self.context.control.clone();
-        let (vm, news) = (self.vm, self.news.clone());
-        let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        else {
-            return;
-        };
-        if handover.courier.is_some() {
-            return;
-        }
-        let migration = handover.migration;
-        handover.courier = Some(AbortOnDropHandle::new(tokio::spawn(async move {
-            let mut pauses = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-            loop {
-                match control.resolve(migration, &request).await {
-                    // Not for a source to hear; it asks until the store has decided.
-                    Ok(Resolution::Open) => {}
-                    Ok(resolution) => return drop(news.send(News::Resolution(resolution)).await),
-                    Err(error) if pauses.failures() == 0 => {
-                        tracing::warn!(%vm, %migration, %error, "the store does not say what became of the migration; the VM stays paused");
-                    }
-                    Err(_) => {}
-                }
-                tokio::time::sleep(pauses.next(random())).await;
-            }
-        })));
-    }
-
-    /// The migration is void: the VM runs again where it was.
-    async fn run_again(&mut self, epoch: Epoch) {
-        let Some(holding) = &self.holding else { return };
-        let Some(handover) = &holding.handover else {
-            return;
-        };
-        if epoch != holding.record.epoch {
-            tracing::error!(vm = %self.vm, %epoch, here = %holding.record.epoch, "the store names another epoch to run under");
-        }
-        let migration = handover.migration;
-        let Some(live) = &holding.live else { return };
-        live.observer.command_sent();
-        let vmm = live.vmm.clone();
-        let command = MigrationCommand {
-            migration,
-            epoch: holding.record.epoch,
-        };
-        let told = vmm.request_within(
-            OBEY_TIMEOUT,
-            Method::POST,
-            "/v1/migration/abort",
-            Some(&command),
-        );
-        match self.vmm_answer::<MigrationStatus>(told).await {
-            Ok(status) => {
-                let over = matches!(
-                    status.phase,
-                    MigrationPhase::Failed | MigrationPhase::Cancelled
-                );
-                if let Some(holding) = &mut self.holding {
-                    holding.migration = Some(status);
-                }
-                if over {
-                    self.keep();
-                } else {
-                    self.look_again_later();
-                }
-            }
-            Err(problem) => {
-                tracing::warn!(vm = %self.vm, %migration, %problem, "the VMM did not run the VM again; telling it again");
-                self.look_again_later();
-            }
-        }
-    }
-
-    /// The migration ended before its commit: the VM runs here as before.
-    fn keep(&mut self) {
-        if let Some(holding) = &mut self.holding {
-            holding.handover = None;
-            if let Some(live) = &holding.live {
-                live.observer.look_now();
-            }
-        }
-    }
-
-    fn look_again_later(&mut self) {
-        if let Some(handover) = self
-            .holding
-            .as_mut()
-            .and_then(|holding| holding.handover.as_mut())
-        {
+    pub(super) fn look_again_later(&mut self) {
+        if let Some(handover) = self.handover_mut() {
             handover.look_later();
         }
-    }
-
-    /// The VM runs at the target: the source ends.
-    async fn release(&mut self) {
-        let Some(holding) = &self.holding else { return };
-        let Some(handover) = &holding.handover else {
-            return;
-        };
-        let migration = handover.migration;
-        if let Some(live) = &holding.live {
-            let vmm = live.vmm.clone();
-            let command = MigrationCommand {
-                migration,
-                epoch: holding.record.epoch,
-            };
-            let told = vmm.request_within(
-                RELEASE_TIMEOUT,
-                Method::POST,
-                "/v1/migration/release",
-                Some(&command),
-            );
-            match self.vmm_answer::<MigrationStatus>(told).await {
-                Ok(status) => {
-                    if let Some(holding) = &mut self.holding {
-                        holding.migration = Some(status);
-                    }
-                }
-                Err(problem) => {
-                    tracing::debug!(vm = %self.vm, %migration, %problem, "the source was not released; killing it")
-                }
-            }
-        }
-        tracing::info!(vm = %self.vm, %migration, "the VM has moved away");
-        self.depart(StopReason::MigratedAway).await;
     }
 
     /// `POST /v1/vms/{vm}/migration/cancel`.

@@ -1,6 +1,7 @@
 //! Making a machine: started from its spec, or prepared to be filled by a migration.
 
-use super::driver::{Driver, Holding, unwritable};
+use super::driver::{Driver, Holding};
+use super::ledger::unwritable;
 use crate::admission::Admission;
 use crate::process::{self, VmmProcess};
 use crate::record::{NewRecord, Purpose, Started, VmRecord};

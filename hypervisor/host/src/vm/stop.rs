@@ -2,8 +2,9 @@
 //! two that it comes back from: pause and resume.
 
 use super::Reply;
-use super::driver::{Driver, unwritable};
+use super::driver::Driver;
 use super::handover::not_running;
+use super::ledger::unwritable;
 use crate::admission::{Admission, Stale};
 use crate::process;
 use crate::record::End;
@@ -212,11 +213,7 @@ impl Driver {
         }
         if let Err(problem) = self.leave().await {
             tracing::error!(vm = %self.vm, %problem, "the VM could not be removed; trying again");
-            if let Some(handover) = self
-                .holding
-                .as_mut()
-                .and_then(|holding| holding.handover.as_mut())
-            {
+            if let Some(handover) = self.handover_mut() {
                 handover.look_later();
             }
             return None;

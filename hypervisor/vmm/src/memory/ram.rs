@@ -1,11 +1,15 @@
 //! Guest RAM: one memfd, mapped shared, below and above the hole under 4 GiB.
 
 use crate::kvm::{self, DirtyLogging, KvmError, VmFd};
+use godwit_wire::migration::Stretch;
 use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::{
     Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
     GuestMemoryRegion, VolatileSlice,
@@ -14,6 +18,10 @@ use vm_memory::{
 /// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
 const HOLE_START: u64 = 0xc000_0000;
 const HOLE_END: u64 = 0x1_0000_0000;
+/// Pages that one thread populates at a time (32 MiB).
+const POPULATE_PIECE_PAGES: u64 = 8192;
+/// More threads than this only fight over the kernel's locks.
+const MAX_POPULATE_THREADS: usize = 8;
 /// Unit of hashing.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
@@ -224,30 +232,117 @@ impl GuestRam {
         })
     }
 
-    /// First run of pages within `pages` pages from `address` on that the host has memory for, as (pages to skip,
-    /// pages in the run); the rest has never been touched and is zero. All within one segment.
-    pub fn next_resident(&self, address: u64, pages: u64) -> Result<Option<(u64, u64)>, RamError> {
-        let bytes = pages * PAGE_BYTES;
+    /// The first stretch of memory at or behind `address` that was ever touched, within `address`'s segment. What
+    /// lies between was never touched, which means that it is zero *now*; touched memory stays touched until it is
+    /// discarded. Asking costs time in proportion to the stretch.
+    pub fn next_touched(&self, address: u64) -> Result<Option<Range<u64>>, RamError> {
         let segment = self
-            .segment_of(address, bytes)
-            .ok_or(RamError::OutOfRange { address, bytes })?;
-        let start = segment.file_offset + (address - segment.start);
+            .segment_of(address, 1)
+            .ok_or(RamError::OutOfRange { address, bytes: 1 })?;
         let access = |error: rustix::io::Errno| RamError::Access {
             address,
             source: error.into(),
         };
-        let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(start)) {
-            Ok(data) if data < start + bytes => data,
+        let file_end = segment.file_offset + segment.bytes;
+        let data = match rustix::fs::seek(
+            &*self.file,
+            SeekFrom::Data(segment.file_offset + (address - segment.start)),
+        ) {
+            Ok(data) if data < file_end => data,
             Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
             Err(error) => return Err(access(error)),
         };
         let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(data))
             .map_err(access)?
-            .min(start + bytes);
-        Ok(Some((
-            (data - start) / PAGE_BYTES,
-            (hole - data).div_ceil(PAGE_BYTES),
-        )))
+            .min(file_end);
+        let guest = |offset: u64| segment.start + (offset - segment.file_offset);
+        Ok(Some(guest(data)..guest(hole)))
+    }
+
+    /// All memory that was ever touched, at most `limit` stretches of it.
+    pub fn touched(&self, limit: usize) -> Result<Vec<Stretch>, RamError> {
+        let mut stretches = Vec::new();
+        for segment in self.segments.iter() {
+            let mut next = segment.start;
+            while next < segment.start + segment.bytes && stretches.len() < limit {
+                let Some(stretch) = self.next_touched(next)? else {
+                    break;
+                };
+                let pages = (stretch.end - stretch.start) / PAGE_BYTES;
+                stretches.push(Stretch {
+                    address: stretch.start,
+                    pages,
+                });
+                next = stretch.end;
+            }
+        }
+        Ok(stretches)
+    }
+
+    /// Takes host memory for all of `stretches`, on several CPUs at once.
+    pub fn populate_all(&self, stretches: &[Stretch]) -> Result<(), RamError> {
+        let pieces: Vec<Stretch> = stretches
+            .iter()
+            .flat_map(|stretch| {
+                (0..stretch.pages)
+                    .step_by(POPULATE_PIECE_PAGES as usize)
+                    .map(|done| Stretch {
+                        address: stretch.address.saturating_add(done * PAGE_BYTES),
+                        pages: (stretch.pages - done).min(POPULATE_PIECE_PAGES),
+                    })
+            })
+            .collect();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                self.populate(piece.address, piece.pages)?;
+            }
+            Ok(())
+        };
+        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (1..cpus.min(MAX_POPULATE_THREADS))
+                .map(|_| scope.spawn(work))
+                .collect();
+            let own = work();
+            workers.into_iter().fold(own, |done, worker| {
+                done.and(
+                    worker
+                        .join()
+                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                )
+            })
+        })
+    }
+
+    /// Takes host memory for `pages` pages from `address` on in one go, which costs much less than a fault for each.
+    /// Content stays as it is.
+    fn populate(&self, address: u64, pages: u64) -> Result<(), RamError> {
+        let bytes = pages.saturating_mul(PAGE_BYTES);
+        let out_of_range = RamError::OutOfRange { address, bytes };
+        let segment = self.segment_of(address, bytes).ok_or(out_of_range)?;
+        let start = self
+            .map
+            .get_host_address(GuestAddress(segment.start))
+            .expect("a segment is mapped");
+        let offset = (address - segment.start) as usize;
+        // SAFETY: the range lies within the segment's mapping, which this value keeps alive; populating changes
+        // neither content nor protection.
+        let done = unsafe {
+            rustix::mm::madvise(
+                start.add(offset).cast(),
+                bytes as usize,
+                rustix::mm::Advice::LinuxPopulateWrite,
+            )
+        };
+        match done {
+            // Linux before 5.14 does not know it: then the pages come one by one.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+            Err(error) => Err(RamError::Access {
+                address,
+                source: error.into(),
+            }),
+        }
     }
 
     /// XXH3-128 over all of guest memory in order of address, as 32 hex digits. The guest must stand still.
@@ -256,14 +351,23 @@ impl GuestRam {
         let mut buffer = vec![0; HASH_CHUNK_BYTES];
         for region in self.map.iter() {
             let start = region.start_addr();
+            let mut touched = self.next_touched(start.0)?;
             for offset in (0..region.len()).step_by(HASH_CHUNK_BYTES) {
                 let address = start.unchecked_add(offset).0;
                 let length = (region.len() - offset).min(HASH_CHUNK_BYTES as u64);
                 let chunk = &mut buffer[..length as usize];
                 // Memory that was never touched is not brought into being only to be hashed.
-                match self.next_resident(address, length / PAGE_BYTES)? {
-                    Some(_) => self.read(address, chunk)?,
-                    None => chunk.fill(0),
+                if touched
+                    .as_ref()
+                    .is_some_and(|stretch: &Range<u64>| stretch.end <= address)
+                {
+                    touched = self.next_touched(address)?;
+                }
+                match &touched {
+                    Some(stretch) if stretch.start < address + length => {
+                        self.read(address, chunk)?
+                    }
+                    _ => chunk.fill(0),
                 }
                 hasher.update(chunk);
             }
@@ -330,14 +434,47 @@ mod tests {
     #[test]
     fn untouched_memory_is_found_without_touching_it() {
         let ram = GuestRam::new(Mib(16)).unwrap();
-        assert_eq!(ram.next_resident(0, 4096).unwrap(), None);
+        assert_eq!(ram.next_touched(0).unwrap(), None);
         ram.write(5 * PAGE_BYTES, &[1]).unwrap();
         ram.write(6 * PAGE_BYTES, &[1]).unwrap();
-        assert_eq!(ram.next_resident(0, 4096).unwrap(), Some((5, 2)));
-        assert_eq!(ram.next_resident(6 * PAGE_BYTES, 10).unwrap(), Some((0, 1)));
+        let stretch = 5 * PAGE_BYTES..7 * PAGE_BYTES;
+        assert_eq!(ram.next_touched(0).unwrap(), Some(stretch.clone()));
+        assert_eq!(
+            ram.next_touched(6 * PAGE_BYTES).unwrap(),
+            Some(6 * PAGE_BYTES..stretch.end)
+        );
+        assert_eq!(ram.next_touched(stretch.end).unwrap(), None);
         assert_eq!(ram.resident(), Bytes(2 * PAGE_BYTES));
         ram.discard(5 * PAGE_BYTES, 2).unwrap();
         assert_eq!(ram.resident(), Bytes(0));
+        let stretches = [
+            Stretch {
+                address: 8 * PAGE_BYTES,
+                pages: 3,
+            },
+            Stretch {
+                address: 0,
+                pages: 1,
+            },
+        ];
+        ram.populate_all(&stretches).unwrap();
+        assert_eq!(ram.resident(), Bytes(4 * PAGE_BYTES));
+        assert_eq!(ram.touched(9).unwrap(), [stretches[1], stretches[0]]);
+        assert_eq!(ram.touched(1).unwrap(), [stretches[1]]);
+        assert!(
+            ram.populate_all(&[Stretch {
+                address: 16 << 20,
+                pages: 1
+            }])
+            .is_err()
+        );
+        assert!(
+            ram.populate_all(&[Stretch {
+                address: u64::MAX,
+                pages: 1
+            }])
+            .is_err()
+        );
     }
 
     #[test]

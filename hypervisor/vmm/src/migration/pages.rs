@@ -1,15 +1,17 @@
 //! Guest memory as frames: content as it is, zeros as a count.
 
-use super::stream::StreamError;
+use super::stream::{FrameStream, StreamError};
 use crate::kvm::{DirtyBitmap, DirtyLog, KvmError};
 use crate::memory::{GuestRam, RamError};
 use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameHeader, MAX_FRAME_PAGES};
 use godwit_wire::unit::PAGE_BYTES;
-use std::io::Write;
+use std::ops::{ControlFlow, Range};
 
 const PAGE: usize = PAGE_BYTES as usize;
 /// Pages whose dirty bits are cleared together, just before they are copied (8 MiB; a multiple of 64).
 const SLICE_PAGES: u64 = 2048;
+/// Bytes looked at first to tell a zero page from another: one cache line.
+const PROBE_BYTES: usize = 64;
 static ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
 /// Pages cannot be read or sent.
@@ -51,23 +53,24 @@ impl Sent {
 }
 
 /// Writes pages to a connection.
-pub(super) struct PageSender<'a, W> {
+pub(super) struct PageSender<'a> {
     ram: &'a GuestRam,
-    out: W,
-    /// One frame: header, then content.
-    frame: Vec<u8>,
+    out: FrameStream,
+    scratch: Box<[u8; PAGE]>,
+    /// Memory known to have been touched; it stays so while the guest runs.
+    touched: Range<u64>,
     /// Zero run that may still grow: (address, pages).
     zeros: Option<(u64, u64)>,
     sent: Sent,
 }
 
-impl<'a, W: Write> PageSender<'a, W> {
-    pub(super) fn new(ram: &'a GuestRam, out: W) -> Self {
-        let frame = vec![0; FRAME_HEADER_BYTES + MAX_FRAME_PAGES as usize * PAGE];
+impl<'a> PageSender<'a> {
+    pub(super) fn new(ram: &'a GuestRam, out: FrameStream) -> Self {
         Self {
             ram,
             out,
-            frame,
+            scratch: Box::new([0; PAGE]),
+            touched: 0..0,
             zeros: None,
             sent: Sent::default(),
         }
@@ -79,7 +82,7 @@ impl<'a, W: Write> PageSender<'a, W> {
     }
 
     /// The connection, for control messages between rounds.
-    pub(super) const fn out(&mut self) -> &mut W {
+    pub(super) const fn out(&mut self) -> &mut FrameStream {
         &mut self.out
     }
 
@@ -89,7 +92,7 @@ impl<'a, W: Write> PageSender<'a, W> {
         log: &DirtyLog,
         dirty: &[DirtyBitmap],
         guest: Guest,
-        mut observe: impl FnMut(Sent) -> std::ops::ControlFlow<()>,
+        mut observe: impl FnMut(Sent) -> ControlFlow<()>,
     ) -> Result<(), PagesError> {
         for (index, (slot, bitmap)) in log.slots().iter().zip(dirty).enumerate() {
             for start in (0..bitmap.pages()).step_by(SLICE_PAGES as usize) {
@@ -109,69 +112,77 @@ impl<'a, W: Write> PageSender<'a, W> {
         self.flush_zeros()
     }
 
+    /// Sends the `pages` pages from `address` on; their dirty bits are clear by now, so whatever the guest writes
+    /// from here on is noted for the next round.
     fn send_run(
         &mut self,
-        mut address: u64,
-        mut pages: u64,
-        observe: &mut impl FnMut(Sent) -> std::ops::ControlFlow<()>,
+        address: u64,
+        pages: u64,
+        observe: &mut impl FnMut(Sent) -> ControlFlow<()>,
     ) -> Result<(), PagesError> {
-        while pages > 0 {
-            let Some((skip, resident)) = self.ram.next_resident(address, pages)? else {
-                return self.note_zeros(address, pages);
-            };
-            if skip > 0 {
-                self.note_zeros(address, skip)?;
-                address += skip * PAGE_BYTES;
-            }
-            for offset in (0..resident).step_by(MAX_FRAME_PAGES as usize) {
-                let chunk = (resident - offset).min(u64::from(MAX_FRAME_PAGES));
-                self.send_chunk(address + offset * PAGE_BYTES, chunk as usize)?;
-                if observe(self.sent).is_break() {
-                    return Err(PagesError::Stopped);
+        let end = address + pages * PAGE_BYTES;
+        let mut next = address;
+        while next < end {
+            if !self.touched.contains(&next) {
+                // Asked only now, behind the clearing: memory that is untouched at this moment is zero, and if it
+                // is touched later that is noted.
+                self.touched = self.ram.next_touched(next)?.unwrap_or(end..end);
+                let untouched = self.touched.start.min(end) - next;
+                if untouched > 0 {
+                    self.note_zeros(next, untouched / PAGE_BYTES)?;
+                    next += untouched;
+                    continue;
                 }
             }
-            address += resident * PAGE_BYTES;
-            pages -= skip + resident;
+            let stop = end
+                .min(self.touched.end)
+                .min(next + u64::from(MAX_FRAME_PAGES) * PAGE_BYTES);
+            self.send_chunk(next, stop)?;
+            next = stop;
+            if observe(self.sent).is_break() {
+                return Err(PagesError::Stopped);
+            }
         }
         Ok(())
     }
 
-    /// Copies up to one frame of pages out of the guest and sends them, zeros apart. The copy makes sure that what
-    /// was judged is what is sent, while the guest goes on writing.
-    fn send_chunk(&mut self, address: u64, pages: usize) -> Result<(), PagesError> {
-        self.ram.read(
-            address,
-            &mut self.frame[FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + pages * PAGE],
-        )?;
-        let is_zero = |frame: &[u8], page: usize| {
-            frame[FRAME_HEADER_BYTES + page * PAGE..FRAME_HEADER_BYTES + (page + 1) * PAGE]
-                == ZERO_PAGE
-        };
-        let mut page = 0;
-        while page < pages {
-            let zero = is_zero(&self.frame, page);
-            let end = (page + 1..pages)
-                .find(|&next| is_zero(&self.frame, next) != zero)
-                .unwrap_or(pages);
-            let start = address + (page * PAGE) as u64;
-            if zero {
-                self.note_zeros(start, (end - page) as u64)?;
-            } else {
-                self.flush_zeros()?;
-                // The header goes right before the content: over pages of this frame that are dealt with.
-                let from = page * PAGE;
-                let header = FrameHeader::pages(start, (end - page) as u32).encode();
-                self.frame[from..from + FRAME_HEADER_BYTES].copy_from_slice(&header);
-                let to = FRAME_HEADER_BYTES + end * PAGE;
-                self.out
-                    .write_all(&self.frame[from..to])
-                    .map_err(StreamError::from)?;
-                self.sent.content_pages += (end - page) as u64;
-                self.sent.bytes += (to - from) as u64;
+    /// Sends up to one frame of touched pages, zero pages apart. Content goes from guest memory straight to the
+    /// connection: if the guest writes meanwhile, the page is dirty again and its next copy settles it.
+    fn send_chunk(&mut self, start: u64, end: u64) -> Result<(), PagesError> {
+        let mut page = start;
+        while page < end {
+            if self.is_zero(page)? {
+                self.note_zeros(page, 1)?;
+                page += PAGE_BYTES;
+                continue;
             }
-            page = end;
+            let mut stop = page + PAGE_BYTES;
+            while stop < end && !self.is_zero(stop)? {
+                stop += PAGE_BYTES;
+            }
+            self.flush_zeros()?;
+            let pages = (stop - page) / PAGE_BYTES;
+            self.out.send_memory(
+                FrameHeader::pages(page, pages as u32),
+                &self.ram.slice(page, stop - page)?,
+            )?;
+            self.sent.content_pages += pages;
+            self.sent.bytes += FRAME_HEADER_BYTES as u64 + (stop - page);
+            page = stop;
         }
         Ok(())
+    }
+
+    /// Whether a page is all zero. Most pages that are not show it in their first bytes.
+    fn is_zero(&mut self, page: u64) -> Result<bool, PagesError> {
+        for probe in [0..PROBE_BYTES, PROBE_BYTES..PAGE] {
+            let bytes = &mut self.scratch[probe.clone()];
+            self.ram.read(page + probe.start as u64, bytes)?;
+            if *bytes != ZERO_PAGE[probe] {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     fn note_zeros(&mut self, address: u64, pages: u64) -> Result<(), PagesError> {
@@ -191,10 +202,8 @@ impl<'a, W: Write> PageSender<'a, W> {
 
     fn flush_zeros(&mut self) -> Result<(), PagesError> {
         if let Some((address, pages)) = self.zeros.take() {
-            let header = FrameHeader::zero(address, pages as u32);
             self.out
-                .write_all(&header.encode())
-                .map_err(StreamError::from)?;
+                .send_frame(FrameHeader::zero(address, pages as u32), &[])?;
             self.sent.zero_pages += pages;
             self.sent.bytes += FRAME_HEADER_BYTES as u64;
         }

@@ -17,8 +17,8 @@ use crate::memory::GuestRam;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
-    Arrival, FrameHeader, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ToSource,
-    ToTarget, Verify,
+    Arrival, FrameHeader, MAX_TOUCHED_STRETCHES, MigrationPhase, OLDEST_PROTOCOL_VERSION,
+    PROTOCOL_VERSION, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use godwit_wire::vmm_api::OutgoingRequest;
@@ -217,8 +217,16 @@ impl Session<'_> {
             spec: spec.clone(),
             cpu: cpu.clone(),
             verify: self.request.policy.verify,
+            touched: self
+                .ram
+                .touched(MAX_TOUCHED_STRETCHES)
+                .map_err(MachineError::from)?,
         })?;
-        match stream.receive()? {
+        // The target populates that memory first, which takes as long as there is memory.
+        stream.wait_without_limit().map_err(StreamError::from)?;
+        let answer = stream.receive()?;
+        stream.limit_silence().map_err(StreamError::from)?;
+        match answer {
             ToSource::Accept {
                 version: PROTOCOL_VERSION,
             } => Ok(stream),
@@ -293,7 +301,7 @@ impl Session<'_> {
     fn pre_copy(
         &self,
         log: &DirtyLog,
-        pages: &mut PageSender<'_, FrameStream>,
+        pages: &mut PageSender<'_>,
         receiver: &mut FrameStream,
     ) -> Result<(u32, Vec<DirtyBitmap>), SourceError> {
         let mut rest = log.first_round();
@@ -362,7 +370,7 @@ impl Session<'_> {
 
     fn send_round(
         &self,
-        pages: &mut PageSender<'_, FrameStream>,
+        pages: &mut PageSender<'_>,
         log: &DirtyLog,
         dirty: &[DirtyBitmap],
         round: u32,
@@ -443,16 +451,6 @@ impl Session<'_> {
                 self.ledger.disconnected();
             }
         }
-    }
-}
-
-impl io::Write for FrameStream {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.socket().write(bytes)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

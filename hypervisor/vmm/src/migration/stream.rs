@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::Duration;
+use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 /// A peer that says nothing for this long is taken for dead.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
@@ -67,7 +68,12 @@ impl FrameStream {
         })
     }
 
-    /// Lets reads wait as long as the store needs; keepalive still notices a dead peer.
+    /// Takes a peer that says nothing for long for dead again, after [`Self::wait_without_limit`].
+    pub(super) fn limit_silence(&self) -> io::Result<()> {
+        self.socket.set_read_timeout(Some(SILENCE_LIMIT))
+    }
+
+    /// Lets reads wait as long as the other end needs; keepalive still notices a dead peer.
     pub(super) fn wait_without_limit(&self) -> io::Result<()> {
         self.socket.set_read_timeout(None)
     }
@@ -108,6 +114,36 @@ impl FrameStream {
         frame.extend_from_slice(&header.encode());
         frame.extend_from_slice(payload);
         Ok(self.socket.write_all(&frame)?)
+    }
+
+    /// Sends a header and the guest memory it announces, without a copy of ours in between.
+    pub(super) fn send_memory(
+        &mut self,
+        header: FrameHeader,
+        memory: &VolatileSlice<'_>,
+    ) -> Result<(), StreamError> {
+        assert_eq!(
+            header.length as usize,
+            memory.len(),
+            "the header announces the payload"
+        );
+        let bytes = header.encode();
+        let mut sent = 0;
+        while sent < bytes.len() {
+            // MORE: the payload follows at once, so the header needs no packet of its own.
+            sent +=
+                match rustix::net::send(&self.socket, &bytes[sent..], rustix::net::SendFlags::MORE)
+                {
+                    Err(rustix::io::Errno::INTR) => 0,
+                    sent => sent.map_err(io::Error::from)?,
+                };
+        }
+        self.socket
+            .write_all_volatile(memory)
+            .map_err(|error| match error {
+                VolatileMemoryError::IOError(error) => StreamError::Io(error),
+                error => StreamError::Io(io::Error::other(error)),
+            })
     }
 
     /// Reads the next header; the payload is still to be read.

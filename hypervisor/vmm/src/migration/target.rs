@@ -9,8 +9,8 @@ use crate::memory::{GuestRam, RamError};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::{CpuFacts, CpuMismatch};
 use godwit_wire::migration::{
-    Arrival, FrameHeader, FrameKind, MigrationPhase, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION,
-    ToSource, ToTarget, Verify,
+    Arrival, FrameHeader, FrameKind, MAX_TOUCHED_STRETCHES, MigrationPhase,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use godwit_wire::vmm_api::IncomingRequest;
@@ -156,6 +156,10 @@ enum Refusal {
     OtherMachine,
     #[error(transparent)]
     Cpu(CpuMismatch),
+    #[error("it names more touched memory than the machine has")]
+    Touched,
+    #[error("memory for the guest cannot be had: {0}")]
+    NoMemory(String),
 }
 
 /// Waits for the source, fills the machine and reports it whole. Runs on a thread of its own.
@@ -315,7 +319,14 @@ impl Session<'_> {
         stream.socket().set_read_timeout(Some(HELLO_TIMEOUT))?;
         let hello: ToTarget = stream.receive()?;
         match self.judge(&hello) {
-            Ok(verify) => {
+            Ok((verify, touched)) => {
+                if let Err(error) = self.ram.populate_all(touched) {
+                    let refusal = Refusal::NoMemory(error.to_string());
+                    stream.send(&ToSource::Refuse {
+                        reason: refusal.to_string(),
+                    })?;
+                    return Ok(Err(refusal));
+                }
                 stream.send(&ToSource::Accept {
                     version: PROTOCOL_VERSION,
                 })?;
@@ -331,7 +342,7 @@ impl Session<'_> {
         }
     }
 
-    fn judge(&self, hello: &ToTarget) -> Result<Verify, Refusal> {
+    fn judge<'h>(&self, hello: &'h ToTarget) -> Result<(Verify, &'h [Stretch]), Refusal> {
         let ToTarget::Hello {
             version,
             oldest_version,
@@ -342,6 +353,7 @@ impl Session<'_> {
             spec,
             cpu,
             verify,
+            touched,
         } = hello
         else {
             return Err(Refusal::OtherMigration);
@@ -364,7 +376,13 @@ impl Session<'_> {
         self.cpu
             .admits(spec.cpu, Some(&cpu.signature))
             .map_err(Refusal::Cpu)?;
-        Ok(*verify)
+        let memory_pages = self.ram.size().pages();
+        if touched.len() > MAX_TOUCHED_STRETCHES
+            || touched.iter().any(|stretch| stretch.pages > memory_pages)
+        {
+            return Err(Refusal::Touched);
+        }
+        Ok((*verify, touched))
     }
 
     fn check_memory(&self, verify: Verify, theirs: Option<String>) -> Result<(), TargetError> {

@@ -5,7 +5,7 @@ use anyhow::Context;
 use godwit_tests::linux::LinuxGuest;
 use godwit_tests::migration::migrate;
 use godwit_tests::test_dir::TestDir;
-use godwit_tests::vmm::{self, Vmm, new_vm};
+use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::CreateRequest;
@@ -103,6 +103,10 @@ impl Shuttle {
     async fn take_off(request: CreateRequest) -> anyhow::Result<Self> {
         let dir = TestDir::new();
         let here = Vmm::boot(&dir, "vmm-0", &request).await?;
+        here.serial()
+            .await?
+            .wait_for(vmm::greeting(&request.spec), BOOT_PATIENCE)
+            .await?;
         here.shell()
             .await?
             .command(&format!("fill {FILL_MIB}"))

@@ -2,7 +2,7 @@
 
 use crate::report::{Op, Report, maximum};
 use anyhow::Context;
-use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
+use godwit_tests::linux::LinuxGuest;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::machine::{Boot, MachineSpec};
@@ -90,14 +90,9 @@ async fn repeat(
 async fn memory_overhead_mib(spec: &MachineSpec) -> anyhow::Result<f64> {
     let dir = TestDir::new();
     let vmm = Vmm::boot(&dir, "vmm", &new_vm(spec.clone())).await?;
-    let greeting = if matches!(spec.boot, Boot::Pilot) {
-        "pilot "
-    } else {
-        AGENT_GREETING
-    };
     vmm.serial()
         .await?
-        .wait_for(greeting, BOOT_PATIENCE)
+        .wait_for(vmm::greeting(spec), BOOT_PATIENCE)
         .await?;
     let kib = resident_kib_outside_guest_ram(vmm.process.pid())?;
     Ok(kib as f64 / 1024.0)

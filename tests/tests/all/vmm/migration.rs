@@ -7,9 +7,8 @@ use godwit_tests::skip;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{BOOT_PATIENCE, Vmm};
 use godwit_wire::migration::MigrationPhase;
-use godwit_wire::problem::Problem;
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{StopReason, VmmState};
+use godwit_wire::vmm_api::{PauseReason, StopReason, VmmState};
 
 /// Moves a dirtying pilot once and looks at everything afterwards.
 async fn a_dirtying_pilot_arrives_whole(vcpus: u8) {
@@ -114,29 +113,28 @@ async fn an_untouched_guest_is_sent_as_zeros() {
 }
 
 #[tokio::test]
-async fn a_paused_guest_arrives_and_runs() {
+async fn a_paused_guest_arrives_paused() {
     require!(skip::kvm());
     let dir = TestDir::new();
     let (source, mut request) = boot_dirtying_pilot(&dir, "source", 1).await;
     source.command("pause", request.epoch).await.expect("pause");
     let target = Vmm::start(&dir, "target").await.expect("a target");
-    match migrate(&source, &target, &mut request, verifying()).await {
-        Ok(_) => verify_guest(&target).await,
-        // A VMM may refuse to move a paused guest, but then says so and keeps it.
-        Err(error) => {
-            assert!(
-                error
-                    .downcast_ref::<Problem>()
-                    .is_some_and(|problem| problem.status == 409),
-                "{error:#}"
-            );
-            source
-                .command("resume", request.epoch)
-                .await
-                .expect("resume");
-            verify_guest(&source).await;
-        }
-    }
+    migrate(&source, &target, &mut request, verifying())
+        .await
+        .expect("the migration lands");
+    let paused = VmmState::Paused {
+        reason: PauseReason::Requested,
+    };
+    assert_eq!(
+        target.info().await.expect("info").state,
+        paused,
+        "whoever paused it did not resume it"
+    );
+    target
+        .command("resume", request.epoch)
+        .await
+        .expect("resume");
+    verify_guest(&target).await;
 }
 
 #[tokio::test]

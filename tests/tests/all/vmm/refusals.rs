@@ -6,8 +6,9 @@ use godwit_tests::skip;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, Vmm, new_vm};
 use godwit_wire::machine::{Boot, MachineSpec};
+use godwit_wire::problem::Problem;
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::VmmState;
+use godwit_wire::vmm_api::{CreateRequest, VmmState};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -49,30 +50,50 @@ async fn a_bad_spec_is_refused_with_its_field_and_a_remedy() {
             linux_spec(&not_elf, None, &"x".repeat(4096)),
         ),
     ];
-    let vmm = Vmm::start(&dir, "vmm").await.expect("an empty VMM");
-    for (field, spec) in cases {
-        let request = new_vm(spec);
-        let answer = vmm
-            .api
-            .send(hyper::Method::PUT, "/v1/machine", Some(&request))
+    for (number, (field, spec)) in cases.into_iter().enumerate() {
+        let vmm = Vmm::start(&dir, &format!("vmm-{number}"))
             .await
-            .expect("an answer");
-        let problem = answer
-            .problem()
-            .unwrap_or_else(|error| panic!("{field}: {:?}: {error:#}", request.spec));
+            .expect("an empty VMM");
+        let problem = refusal(&vmm, &new_vm(spec)).await;
         assert_eq!(problem.status, 422, "{problem:?}");
         let found = problem.fields.iter().find(|found| found.field == field);
         let found = found.unwrap_or_else(|| panic!("{field} is not named in {problem:?}"));
         assert!(!found.remedy.is_empty(), "{problem:?}");
-        assert_eq!(
-            vmm.info().await.expect("info").state,
-            VmmState::Empty,
-            "nothing is left of {field}"
+        let info = vmm.info().await.expect("the VMM lives");
+        assert!(
+            matches!(info.state, VmmState::Empty | VmmState::Created),
+            "{:?}",
+            info.state
         );
     }
+}
+
+/// Files are opened when the machine boots, everything else is judged when it is built.
+async fn refusal(vmm: &Vmm, request: &CreateRequest) -> Problem {
+    let error = match vmm.create(request).await {
+        Err(error) => error,
+        Ok(_) => vmm
+            .command("boot", request.epoch)
+            .await
+            .expect_err("one of the two is refused"),
+    };
+    error
+        .downcast()
+        .unwrap_or_else(|error| panic!("{:?}: {error:#}", request.spec))
+}
+
+#[tokio::test]
+async fn a_vmm_that_refused_a_machine_takes_a_good_one() {
+    require!(skip::kvm());
+    let dir = TestDir::new();
+    let vmm = Vmm::start(&dir, "vmm").await.expect("an empty VMM");
+    vmm.create(&new_vm(vmm::pilot(0, Mib(64))))
+        .await
+        .expect_err("a machine without a CPU");
+    assert_eq!(vmm.info().await.expect("info").state, VmmState::Empty);
     vmm.create(&new_vm(vmm::pilot(1, Mib(64))))
         .await
-        .expect("the VMM still takes a good machine");
+        .expect("a good machine");
 }
 
 #[tokio::test]
@@ -144,6 +165,30 @@ fn a_vmm_that_cannot_listen_says_so_and_leaves_nothing_behind() {
     assert_eq!(
         std::fs::read_dir(dir.path()).expect("the folder").count(),
         0
+    );
+}
+
+#[test]
+fn a_vmm_that_may_not_use_kvm_says_so_and_fails() {
+    require!(skip::kvm());
+    let mut unprivileged = Command::new("setpriv");
+    unprivileged.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]);
+    let allowed = Command::new("setpriv")
+        .args(["--reuid=65534", "--", "test", "-w", "/dev/kvm"])
+        .status();
+    if !allowed.is_ok_and(|status| status.code() == Some(1)) {
+        return skip::skip("cannot become a user who may not use /dev/kvm");
+    }
+    unprivileged.arg(program::godwit()).args(["vmm", "--pilot"]);
+    let output = unprivileged
+        .stdin(std::process::Stdio::null())
+        .output()
+        .expect("setpriv starts");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success());
+    assert!(
+        said.contains("/dev/kvm") && said.to_lowercase().contains("permi"),
+        "{said}"
     );
 }
 

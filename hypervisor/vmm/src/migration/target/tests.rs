@@ -65,6 +65,10 @@ fn target() -> Fixture {
         spec,
         cpu: cpu(CpuBaseline::V2),
         verify: Verify::Frames,
+        touched: vec![Stretch {
+            address: 0x4000,
+            pages: 4,
+        }],
     };
     let ledger = Ledger::new(
         request.migration,
@@ -228,7 +232,24 @@ fn another_version_an_unknown_capability_and_a_stranger_are_refused_with_the_rea
         },
         "CPU",
     );
+    refuse(
+        &|h| {
+            if let ToTarget::Hello { touched, .. } = h {
+                touched[0].pages = u64::MAX;
+            }
+        },
+        "more touched memory",
+    );
+    refuse(
+        &|h| {
+            if let ToTarget::Hello { touched, .. } = h {
+                touched[0].address = 16 << 20;
+            }
+        },
+        "no 16384 bytes at",
+    );
     target.greet();
+    assert!(target.ram.resident() >= godwit_wire::unit::Bytes(4 * PAGE_BYTES));
 }
 
 #[test]

@@ -1,0 +1,302 @@
+//! What the commands print, held against golden texts.
+
+use super::render;
+use crate::resource::{DryRun, Event, Host, Maintenance, Migration, Operation, Vm};
+use expect_test::{Expect, expect};
+use jiff::Timestamp;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+const VM: &str = "019300aa-0000-7000-8000-000000000001";
+const HOST_1: &str = "019300aa-0000-7000-8000-0000000000a1";
+const HOST_2: &str = "019300aa-0000-7000-8000-0000000000a2";
+const MIGRATION: &str = "019300aa-0000-7000-8000-0000000000b1";
+const OPERATION: &str = "019300aa-0000-7000-8000-0000000000c1";
+const MAINTENANCE: &str = "019300aa-0000-7000-8000-0000000000d1";
+
+fn now() -> Timestamp {
+    "2026-01-02T03:05:00Z".parse().expect("a time")
+}
+
+fn read<T: DeserializeOwned>(json: Value) -> T {
+    serde_json::from_value(json).expect("a resource as the server sends it")
+}
+
+fn check(text: String, golden: Expect) {
+    golden.assert_eq(&text);
+}
+
+fn vm_json(name: &str, state: &str) -> Value {
+    json!({
+        "id": VM, "name": name, "state": state, "intent": "running", "reason": null,
+        "spec": { "machine_type": "godwit-1", "vcpus": 2, "memory_mib": 1536, "boot": { "kind": "pilot" }, "cpu": "x86-64-v2" },
+        "host": HOST_1, "host_name": "host-1", "home": HOST_1, "epoch": 3, "lease": "watched",
+        "maintenance_policy": "migrate",
+        "usage": { "cpu_percent": 12.5, "rss_bytes": 73_400_320, "exits_per_s": 812.4, "dirty_bytes_per_s": 4_194_304 },
+        "migration": null, "operation": null,
+        "created_at": "2026-01-01T00:00:00Z", "changed_at": "2026-01-02T03:04:18Z"
+    })
+}
+
+fn migration_json() -> Value {
+    json!({
+        "id": MIGRATION, "vm": VM, "vm_name": "db-1", "source": HOST_1, "source_name": "host-1",
+        "target": HOST_2, "target_name": "host-2", "state": "open", "phase": "pre_copy", "reason": null,
+        "progress": {
+            "round": 2, "memory_bytes": 1_610_612_736, "transferred_bytes": 734_003_200, "content_pages": 179_200,
+            "zero_pages": 213_000, "remaining_bytes": 12_582_912, "rate_bytes_per_s": 314_572_800,
+            "dirty_bytes_per_s": 4_194_304, "predicted_blackout_ms": 48, "elapsed_ms": 2_340
+        },
+        "started_at": "2026-01-02T03:04:57Z", "ended_at": null
+    })
+}
+
+fn maintenance_json(state: &str) -> Value {
+    json!({
+        "id": MAINTENANCE, "host": HOST_1, "host_name": "host-1", "reason": "new kernel", "state": state, "detail": null,
+        "policy": { "return": "exact" },
+        "plan": {
+            "moves": [
+                { "vm": VM, "vm_name": "db-1", "action": "migrate", "to": HOST_2, "to_name": "host-2", "predicted_s": 4.8,
+                  "predicted_mib": 1600, "predicted_blackout_ms": 48, "reserve_after_mib": 2048 },
+                { "vm": VM, "vm_name": "batch-1", "action": "stop_and_return", "to": null, "to_name": null,
+                  "predicted_s": 75.2, "predicted_mib": 0, "predicted_blackout_ms": 0, "reserve_after_mib": -512 }
+            ],
+            "blockers": [
+                { "vm": VM, "vm_name": "licence-1", "kind": "policy_blocks", "detail": "its maintenance policy is block",
+                  "remedy": "move it by hand, or give it another policy for this maintenance" }
+            ],
+            "total_s": 80.0
+        },
+        "moved": [], "operation": null, "created_at": "2026-01-02T03:00:00Z", "changed_at": "2026-01-02T03:00:00Z",
+        "ended_at": null, "actor": "local"
+    })
+}
+
+#[test]
+fn a_list_of_vms_shows_where_they_run_and_what_is_special() {
+    let mut moving = vm_json("db-1", "migrating");
+    moving["migration"] = migration_json();
+    let mut failed = vm_json("a-vm-with-a-long-name", "failed");
+    failed["reason"] = json!("cannot read /srv/kernels/vmlinux-6.12.117-testguest on the host: no such file or directory");
+    failed["host"] = Value::Null;
+    failed["host_name"] = Value::Null;
+    let vms: Vec<Vm> = [vm_json("web-1", "running"), moving, failed].map(read).into();
+    check(
+        render::vms(&vms),
+        expect![[r#"
+            NAME                   STATE      HOST    VCPUS   MEMORY  CPU      DIRTY  NOTE
+            web-1                  running    host-1      2  1.5 GiB  12%  4.0 MiB/s
+            db-1                   migrating  host-1      2  1.5 GiB  12%  4.0 MiB/s  to host-2, round 2
+            a-vm-with-a-long-name  failed     -           2  1.5 GiB  12%  4.0 MiB/s  cannot read /srv/kernels/vmlinux-6.12.117-testguest on the …
+        "#]],
+    );
+}
+
+#[test]
+fn an_empty_list_is_its_titles() {
+    check(render::vms(&[]), expect![[r#"
+        NAME  STATE  HOST  VCPUS  MEMORY  CPU  DIRTY  NOTE
+    "#]]);
+}
+
+#[test]
+fn a_vm_is_shown_with_its_migration() {
+    let mut moving = vm_json("db-1", "migrating");
+    moving["migration"] = migration_json();
+    check(
+        render::vm(&read::<Vm>(moving), now()),
+        expect![[r#"
+            Name:        db-1
+            Id:          019300aa-0000-7000-8000-000000000001
+            State:       migrating
+            Wanted:      running
+            Host:        host-1 (epoch 3)
+            vCPUs:       2 (x86-64-v2)
+            Memory:      1.5 GiB
+            Boots:       the pilot
+            Lease:       watched
+            Maintenance: migrate
+            Uses:        12% CPU, 70.0 MiB resident, 812 exits/s, dirties 4.0 MiB/s
+            Created:     27h ago
+            Changed:     42s ago
+
+            Migration
+            Id:        019300aa-0000-7000-8000-0000000000b1
+            VM:        db-1
+            Way:       host-1 to host-2
+            State:     open (pre_copy)
+            Round:     2
+            Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+            Remaining: 12.0 MiB
+            Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
+            Time:      2.3 s
+            Downtime:  48 ms (predicted)
+        "#]],
+    );
+}
+
+#[test]
+fn hosts_show_what_they_promised_and_what_they_use() {
+    let host: Host = read(json!({
+        "id": HOST_1, "name": "host-1", "address": "10.0.0.11:7072", "state": "cordoned",
+        "reason": "cordoned by local: flaky memory",
+        "facts": {
+            "cpu": { "level": "x86-64-v3", "signature": "s", "model": "EPYC 9354" }, "cores": 64, "memory_mib": 524_288,
+            "guest_memory_mib": 471_859, "kernel": "6.1.0-41-amd64", "boot_id": HOST_1
+        },
+        "usage": {
+            "cpu_percent": 37.2, "memory_used_bytes": 107_374_182_400u64,
+            "pressure": { "cpu_percent": 0.4, "memory_percent": 0.0, "io_percent": 1.25 }
+        },
+        "capacity": { "cores": 64, "guest_memory_mib": 471_859 },
+        "committed": { "vcpus": 96, "memory_mib": 204_800, "vms": 41 },
+        "maintenance": null, "last_seen": "2026-01-02T03:04:59Z", "version": "0.1.0"
+    }));
+    check(render::hosts(std::slice::from_ref(&host)), expect![[r#"
+        NAME    STATE     VMS  CPU  MEMORY PROMISED         OF       USED  ADDRESS         NOTE
+        host-1  cordoned   41  37%        200.0 GiB  460.8 GiB  100.0 GiB  10.0.0.11:7072  cordoned by local: flaky memory
+    "#]]);
+    check(render::host(&host, now()), expect![[r#"
+        Name:      host-1
+        Id:        019300aa-0000-7000-8000-0000000000a1
+        State:     cordoned
+        Reason:    cordoned by local: flaky memory
+        Address:   10.0.0.11:7072
+        CPU:       EPYC 9354 (x86-64-v3, 64 cores)
+        Memory:    512.0 GiB, 460.8 GiB for guests
+        Promised:  200.0 GiB to 41 VMs with 96 vCPUs
+        Uses:      37% CPU, 100.0 GiB memory
+        Pressure:  cpu 0.4%, memory 0.0%, io 1.2%
+        Kernel:    6.1.0-41-amd64
+        Version:   0.1.0
+        Last seen: 1s ago
+    "#]]);
+}
+
+#[test]
+fn a_maintenance_is_shown_with_its_plan_and_what_blocks_it() {
+    let maintenance: Maintenance = read(maintenance_json("blocked"));
+    check(render::maintenances(std::slice::from_ref(&maintenance), now()), expect![[r#"
+        ID                                    HOST    STATE    VMS  BLOCKERS  AGE  BY     REASON
+        019300aa-0000-7000-8000-0000000000d1  host-1  blocked    2         1   5m  local  new kernel
+    "#]]);
+    check(render::maintenance(&maintenance, now()), expect![[r#"
+        Id:      019300aa-0000-7000-8000-0000000000d1
+        Host:    host-1
+        State:   blocked
+        Reason:  new kernel
+        Return:  exact
+        Created: 5m ago by local
+
+        VM       ACTION           TO            TIME   MIB  BLACKOUT    RESERVE AFTER
+        db-1     migrate          host-2       4.8 s  1600     48 ms          2.0 GiB
+        batch-1  stop_and_return  -       1 min 15 s     0      0 ms  512.0 MiB short
+        1 min 20 s in all.
+
+        Blocked by:
+          licence-1: its maintenance policy is block (policy_blocks)
+            remedy: move it by hand, or give it another policy for this maintenance
+    "#]]);
+}
+
+#[test]
+fn a_maintenance_under_way_shows_what_has_become_of_each_vm() {
+    let mut json = maintenance_json("drained");
+    json["moved"] = json!([
+        { "vm": VM, "vm_name": "db-1", "from": HOST_1, "to": HOST_2, "action": "migrate", "state": "away", "reason": null },
+        { "vm": VM, "vm_name": "web-1", "from": HOST_1, "to": HOST_2, "action": "migrate", "state": "stayed",
+          "reason": "moved by hand meanwhile" }
+    ]);
+    check(render::maintenance(&read(json), now()), expect![[r#"
+        Id:      019300aa-0000-7000-8000-0000000000d1
+        Host:    host-1
+        State:   drained
+        Reason:  new kernel
+        Return:  exact
+        Created: 5m ago by local
+
+        VM     ACTION   STATE   NOTE
+        db-1   migrate  away
+        web-1  migrate  stayed  moved by hand meanwhile
+    "#]]);
+}
+
+#[test]
+fn operations_show_their_steps_and_why_they_failed() {
+    let operation: Operation = read(json!({
+        "id": OPERATION, "kind": "migrate", "subject": { "kind": "vm", "id": VM, "name": "db-1" }, "state": "failed",
+        "progress": 0.5, "parent": null,
+        "steps": [
+            { "name": "prepare", "state": "done", "detail": "on host-2", "started_at": "2026-01-02T03:04:00Z",
+              "ended_at": "2026-01-02T03:04:00.25Z" },
+            { "name": "send", "state": "failed", "detail": "host-1 to host-2", "started_at": "2026-01-02T03:04:01Z", "ended_at": null }
+        ],
+        "error": {
+            "type": "migration-failed", "title": "The migration failed", "status": 409,
+            "detail": "the guest dirties memory faster than it can be sent", "remedy": "raise downtime_limit_ms"
+        },
+        "created_at": "2026-01-02T03:04:00Z", "ended_at": "2026-01-02T03:04:30Z", "actor": "admin"
+    }));
+    check(render::operations(std::slice::from_ref(&operation), now()), expect![""]);
+    check(render::operation(&operation, now()), expect![""]);
+}
+
+#[test]
+fn migrations_show_how_far_they_are() {
+    let mut ended = migration_json();
+    ended["state"] = json!("committed");
+    ended["phase"] = json!("completed");
+    ended["progress"]["downtime_us"] = json!(8_312);
+    let migrations: Vec<Migration> = [migration_json(), ended].map(read).into();
+    check(render::migrations(&migrations, now()), expect![""]);
+    check(render::migration(&migrations[1]), expect![""]);
+}
+
+#[test]
+fn a_dry_run_says_what_would_happen_and_why_not_elsewhere() {
+    let dry_run: DryRun = read(json!({
+        "dry_run": true,
+        "changes": ["web-1 is created", "web-1 starts on host-2"],
+        "placement": {
+            "host": HOST_2, "host_name": "host-2", "score": 0.8,
+            "rejections": [
+                { "host": HOST_1, "host_name": "host-1", "kind": "memory", "detail": "72 MiB needed, 8 MiB of 768 MiB free",
+                  "remedy": "free 64 MiB on the host" }
+            ]
+        }
+    }));
+    check(render::dry_run(&dry_run), expect![[r#"
+        Dry run, nothing was changed. It would:
+          - web-1 is created
+          - web-1 starts on host-2
+
+        HOST TURNED DOWN  FILTER  WHY
+        host-1            memory  72 MiB needed, 8 MiB of 768 MiB free
+    "#]]);
+}
+
+#[test]
+fn events_are_listed_one_in_each_line() {
+    let event: Event = read(json!({
+        "revision": 42, "time": "2026-01-02T03:04:05.678Z", "kind": "vm.started", "severity": "info",
+        "subject": { "kind": "vm", "id": VM, "name": "web-1" }, "message": "web-1 runs on host-2", "actor": "admin"
+    }));
+    check(render::events(std::slice::from_ref(&event)), expect![[r#"
+        REVISION  TIME                  SEVERITY  KIND        SUBJECT  BY     MESSAGE
+              42  2026-01-02T03:04:05Z  info      vm.started  web-1    admin  web-1 runs on host-2
+    "#]]);
+    check(render::event(&event), expect!["2026-01-02T03:04:05Z  info     vm.started            web-1 runs on host-2"]);
+}
+
+#[test]
+fn an_error_names_every_field_and_the_remedy() {
+    let problem: crate::resource::Problem = read(json!({
+        "type": "invalid-request", "title": "The request has fields that cannot be accepted", "status": 422,
+        "detail": "spec.vcpus: 9 vCPUs is outside 1..=8",
+        "fields": [{ "field": "spec.vcpus", "problem": "9 vCPUs is outside 1..=8", "remedy": "choose a number from 1 to 8" }]
+    }));
+    check(problem.to_string(), expect![[r#"
+        The request has fields that cannot be accepted
+          spec.vcpus: 9 vCPUs is outside 1..=8; choose a number from 1 to 8"#]]);
+}

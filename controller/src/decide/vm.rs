@@ -1,0 +1,334 @@
+//! Intents about VMs.
+
+use super::{Decision, find_vm, idle_vm};
+use crate::intent::{NewVm, Placement, Resource, VmChange};
+use crate::ledger::Draft;
+use crate::model::limits::MAX_VMS;
+use crate::model::rejection::{remedies, summary};
+use crate::model::{Actor, MigrateCause, PowerIntent, StartCause, Subject, Vm, VmState, Work, name};
+use crate::operation::fresh;
+use crate::plan::picture::{self, Demand};
+use crate::plan::placement::{Among, choose};
+use crate::plan::estimate;
+use crate::view::View;
+use godwit_wire::host_api::StopMode;
+use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
+use godwit_wire::migration::MigrationPolicy;
+use godwit_wire::problem::{FieldProblem, Problem};
+
+/// Longest time a guest may be given to stop.
+const MAX_STOP_PATIENCE_MS: u64 = 600_000;
+
+fn place(view: &View, demand: &Demand, only: Option<HostId>) -> Result<Placement, Problem> {
+    if let Some(host) = only.filter(|host| !view.hosts.contains_key(host)) {
+        return Err(Problem::not_found("host", host));
+    }
+    let choice = choose(&picture::hosts(view), demand, Among { only, failed: &[] });
+    match choice.best {
+        Some((host, score)) => Ok(Placement {
+            host,
+            host_name: view.host_name(host),
+            score,
+            rejections: choice.rejections,
+        }),
+        None => {
+            let detail = format!("no host takes {}: {}", demand.name, summary(&choice.rejections));
+            Err(Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections)))
+        }
+    }
+}
+
+/// Writes an operation that holds the VM from now on.
+fn begin(draft: &mut Draft<'_>, vm: &mut Vm, work: Work, actor: &Actor) -> OperationId {
+    let operation = fresh(work, Subject::vm(vm.id, &vm.name), actor, None, draft.now());
+    let id = operation.id;
+    vm.operation = Some(id);
+    draft.put_operation(operation);
+    id
+}
+
+fn name_is_free(view: &View, name: &str) -> Result<(), Problem> {
+    match view.find_vm(name) {
+        None => Ok(()),
+        Some(_) => Err(Problem::conflict("name-taken", format!("there is a VM {name} already"))
+            .with_remedy("choose another name, or delete that VM first")),
+    }
+}
+
+fn start_work(vm: VmId, wanted: Option<HostId>) -> Work {
+    Work::Start { vm, wanted, cause: StartCause::Asked, tried: Vec::new(), placed: None }
+}
+
+pub(super) fn create(view: &View, draft: &mut Draft<'_>, new: &NewVm, actor: &Actor) -> Result<Decision, Problem> {
+    let mut problems = new.spec.problems("spec");
+    problems.extend(name::problem("name", &new.name));
+    if new.intent == PowerIntent::Paused {
+        let remedy = "create it running or stopped, then pause it";
+        problems.push(FieldProblem::new("start", "a VM cannot be created paused", remedy));
+    }
+    if !problems.is_empty() {
+        return Err(Problem::invalid(problems));
+    }
+    name_is_free(view, &new.name)?;
+    if view.vms.len() >= MAX_VMS {
+        return Err(Problem::conflict("pool-full", format!("a pool has at most {MAX_VMS} VMs")));
+    }
+    let mut vm = Vm {
+        id: VmId::fresh(),
+        name: new.name.clone(),
+        spec: new.spec.clone(),
+        lease: new.lease,
+        maintenance_policy: new.maintenance_policy,
+        intent: new.intent,
+        owner: None,
+        epoch: Epoch(0),
+        generation: Generation(0),
+        home: None,
+        operation: None,
+        held_by: None,
+        migration: None,
+        trouble: None,
+        booted_on: None,
+        created_at: draft.now(),
+        changed_at: draft.now(),
+    };
+    let subject = Subject::vm(vm.id, &vm.name);
+    let (placement, operation) = match new.intent {
+        PowerIntent::Running => {
+            let placement = place(view, &picture::booting(&vm), new.host)?;
+            let work = start_work(vm.id, new.host);
+            (Some(placement), Some(begin(draft, &mut vm, work, actor)))
+        }
+        _ => (None, None),
+    };
+    let effect = match &placement {
+        Some(placement) => format!("{} is created and started on {}", vm.name, placement.host_name),
+        None => format!("{} is created; it stays off", vm.name),
+    };
+    draft.info("vm.created", subject, actor, format!("{} created", vm.name));
+    let mut decision = Decision::new(Resource::Vm(vm.id), operation, effect);
+    decision.preview.placement = placement;
+    draft.put_vm(vm);
+    Ok(decision)
+}
+
+pub(super) fn change(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    change: &VmChange,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    let mut vm = idle_vm(view, id)?;
+    let mut problems: Vec<FieldProblem> = change.spec.iter().flat_map(|spec| spec.problems("spec")).collect();
+    problems.extend(change.name.as_deref().and_then(|new| name::problem("name", new)));
+    if !problems.is_empty() {
+        return Err(Problem::invalid(problems));
+    }
+    if vm.owner.is_some() && (change.spec.is_some() || change.lease.is_some()) {
+        let detail = format!("{} is not off; its machine and its lease policy cannot change now", vm.name);
+        return Err(Problem::conflict("not-stopped", detail).with_remedy("stop the VM first"));
+    }
+    let mut changed = Vec::new();
+    if let Some(new) = change.name.as_ref().filter(|new| **new != vm.name) {
+        name_is_free(view, new)?;
+        changed.push(format!("name from {} to {new}", vm.name));
+        vm.name.clone_from(new);
+    }
+    if let Some(spec) = change.spec.as_ref().filter(|spec| **spec != vm.spec) {
+        changed.push("machine".into());
+        vm.spec = spec.clone();
+    }
+    if let Some(lease) = change.lease.filter(|lease| *lease != vm.lease) {
+        changed.push(format!("lease to {lease:?}").to_lowercase());
+        vm.lease = lease;
+    }
+    if let Some(policy) = change.maintenance_policy.filter(|policy| *policy != vm.maintenance_policy) {
+        changed.push(format!("maintenance policy to {policy:?}").to_lowercase());
+        vm.maintenance_policy = policy;
+    }
+    if changed.is_empty() {
+        return Ok(Decision::new(Resource::Vm(id), None, "nothing changes"));
+    }
+    let effect = format!("{}: {} changed", vm.name, changed.join(", "));
+    draft.info("vm.changed", Subject::vm(id, &vm.name), actor, &effect);
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), None, effect))
+}
+
+pub(super) fn delete(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+    let mut vm = idle_vm(view, id)?;
+    let effect = match vm.owner {
+        Some(owner) => format!("{} is killed on {} and deleted", vm.name, view.host_name(owner)),
+        None => format!("{} is deleted", vm.name),
+    };
+    vm.intent = PowerIntent::Stopped;
+    let operation = begin(draft, &mut vm, Work::Delete { vm: id, sent: None }, actor);
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+}
+
+pub(super) fn start(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    host: Option<HostId>,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    let mut vm = idle_vm(view, id)?;
+    if vm.owner.is_some() {
+        let state = view.vm_status(&vm).state;
+        return match state {
+            VmState::Running | VmState::Starting => {
+                Ok(Decision::new(Resource::Vm(id), None, format!("{} runs already", vm.name)))
+            }
+            VmState::Paused => Err(Problem::conflict("paused", format!("{} is paused", vm.name))
+                .with_remedy("resume it")),
+            _ => Err(Problem::conflict("not-stopped", format!("{} is not off: it is {state:?}", vm.name).to_lowercase())
+                .with_remedy("stop it first")),
+        };
+    }
+    let placement = place(view, &picture::booting(&vm), host)?;
+    vm.intent = PowerIntent::Running;
+    vm.trouble = None;
+    vm.held_by = None;
+    let operation = begin(draft, &mut vm, start_work(id, host), actor);
+    let effect = format!("{} is started on {}", vm.name, placement.host_name);
+    draft.put_vm(vm);
+    let mut decision = Decision::new(Resource::Vm(id), Some(operation), effect);
+    decision.preview.placement = Some(placement);
+    Ok(decision)
+}
+
+fn check_mode(mode: StopMode) -> Result<(), Problem> {
+    match mode {
+        StopMode::Graceful { timeout_ms } if timeout_ms > MAX_STOP_PATIENCE_MS => {
+            let problem = format!("{timeout_ms} ms is more than {MAX_STOP_PATIENCE_MS}");
+            Err(Problem::invalid(vec![FieldProblem::new("timeout_ms", problem, "give it less time, then kill it")]))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn manner(mode: StopMode) -> String {
+    match mode {
+        StopMode::Graceful { timeout_ms } => format!("asked to stop, killed after {timeout_ms} ms"),
+        StopMode::Kill => "killed".into(),
+    }
+}
+
+pub(super) fn stop(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    mode: StopMode,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    check_mode(mode)?;
+    let mut vm = idle_vm(view, id)?;
+    let (was_off, was) = (vm.owner.is_none(), vm.intent);
+    vm.intent = PowerIntent::Stopped;
+    vm.trouble = None;
+    vm.held_by = None;
+    if was_off {
+        let effect = format!("{} stays off", vm.name);
+        if was != PowerIntent::Stopped {
+            draft.info("vm.stopped", Subject::vm(id, &vm.name), actor, format!("{} is not wanted any more", vm.name));
+        }
+        draft.put_vm(vm);
+        return Ok(Decision::new(Resource::Vm(id), None, effect));
+    }
+    let operation = begin(draft, &mut vm, Work::Stop { vm: id, mode, sent: None }, actor);
+    let effect = format!("{} is {}", vm.name, manner(mode));
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+}
+
+/// A VM with a VMM, whose host answers.
+fn running_vm(view: &View, id: VmId) -> Result<(Vm, HostId), Problem> {
+    let vm = idle_vm(view, id)?;
+    let Some(owner) = vm.owner else {
+        return Err(Problem::conflict("not-running", format!("{} is off", vm.name)).with_remedy("start it"));
+    };
+    if view.liveness(owner).is_silent() {
+        let detail = format!("{} of {} is silent", view.host_name(owner), vm.name);
+        return Err(Problem::conflict("host-silent", detail)
+            .with_remedy("wait: the VM is restarted elsewhere, or the host comes back"));
+    }
+    Ok((vm, owner))
+}
+
+pub(super) fn reboot(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    mode: StopMode,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    check_mode(mode)?;
+    let (mut vm, target) = running_vm(view, id)?;
+    vm.intent = PowerIntent::Running;
+    let operation = begin(draft, &mut vm, Work::Restart { vm: id, mode, target, sent: None }, actor);
+    let effect = format!("{} is {}, then started on {}", vm.name, manner(mode), view.host_name(target));
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+}
+
+pub(super) fn pause(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+    let (mut vm, _) = running_vm(view, id)?;
+    if vm.intent == PowerIntent::Paused && view.vm_status(&vm).state == VmState::Paused {
+        return Ok(Decision::new(Resource::Vm(id), None, format!("{} is paused already", vm.name)));
+    }
+    vm.intent = PowerIntent::Paused;
+    let operation = begin(draft, &mut vm, Work::Pause { vm: id, sent: None }, actor);
+    let effect = format!("{} is paused", vm.name);
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+}
+
+pub(super) fn resume(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+    let (mut vm, _) = running_vm(view, id)?;
+    if vm.intent == PowerIntent::Running && view.vm_status(&vm).state == VmState::Running {
+        return Ok(Decision::new(Resource::Vm(id), None, format!("{} runs already", vm.name)));
+    }
+    vm.intent = PowerIntent::Running;
+    let operation = begin(draft, &mut vm, Work::Resume { vm: id, sent: None }, actor);
+    let effect = format!("{} is resumed", vm.name);
+    draft.put_vm(vm);
+    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+}
+
+pub(super) fn migrate(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    target: Option<HostId>,
+    policy: &MigrationPolicy,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    let (mut vm, source) = running_vm(view, id)?;
+    let state = view.vm_status(&vm).state;
+    if !matches!(state, VmState::Running | VmState::Paused) {
+        let detail = format!("{} is {state:?}, so it cannot move live", vm.name).to_lowercase();
+        return Err(Problem::conflict("not-running", detail));
+    }
+    let placement = place(view, &picture::moving(view, &vm), target)?;
+    let work = Work::Migrate { vm: id, wanted: target, policy: policy.clone(), cause: MigrateCause::ByHand, migration: None };
+    let operation = begin(draft, &mut vm, work, actor);
+    let usage = view.vm_usage(find_vm(view, id).as_ref().unwrap_or(&vm));
+    let resident = if usage.rss_bytes.0 > 0 { usage.rss_bytes } else { vm.spec.memory_mib.bytes() };
+    let cost = estimate::live(resident, usage.dirty_bytes_per_s, estimate::bandwidth(view), policy.downtime_limit_ms);
+    let effect = format!(
+        "{} moves from {} to {} in about {:.1} s, {} on the wire, blackout about {} ms",
+        vm.name,
+        view.host_name(source),
+        placement.host_name,
+        cost.seconds,
+        cost.mib,
+        cost.blackout_ms
+    );
+    draft.put_vm(vm);
+    let mut decision = Decision::new(Resource::Vm(id), Some(operation), effect);
+    decision.preview.placement = Some(placement);
+    Ok(decision)
+}

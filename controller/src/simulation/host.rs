@@ -1,0 +1,641 @@
+//! A host: an agent that heartbeats, and VMMs that watch the lease by themselves.
+//!
+//! It is adversarial where the protocol allows it: a VMM stops as late as it may after its lease has ended.
+
+use super::SimHosts;
+use super::crash::Life;
+use super::driver::LATENCY;
+use crate::agents::Agents;
+use crate::drive::host_driver::Duplex;
+use godwit_wire::host_api::{
+    CancelMigration, CommitReply, CommitRequest, Heartbeat, HostFacts, HostReport, LeasePolicy, Order,
+    PrepareIncoming, Resolution, ResolveRequest, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+};
+use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
+use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
+use godwit_wire::problem::Problem;
+use godwit_wire::unit::Bytes;
+use godwit_wire::usage::{HostUsage, VmUsage};
+use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+use uuid::Uuid;
+
+/// A VMM stops this long after its lease has ended: just within [`godwit_wire::lease::STOP_TIME`].
+const STOPS_LATE: Duration = Duration::from_millis(1_900);
+/// How long copying takes.
+const COPY_TIME: Duration = Duration::from_millis(1_500);
+/// How long the blackout takes before the commit.
+const BLACKOUT_TIME: Duration = Duration::from_millis(30);
+/// How long a source waits for word of the target before it asks the store.
+const RESOLVE_AFTER: Duration = Duration::from_secs(2);
+const RETRY: Duration = Duration::from_millis(200);
+
+/// The plug that hosts talk to a server through.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Server(Arc<Mutex<Option<(Agents, Arc<Life>)>>>);
+
+impl Server {
+    pub(super) fn plug(&self, agents: Agents, life: Arc<Life>) {
+        *self.0.lock().unwrap() = Some((agents, life));
+    }
+
+    pub(super) fn unplug(&self) {
+        *self.0.lock().unwrap() = None;
+    }
+
+    pub(super) fn get(&self) -> Option<(Agents, Arc<Life>)> {
+        self.0.lock().unwrap().clone().filter(|(_, life)| !life.is_over())
+    }
+}
+
+#[derive(Clone, Debug)]
+struct SimVm {
+    epoch: Epoch,
+    generation: Generation,
+    state: Option<VmmState>,
+    lease: LeasePolicy,
+    migration: Option<MigrationStatus>,
+}
+
+#[derive(Debug)]
+struct State {
+    facts: HostFacts,
+    vms: BTreeMap<VmId, SimVm>,
+    fence: BTreeMap<VmId, Epoch>,
+    lease_until: Option<Instant>,
+    sequence: u64,
+    incarnation: Uuid,
+    refuses_starts: bool,
+    hides: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct SimHost {
+    pub(super) id: HostId,
+    name: String,
+    state: Mutex<State>,
+    /// Whether packets reach it.
+    linked: watch::Sender<bool>,
+    /// Whether the agent runs (SIGSTOP clears it); VMMs go on.
+    awake: watch::Sender<bool>,
+    poke: Notify,
+    server: Server,
+    hosts: OnceLock<SimHosts>,
+}
+
+fn refuse(kind: &str) -> Problem {
+    Problem::conflict(kind, kind.to_owned())
+}
+
+impl SimHost {
+    pub(super) fn new(id: HostId, facts: HostFacts, server: Server) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            name: facts.name.clone(),
+            state: Mutex::new(State {
+                facts,
+                vms: BTreeMap::new(),
+                fence: BTreeMap::new(),
+                lease_until: None,
+                sequence: 0,
+                incarnation: Uuid::from_u128(1),
+                refuses_starts: false,
+                hides: false,
+            }),
+            linked: watch::Sender::new(true),
+            awake: watch::Sender::new(true),
+            poke: Notify::new(),
+            server,
+            hosts: OnceLock::new(),
+        })
+    }
+
+    pub(super) fn join(self: &Arc<Self>, hosts: SimHosts) {
+        self.hosts.set(hosts).unwrap();
+        tokio::spawn(beat_for_ever(self.clone()));
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock().unwrap();
+        state.expire(Instant::now());
+        state
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn cut(&self) {
+        self.linked.send_replace(false);
+    }
+
+    pub(super) fn mend(&self) {
+        self.linked.send_replace(true);
+    }
+
+    pub(super) fn freeze(&self) {
+        self.awake.send_replace(false);
+    }
+
+    pub(super) fn thaw(&self) {
+        self.awake.send_replace(true);
+    }
+
+    pub(super) fn is_linked(&self) -> bool {
+        *self.linked.borrow()
+    }
+
+    /// Waits until the agent is there and can be reached.
+    pub(super) async fn answering(&self) {
+        let (mut linked, mut awake) = (self.linked.subscribe(), self.awake.subscribe());
+        loop {
+            let _ = linked.wait_for(|up| *up).await;
+            let _ = awake.wait_for(|up| *up).await;
+            if *linked.borrow() && *awake.borrow() {
+                return;
+            }
+        }
+    }
+
+    /// Power off and on: everything is gone.
+    pub(super) fn reboot(&self) {
+        let mut state = self.state();
+        state.vms.clear();
+        state.lease_until = None;
+        state.facts.boot_id = Uuid::new_v4();
+        state.incarnation = Uuid::new_v4();
+        state.sequence = 0;
+    }
+
+    /// Kills one VMM process.
+    pub(super) fn kill_vmm(&self, vm: VmId) {
+        if let Some(vm) = self.state().vms.get_mut(&vm) {
+            vm.state = None;
+        }
+        self.poke.notify_one();
+    }
+
+    /// The guest powers off.
+    pub(super) fn halt_guest(&self, vm: VmId) {
+        if let Some(vm) = self.state().vms.get_mut(&vm) {
+            vm.state = Some(VmmState::Stopped { reason: StopReason::GuestHalted });
+        }
+        self.poke.notify_one();
+    }
+
+    /// From now on it cannot start VMs.
+    pub(super) fn refuse_starts(&self) {
+        self.state().refuses_starts = true;
+    }
+
+    /// From now on its reports lack all VMs.
+    pub(super) fn hide_vms(&self) {
+        self.state().hides = true;
+    }
+
+    pub(super) fn runs(&self, vm: VmId, now: Instant) -> bool {
+        self.running(now).contains(&vm)
+    }
+
+    pub(super) fn has(&self, vm: VmId) -> bool {
+        self.state().vms.contains_key(&vm)
+    }
+
+    pub(super) fn running(&self, now: Instant) -> Vec<VmId> {
+        let mut state = self.state.lock().unwrap();
+        state.expire(now);
+        let running = |(id, vm): (&VmId, &SimVm)| (vm.state == Some(VmmState::Running)).then_some(*id);
+        state.vms.iter().filter_map(running).collect()
+    }
+
+    // ---- commands -------------------------------------------------------------------------------------------
+
+    fn admit(&self, vm: VmId, epoch: Epoch, generation: Generation) -> Result<MutexGuard<'_, State>, Problem> {
+        let state = self.state();
+        if state.fence.get(&vm).is_some_and(|seen| epoch < *seen) {
+            return Err(refuse("stale-epoch"));
+        }
+        let newer = |known: &SimVm| known.epoch == epoch && generation < known.generation;
+        if state.vms.get(&vm).is_some_and(newer) {
+            return Err(refuse("stale-generation"));
+        }
+        Ok(state)
+    }
+
+    pub(super) fn start_vm(&self, vm: VmId, command: &StartVm) -> Result<VmReport, Problem> {
+        let mut state = self.admit(vm, command.epoch, command.generation)?;
+        if state.refuses_starts {
+            return Err(refuse("no-kvm"));
+        }
+        state.fence.insert(vm, command.epoch);
+        let same = |known: &SimVm| known.epoch == command.epoch && known.generation == command.generation;
+        if !state.vms.get(&vm).is_some_and(same) {
+            let running = match command.lease {
+                LeasePolicy::Watched if !state.lease_held(Instant::now()) => {
+                    VmmState::Paused { reason: PauseReason::LeaseExpired }
+                }
+                _ => VmmState::Running,
+            };
+            state.vms.insert(
+                vm,
+                SimVm {
+                    epoch: command.epoch,
+                    generation: command.generation,
+                    state: Some(running),
+                    lease: command.lease,
+                    migration: None,
+                },
+            );
+        }
+        self.poke.notify_one();
+        Ok(state.report(vm).unwrap())
+    }
+
+    fn set(
+        &self,
+        vm: VmId,
+        epoch: Epoch,
+        generation: Generation,
+        change: impl FnOnce(&mut SimVm, bool) -> Result<(), Problem>,
+    ) -> Result<VmReport, Problem> {
+        let mut state = self.admit(vm, epoch, generation)?;
+        let held = state.lease_held(Instant::now());
+        let known = state.vms.get_mut(&vm).filter(|known| known.epoch == epoch);
+        let known = known.ok_or_else(|| Problem::not_found("VM", vm))?;
+        known.generation = generation;
+        change(known, held)?;
+        self.poke.notify_one();
+        Ok(state.report(vm).unwrap())
+    }
+
+    pub(super) fn stop_vm(&self, vm: VmId, command: &StopVm) -> Result<VmReport, Problem> {
+        self.set(vm, command.epoch, command.generation, |vm, _| {
+            vm.state = Some(VmmState::Stopped { reason: StopReason::Killed });
+            Ok(())
+        })
+    }
+
+    pub(super) fn pause_vm(&self, vm: VmId, command: &VmCommand) -> Result<VmReport, Problem> {
+        self.set(vm, command.epoch, command.generation, |vm, _| {
+            vm.state = Some(VmmState::Paused { reason: PauseReason::Requested });
+            Ok(())
+        })
+    }
+
+    pub(super) fn resume_vm(&self, vm: VmId, command: &VmCommand) -> Result<VmReport, Problem> {
+        self.set(vm, command.epoch, command.generation, |vm, held| vm.run(held))
+    }
+
+    pub(super) fn prepare_incoming(&self, vm: VmId, command: &PrepareIncoming) -> Result<IncomingReady, Problem> {
+        let mut state = self.admit(vm, command.epoch, command.generation)?;
+        let status = MigrationStatus {
+            migration: command.migration,
+            sequence: 1,
+            role: MigrationRole::Target,
+            phase: MigrationPhase::Connecting,
+            progress: MigrationProgress::default(),
+            connected: false,
+            reason: None,
+        };
+        let known = state.vms.get(&vm).and_then(|vm| vm.migration.as_ref());
+        if known.is_none_or(|known| known.migration != command.migration) {
+            state.vms.insert(
+                vm,
+                SimVm {
+                    epoch: command.epoch,
+                    generation: command.generation,
+                    state: Some(VmmState::Incoming),
+                    lease: command.lease,
+                    migration: Some(status),
+                },
+            );
+        }
+        self.poke.notify_one();
+        Ok(IncomingReady { address: state.facts.address })
+    }
+
+    pub(super) fn start_outgoing(self: &Arc<Self>, vm: VmId, command: &StartOutgoing) -> Result<VmReport, Problem> {
+        let mut begun = false;
+        let report = self.set(vm, command.epoch, command.generation, |vm, _| {
+            if vm.migration.as_ref().is_some_and(|known| known.migration == command.migration) {
+                return Ok(());
+            }
+            begun = true;
+            vm.migration = Some(MigrationStatus {
+                migration: command.migration,
+                sequence: 1,
+                role: MigrationRole::Source,
+                phase: MigrationPhase::PreCopy,
+                progress: MigrationProgress { memory_bytes: Bytes(512 << 20), ..MigrationProgress::default() },
+                connected: true,
+                reason: None,
+            });
+            Ok(())
+        })?;
+        let hosts = self.hosts.get().unwrap();
+        let target = hosts.values().find(|host| host.state().facts.address == command.target).cloned();
+        if let Some(target) = target.filter(|_| begun) {
+            tokio::spawn(send(self.clone(), target, vm, command.migration, command.epoch));
+        }
+        Ok(report)
+    }
+
+    pub(super) fn cancel_migration(&self, vm: VmId, command: &CancelMigration) -> Result<VmReport, Problem> {
+        let mut state = self.state();
+        let held = state.lease_held(Instant::now());
+        let known = state.vms.get_mut(&vm).ok_or_else(|| Problem::not_found("VM", vm))?;
+        let status = known.migration.as_mut().filter(|known| known.migration == command.migration);
+        let status = status.ok_or_else(|| Problem::not_found("migration", command.migration))?;
+        match (status.role, status.phase) {
+            (MigrationRole::Source, MigrationPhase::PreCopy | MigrationPhase::Blackout) => {
+                status.phase = MigrationPhase::Cancelled;
+                status.reason = Some("cancelled".into());
+                let _ = known.run(held);
+            }
+            (_, phase) if phase.is_final() => {}
+            _ => return Err(refuse("too-late")),
+        }
+        self.poke.notify_one();
+        Ok(state.report(vm).unwrap())
+    }
+
+    pub(super) fn destroy(&self, vm: VmId, epoch: Epoch) {
+        let mut state = self.state();
+        if state.vms.get(&vm).is_some_and(|known| known.epoch <= epoch) {
+            state.vms.remove(&vm);
+        }
+        self.poke.notify_one();
+    }
+
+    pub(super) fn serial(&self, vm: VmId) -> Result<Box<dyn Duplex>, Problem> {
+        match self.state().vms.contains_key(&vm) {
+            true => Ok(Box::new(tokio::io::duplex(64).0)),
+            false => Err(Problem::not_found("VM", vm)),
+        }
+    }
+
+    fn with_migration<T>(
+        &self,
+        vm: VmId,
+        migration: MigrationId,
+        change: impl FnOnce(&mut SimVm, bool) -> T,
+    ) -> Option<T> {
+        let mut state = self.state();
+        let held = state.lease_held(Instant::now());
+        let known = state.vms.get_mut(&vm)?;
+        known.migration.as_ref().filter(|known| known.migration == migration)?;
+        let result = change(known, held);
+        self.poke.notify_one();
+        Some(result)
+    }
+
+    fn phase(&self, vm: VmId, migration: MigrationId) -> Option<MigrationPhase> {
+        self.with_migration(vm, migration, |vm, _| vm.migration.as_ref().map(|status| status.phase))?
+    }
+
+    fn enter(&self, vm: VmId, migration: MigrationId, phase: MigrationPhase) {
+        self.with_migration(vm, migration, |vm, _| vm.enter(phase));
+    }
+}
+
+impl SimVm {
+    fn enter(&mut self, phase: MigrationPhase) {
+        if let Some(status) = &mut self.migration {
+            status.phase = phase;
+            status.sequence += 1;
+        }
+    }
+
+    /// A VMM looks at its lease before it lets vCPUs run.
+    fn run(&mut self, lease_held: bool) -> Result<(), Problem> {
+        if self.lease == LeasePolicy::Watched && !lease_held {
+            self.state = Some(VmmState::Paused { reason: PauseReason::LeaseExpired });
+            return Err(refuse("lease-expired"));
+        }
+        self.state = Some(VmmState::Running);
+        Ok(())
+    }
+}
+
+impl State {
+    fn lease_held(&self, now: Instant) -> bool {
+        self.lease_until.is_some_and(|until| now < until)
+    }
+
+    fn expire(&mut self, now: Instant) {
+        let over = self.lease_until.is_none_or(|until| now >= until + STOPS_LATE);
+        for vm in self.vms.values_mut() {
+            if over && vm.lease == LeasePolicy::Watched && vm.state == Some(VmmState::Running) {
+                vm.state = Some(VmmState::Paused { reason: PauseReason::LeaseExpired });
+            }
+        }
+    }
+
+    fn report(&self, id: VmId) -> Option<VmReport> {
+        let vm = self.vms.get(&id)?;
+        Some(VmReport {
+            vm: id,
+            epoch: vm.epoch,
+            generation: vm.generation,
+            state: vm.state.clone(),
+            usage: VmUsage { cpu_percent: 5.0, rss_bytes: Bytes(512 << 20), exits_per_s: 1.0, dirty_bytes_per_s: 0 },
+            migration: vm.migration.clone(),
+        })
+    }
+}
+
+async fn beat_for_ever(host: Arc<SimHost>) {
+    loop {
+        host.answering().await;
+        let (beat, sent, busy) = {
+            let mut state = host.state();
+            state.sequence += 1;
+            let ids: Vec<VmId> = if state.hides { Vec::new() } else { state.vms.keys().copied().collect() };
+            let beat = Heartbeat {
+                host: host.id,
+                incarnation: state.incarnation,
+                sequence: state.sequence,
+                report: HostReport {
+                    facts: state.facts.clone(),
+                    usage: HostUsage::default(),
+                    vms: ids.into_iter().filter_map(|id| state.report(id)).collect(),
+                },
+            };
+            let busy = state.vms.values().any(|vm| vm.migration.as_ref().is_some_and(|m| !m.phase.is_final()));
+            (beat, Instant::now(), busy)
+        };
+        tokio::time::sleep(LATENCY).await;
+        if let Some((agents, life)) = host.server.get() {
+            let answered = tokio::select! {
+                answered = agents.heartbeat(host.id, beat) => Some(answered),
+                () = life.died() => None,
+                () = tokio::time::sleep(Duration::from_secs(3)) => None,
+            };
+            tokio::time::sleep(LATENCY).await;
+            host.answering().await;
+            if let Some(Ok(reply)) = answered {
+                obey(&host, sent, reply.lease_ms, &reply.orders);
+            }
+        }
+        let pause = Duration::from_millis(if busy { 250 } else { 1_000 });
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = host.poke.notified() => {}
+        }
+    }
+}
+
+/// Destructions, then the lease, then resumptions.
+fn obey(host: &SimHost, sent: Instant, lease_ms: u64, orders: &[Order]) {
+    let mut state = host.state();
+    for order in orders {
+        if let Order::Destroy { vm, epoch } = order
+            && state.vms.get(vm).is_some_and(|known| known.epoch <= *epoch)
+        {
+            state.vms.remove(vm);
+        }
+    }
+    let until = sent + Duration::from_millis(lease_ms);
+    state.lease_until = Some(state.lease_until.map_or(until, |known| known.max(until)));
+    let held = state.lease_held(Instant::now());
+    for order in orders {
+        if let Order::Resume { vm, epoch } = order
+            && let Some(known) = state.vms.get_mut(vm).filter(|known| known.epoch == *epoch)
+            && known.state == Some(VmmState::Paused { reason: PauseReason::LeaseExpired })
+        {
+            let _ = known.run(held);
+        }
+    }
+    drop(state);
+}
+
+fn both_linked(source: &SimHost, target: &SimHost) -> bool {
+    source.is_linked() && target.is_linked()
+}
+
+/// The VMMs' side of a migration: it goes on while agents are frozen.
+async fn send(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+    let steps = 6;
+    for step in 1..=steps {
+        tokio::time::sleep(COPY_TIME / steps).await;
+        if source.phase(vm, migration) != Some(MigrationPhase::PreCopy) {
+            return;
+        }
+        if !both_linked(&source, &target) || target.phase(vm, migration).is_none() {
+            source.with_migration(vm, migration, |vm, _| {
+                vm.enter(MigrationPhase::Failed);
+                vm.migration.as_mut().unwrap().reason = Some("the connection broke".into());
+            });
+            return;
+        }
+        source.with_migration(vm, migration, |vm, _| {
+            let progress = &mut vm.migration.as_mut().unwrap().progress;
+            progress.transferred_bytes = Bytes((512 << 20) / u64::from(steps) * u64::from(step));
+        });
+        target.enter(vm, migration, MigrationPhase::PreCopy);
+    }
+    let paused = source.with_migration(vm, migration, |vm, _| {
+        if vm.state != Some(VmmState::Running) {
+            vm.enter(MigrationPhase::Failed);
+            return false;
+        }
+        vm.state = Some(VmmState::Paused { reason: PauseReason::HandOver });
+        vm.enter(MigrationPhase::Blackout);
+        true
+    });
+    if paused != Some(true) {
+        return;
+    }
+    tokio::time::sleep(BLACKOUT_TIME).await;
+    if source.phase(vm, migration) != Some(MigrationPhase::Blackout) {
+        return;
+    }
+    source.enter(vm, migration, MigrationPhase::AwaitingCommit);
+    if both_linked(&source, &target) {
+        target.enter(vm, migration, MigrationPhase::AwaitingCommit);
+        tokio::spawn(receive(source.clone(), target, vm, migration, epoch));
+    }
+    tokio::time::sleep(RESOLVE_AFTER).await;
+    resolve(source, vm, migration, epoch).await;
+}
+
+/// The target's agent asks for the commit until it is answered.
+async fn receive(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+    loop {
+        target.answering().await;
+        if target.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
+            return;
+        }
+        let request = CommitRequest { vm, host: target.id, epoch };
+        tokio::time::sleep(LATENCY).await;
+        let answer = match target.server.get() {
+            Some((agents, life)) => tokio::select! {
+                answer = agents.commit(target.id, migration, request) => answer.ok(),
+                () = life.died() => None,
+            },
+            None => None,
+        };
+        tokio::time::sleep(LATENCY).await;
+        target.answering().await;
+        match answer {
+            Some(CommitReply::Granted { epoch }) => {
+                let ran = target.with_migration(vm, migration, |known, held| {
+                    known.epoch = epoch;
+                    known.enter(MigrationPhase::Completed);
+                    known.run(held).is_ok()
+                });
+                if let Some(true) = ran
+                    && both_linked(&source, &target)
+                {
+                    source.with_migration(vm, migration, |known, _| {
+                        known.enter(MigrationPhase::Completed);
+                        known.migration.as_mut().unwrap().progress.downtime_us = Some(40_000);
+                        known.state = Some(VmmState::Stopped { reason: StopReason::MigratedAway });
+                    });
+                }
+                let mut state = target.state();
+                state.fence.insert(vm, epoch);
+                return;
+            }
+            Some(CommitReply::Refused { .. }) => {
+                target.destroy(vm, epoch);
+                return;
+            }
+            None => tokio::time::sleep(RETRY).await,
+        }
+    }
+}
+
+/// The source's agent asks what became of a migration whose target is silent.
+async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+    loop {
+        source.answering().await;
+        if source.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
+            return;
+        }
+        let request = ResolveRequest { vm, host: source.id, role: MigrationRole::Source, epoch };
+        let answer = match source.server.get() {
+            Some((agents, life)) => tokio::select! {
+                answer = agents.resolve(source.id, migration, request) => answer.ok(),
+                () = life.died() => None,
+            },
+            None => None,
+        };
+        source.answering().await;
+        match answer {
+            Some(Resolution::RunHere { .. }) => {
+                source.with_migration(vm, migration, |known, held| {
+                    known.enter(MigrationPhase::Failed);
+                    let _ = known.run(held);
+                });
+                return;
+            }
+            Some(Resolution::End) => return source.destroy(vm, epoch),
+            Some(Resolution::Open) | None => tokio::time::sleep(RETRY).await,
+        }
+    }
+}

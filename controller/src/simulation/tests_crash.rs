@@ -1,0 +1,239 @@
+//! The server killed after each of its transactions, and everything failing at random.
+
+use super::*;
+use crate::intent::{NewMaintenance, Resource};
+use crate::model::{MaintenanceState, ReturnPolicy};
+use godwit_wire::host_api::StopMode;
+use godwit_wire::migration::MigrationPolicy;
+
+impl Pool {
+    /// Everything has calmed down: no operation left, and each VM that shall run runs exactly where it belongs.
+    async fn settled(&self) {
+        self.wait("everything has settled", |view| {
+            view.active_operations().next().is_none()
+                && view.vms.values().all(|vm| {
+                    let wanted = if vm.intent.wants_vmm() { VmState::Running } else { VmState::Stopped };
+                    view.vm_status(vm).state == wanted
+                })
+        })
+        .await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        self.check();
+        for vm in self.view().vms.values() {
+            let owner: Vec<u128> = vm.owner.map(|host| host.0.as_u128()).into_iter().collect();
+            assert_eq!(self.runs_on(vm.id), owner, "{}", vm.name);
+            let copies = self.hosts.values().filter(|host| host.has(vm.id)).count();
+            assert_eq!(copies, owner.len(), "{}", vm.name);
+        }
+    }
+
+    /// Lets the server die after `transactions`, runs `intent`, and starts another server. False when the intent
+    /// was carried out before that many transactions.
+    async fn dies_during(&mut self, intent: Intent, transactions: u64) -> bool {
+        self.life.dies_after(transactions);
+        let life = self.life.clone();
+        let accepted = self.submit(intent).await;
+        let ended = async {
+            if let Some(operation) = accepted.ok().and_then(|accepted| accepted.operation) {
+                let mut changed = self.controller.changed();
+                while !self.view().operations.get(&operation).is_none_or(|op| op.state.is_final()) {
+                    if changed.changed().await.is_err() {
+                        break;
+                    }
+                }
+            } else {
+                std::future::pending::<()>().await;
+            }
+        };
+        let died = tokio::select! {
+            () = life.died() => true,
+            () = ended => false,
+        };
+        if died {
+            self.restart_server(Duration::from_millis(500), None).await;
+        }
+        life.dies_after(u64::MAX);
+        died
+    }
+}
+
+/// Kills the server after its 1st, 2nd, 3rd … transaction until it is not killed any more; returns how many
+/// times it was.
+async fn at_every_transaction<F>(prepare: impl Fn() -> F, intent: impl Fn(VmId) -> Intent) -> u64
+where
+    F: Future<Output = (Pool, VmId)>,
+{
+    for transactions in 1..200 {
+        let (mut pool, vm) = prepare().await;
+        let died = pool.dies_during(intent(vm), transactions).await;
+        pool.settled().await;
+        if !died {
+            return transactions - 1;
+        }
+    }
+    panic!("the operation never ends");
+}
+
+async fn one_vm() -> (Pool, VmId) {
+    let pool = Pool::of(2).await;
+    let vm = pool.vm("a", 1).await;
+    (pool, vm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_owner() {
+    let migrate =
+        |vm| Intent::MigrateVm { vm, target: Some(Pool::id(2)), policy: MigrationPolicy::default() };
+    let killed = at_every_transaction(one_vm, migrate).await;
+    assert!(killed >= 5, "killed {killed} times");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_stop_a_reboot_or_a_start_resumes() {
+    let mode = StopMode::Graceful { timeout_ms: 1_000 };
+    assert!(at_every_transaction(one_vm, |vm| Intent::StopVm { vm, mode }).await >= 3);
+    assert!(at_every_transaction(one_vm, |vm| Intent::RebootVm { vm, mode }).await >= 5);
+    let killed = at_every_transaction(one_vm, |_| Intent::CreateVm(new_vm("b"))).await;
+    assert!(killed >= 3, "killed {killed} times");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_pause_resumes() {
+    for transactions in 1..50 {
+        let (mut pool, vm) = one_vm().await;
+        let died = pool.dies_during(Intent::PauseVm { vm }, transactions).await;
+        let intent = pool.view().vms[&vm].intent;
+        let wanted = if intent == PowerIntent::Paused { VmState::Paused } else { VmState::Running };
+        pool.wait("it is as wanted", |view| {
+            view.active_operations().next().is_none() && view.vm_status(&view.vms[&vm]).state == wanted
+        })
+        .await;
+        if !died {
+            assert!(transactions > 2);
+            return;
+        }
+    }
+    panic!("the operation never ends");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_failover_starts_every_vm_exactly_once() {
+    for transactions in 1..=10 {
+        let mut pool = Pool::of(3).await;
+        for n in 0..3 {
+            pool.vm(&format!("vm-{n}"), 1).await;
+        }
+        pool.life.dies_after(transactions);
+        pool.host(1).cut();
+        let life = pool.life.clone();
+        let _ = tokio::time::timeout(Duration::from_secs(20), life.died()).await;
+        pool.restart_server(Duration::from_millis(500), None).await;
+        pool.settled_without(1).await;
+        pool.host(1).mend();
+        pool.settled().await;
+    }
+}
+
+impl Pool {
+    /// As [`settled`](Self::settled) while one host is away.
+    async fn settled_without(&self, away: u128) {
+        self.wait("all VMs run elsewhere", |view| {
+            view.active_operations().next().is_none()
+                && view.vms.values().all(|vm| {
+                    vm.owner != Some(Self::id(away)) && view.vm_status(vm).state == VmState::Running
+                })
+        })
+        .await;
+        self.check();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_maintenance_drains_and_restores_all_the_same() {
+    for transactions in 1..=40 {
+        let mut pool = Pool::of(2).await;
+        for n in 0..2 {
+            pool.vm(&format!("vm-{n}"), 1).await;
+        }
+        let new = NewMaintenance {
+            host: Pool::id(1),
+            reason: "patch".into(),
+            return_policy: ReturnPolicy::Exact,
+            overrides: BTreeMap::new(),
+        };
+        let accepted = pool.submit(Intent::CreateMaintenance(new)).await.unwrap();
+        let Resource::Maintenance(id) = accepted.resource else { panic!("not a maintenance") };
+        pool.dies_during(Intent::StartMaintenance { maintenance: id }, transactions).await;
+        let state = |view: &View| view.maintenances[&id].state;
+        if state(&pool.view()) == MaintenanceState::Ready {
+            pool.submit(Intent::StartMaintenance { maintenance: id }).await.unwrap();
+        }
+        pool.wait("it is drained", |view| state(view) == MaintenanceState::Drained).await;
+        assert_eq!(pool.view().vms_of(Pool::id(1)).count(), 0);
+        pool.dies_during(Intent::FinishMaintenance { maintenance: id }, transactions).await;
+        if state(&pool.view()) == MaintenanceState::Drained {
+            pool.submit(Intent::FinishMaintenance { maintenance: id }).await.unwrap();
+        }
+        pool.wait("it is done", |view| state(view) == MaintenanceState::Done).await;
+        pool.settled().await;
+        assert_eq!(pool.view().vms_of(Pool::id(1)).count(), 2);
+    }
+}
+
+/// Small and repeatable; quality does not matter here.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % sides
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whatever_fails_at_random_no_vm_is_lost_and_none_runs_twice() {
+    for seed in 1..=25 {
+        let mut dice = Dice(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15));
+        let mut pool = Pool::of(4).await;
+        for n in 0..6 {
+            pool.vm(&format!("vm-{n}"), 1 + n % 4).await;
+        }
+        for _ in 0..40 {
+            let host = 1 + u128::from(dice.roll(4));
+            match dice.roll(10) {
+                0 => pool.host(host).cut(),
+                1 => pool.host(host).freeze(),
+                2 => pool.host(host).reboot(),
+                3 => pool.restart_server(Duration::from_millis(dice.roll(12_000)), None).await,
+                4 | 5 => {
+                    pool.host(host).mend();
+                    pool.host(host).thaw();
+                }
+                6 => {
+                    let away = dice.roll(6);
+                    pool.life.dies_after(1 + away);
+                }
+                _ => {
+                    let ids: Vec<VmId> = pool.view().vms.keys().copied().collect();
+                    let vm = ids[dice.roll(ids.len() as u64) as usize];
+                    let policy = MigrationPolicy::default();
+                    let _ = pool.submit(Intent::MigrateVm { vm, target: None, policy }).await;
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(dice.roll(4_000))).await;
+            pool.check();
+            if pool.life.is_over() {
+                pool.restart_server(Duration::from_millis(200), None).await;
+            }
+        }
+        for host in pool.hosts.values() {
+            host.mend();
+            host.thaw();
+        }
+        pool.life.dies_after(u64::MAX);
+        eprintln!("seed {seed}: {} transactions in the last life", pool.life.transactions());
+        pool.settled().await;
+    }
+}

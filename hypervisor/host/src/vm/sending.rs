@@ -1,0 +1,214 @@
+//! The source's side of a migration.
+
+use super::driver::{Driver, News};
+use super::handover::{OBEY_TIMEOUT, not_running, pauses};
+use crate::admission::Admission;
+use crate::backoff::random;
+use crate::handover::{SOURCE_PATIENCE, SourceStep};
+use godwit_wire::host_api::{Resolution, StartOutgoing, VmReport};
+use godwit_wire::id::Epoch;
+use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
+use godwit_wire::problem::Problem;
+use godwit_wire::vmm_api::{MigrationCommand, OutgoingRequest, StopReason};
+use http::Method;
+use std::time::Duration;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long a source VMM may take to be released before it is killed.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+
+impl Driver {
+    /// `POST /v1/vms/{vm}/outgoing`.
+    pub(super) async fn send(&mut self, ask: StartOutgoing) -> Result<VmReport, Problem> {
+        if self.admit_here(ask.epoch, ask.generation)? == Admission::Repeat {
+            return self.repeat(ask.epoch, ask.generation);
+        }
+        match self.begin_sending(&ask).await {
+            Ok(()) => self.answer(),
+            Err(problem) => self.refuse(ask.epoch, ask.generation, problem),
+        }
+    }
+
+    pub(super) async fn begin_sending(&mut self, ask: &StartOutgoing) -> Result<(), Problem> {
+        self.nothing_moves()?;
+        let live = self.live().ok_or_else(|| not_running(self.vm))?;
+        let dirty_log = live.observer.reserve_dirty_log().await;
+        live.observer.command_sent();
+        let request = OutgoingRequest {
+            epoch: ask.epoch,
+            migration: ask.migration,
+            target: ask.target,
+            policy: ask.policy.clone(),
+        };
+        let vmm = live.vmm.clone();
+        let status: MigrationStatus = self.vmm_answer(vmm.post("/v1/outgoing", &request)).await?;
+        tracing::info!(vm = %self.vm, migration = %ask.migration, target = %ask.target, "sending the VM");
+        self.begin_handover(status, MigrationRole::Source, ask.epoch, Some(dirty_log));
+        Ok(())
+    }
+
+    /// A VMM says that it is sending, and this driver does not know: a former agent began it.
+    pub(super) fn adopt_handover(&mut self, status: MigrationStatus) {
+        let Some(holding) = &mut self.holding else {
+            return;
+        };
+        let over = matches!(
+            status.phase,
+            MigrationPhase::Failed | MigrationPhase::Cancelled
+        );
+        if holding.handover.is_some() || status.role == MigrationRole::Target {
+            return;
+        }
+        holding.migration = Some(status.clone());
+        if over {
+            return;
+        }
+        let epoch = holding.record.epoch;
+        let dirty_log = holding
+            .live
+            .as_ref()
+            .and_then(|live| live.observer.try_reserve_dirty_log());
+        tracing::info!(vm = %self.vm, migration = %status.migration, phase = ?status.phase, "going on with a migration");
+        self.begin_handover(status, MigrationRole::Source, epoch, dirty_log);
+        if let Some(handover) = self.handover_mut() {
+            // How long it has waited already is not known: long enough.
+            handover.awaiting_since = Instant::now().checked_sub(SOURCE_PATIENCE);
+        }
+    }
+
+    pub(super) async fn take_source_step(&mut self, step: SourceStep) {
+        match step {
+            SourceStep::Wait => {}
+            SourceStep::LookAgainIn(time) => {
+                if let Some(handover) = self.handover_mut() {
+                    handover.look_again = Some(Instant::now() + time);
+                }
+            }
+            SourceStep::AskStore => self.ask_for_resolution(),
+            SourceStep::TellVmmToRun { epoch } => self.run_again(epoch).await,
+            SourceStep::Release => self.release().await,
+            SourceStep::Keep => self.keep(),
+        }
+    }
+
+    pub(super) fn ask_for_resolution(&mut self) {
+        let Some(request) = self.resolve_request() else {
+            return;
+        };
+        let control = self.context.control.clone();
+        let (vm, news) = (self.vm, self.news.clone());
+        let Some(handover) = self.handover_mut() else {
+            return;
+        };
+        if handover.courier.is_some() {
+            return;
+        }
+        let migration = handover.migration;
+        handover.courier = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut retry = pauses();
+            loop {
+                match control.resolve(migration, &request).await {
+                    // Not for a source to hear; it asks until the store has decided.
+                    Ok(Resolution::Open) => {}
+                    Ok(resolution) => return drop(news.send(News::Resolution(resolution)).await),
+                    Err(error) if retry.failures() == 0 => {
+                        tracing::warn!(%vm, %migration, %error, "the store does not say what became of the migration; the VM stays paused");
+                    }
+                    Err(_) => {}
+                }
+                tokio::time::sleep(retry.next(random())).await;
+            }
+        })));
+    }
+
+    /// The migration is void: the VM runs again where it was.
+    pub(super) async fn run_again(&mut self, epoch: Epoch) {
+        let Some(holding) = &self.holding else { return };
+        let Some(handover) = &holding.handover else {
+            return;
+        };
+        if epoch != holding.record.epoch {
+            tracing::error!(vm = %self.vm, %epoch, here = %holding.record.epoch, "the store names another epoch to run under");
+        }
+        let migration = handover.migration;
+        let Some(live) = &holding.live else { return };
+        live.observer.command_sent();
+        let vmm = live.vmm.clone();
+        let command = MigrationCommand {
+            migration,
+            epoch: holding.record.epoch,
+        };
+        let told = vmm.request_within(
+            OBEY_TIMEOUT,
+            Method::POST,
+            "/v1/migration/abort",
+            Some(&command),
+        );
+        match self.vmm_answer::<MigrationStatus>(told).await {
+            Ok(status) => {
+                let over = matches!(
+                    status.phase,
+                    MigrationPhase::Failed | MigrationPhase::Cancelled
+                );
+                if let Some(holding) = &mut self.holding {
+                    holding.migration = Some(status);
+                }
+                if over {
+                    self.keep();
+                } else {
+                    self.look_again_later();
+                }
+            }
+            Err(problem) => {
+                tracing::warn!(vm = %self.vm, %migration, %problem, "the VMM did not run the VM again; telling it again");
+                self.look_again_later();
+            }
+        }
+    }
+
+    /// The migration ended before its commit: the VM runs here as before.
+    pub(super) fn keep(&mut self) {
+        if let Some(holding) = &mut self.holding {
+            holding.handover = None;
+            if let Some(live) = &holding.live {
+                live.observer.command_sent();
+                live.observer.look_now();
+            }
+        }
+    }
+
+    /// The VM runs at the target: the source ends.
+    pub(super) async fn release(&mut self) {
+        let Some(holding) = &self.holding else { return };
+        let Some(handover) = &holding.handover else {
+            return;
+        };
+        let migration = handover.migration;
+        if let Some(live) = &holding.live {
+            let vmm = live.vmm.clone();
+            let command = MigrationCommand {
+                migration,
+                epoch: holding.record.epoch,
+            };
+            let told = vmm.request_within(
+                RELEASE_TIMEOUT,
+                Method::POST,
+                "/v1/migration/release",
+                Some(&command),
+            );
+            match self.vmm_answer::<MigrationStatus>(told).await {
+                Ok(status) => {
+                    if let Some(holding) = &mut self.holding {
+                        holding.migration = Some(status);
+                    }
+                }
+                Err(problem) => {
+                    tracing::debug!(vm = %self.vm, %migration, %problem, "the source was not released; killing it")
+                }
+            }
+        }
+        tracing::info!(vm = %self.vm, %migration, "the VM has moved away");
+        self.depart(StopReason::MigratedAway).await;
+    }
+}

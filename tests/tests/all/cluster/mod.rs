@@ -1,0 +1,78 @@
+//! A server, host agents and VMMs as real processes, driven through REST.
+
+mod fail_over;
+mod kills;
+mod maintenance;
+mod restarts;
+
+use godwit_tests::cluster::Cluster;
+use godwit_tests::serial::Serial;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+/// Room for a few pilots on each host.
+const HOST_MIB: u64 = 1024;
+
+/// A pilot VM whose memory holds data and changes.
+async fn create_busy_pilot(cluster: &Cluster, name: &str, host: &str) -> Value {
+    let vm = cluster
+        .create_pilot(name, host, 1, 320)
+        .await
+        .expect("a VM");
+    let mut shell = cluster.shell(name).await.expect("its console");
+    shell.command("fill 256").await.expect("fill");
+    shell.command("dirty 10 8").await.expect("dirty");
+    vm
+}
+
+/// The text of a field that is always there.
+fn text<'a>(resource: &'a Value, field: &str) -> &'a str {
+    resource[field]
+        .as_str()
+        .unwrap_or_else(|| panic!("no {field} in {resource}"))
+}
+
+/// The VM's memory is whole.
+async fn verify(cluster: &Cluster, name: &str) {
+    let mut shell: Serial = cluster.shell(name).await.expect("the console");
+    shell
+        .command("verify")
+        .await
+        .expect("no page was lost, torn or stale");
+}
+
+/// Watches until the VM has settled: one copy runs, on the host the store names, and stays the only one.
+async fn wait_until_one_copy_runs(cluster: &Cluster, name: &str, patience: Duration) -> String {
+    const SETTLED: Duration = Duration::from_secs(2);
+    let deadline = Instant::now() + patience;
+    let mut since: Option<(Instant, String)> = None;
+    loop {
+        let seen = cluster.vm(name).await.ok();
+        let owner = match &seen {
+            Some(vm) if vm["state"] == "running" && vm["migration"].is_null() => {
+                let running = cluster.running_on(text(vm, "id")).await;
+                assert!(running.len() <= 1, "{name} runs on {running:?}");
+                running
+                    .into_iter()
+                    .next()
+                    .filter(|host| vm["host_name"] == host.as_str())
+            }
+            _ => None,
+        };
+        match (owner, since.take()) {
+            (Some(owner), Some((start, host))) if owner == host => {
+                if start.elapsed() > SETTLED {
+                    return owner;
+                }
+                since = Some((start, host));
+            }
+            (Some(owner), _) => since = Some((Instant::now(), owner)),
+            (None, _) => {}
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{name} does not settle: {seen:#?}"
+        );
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
