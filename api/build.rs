@@ -12,11 +12,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     files.sort();
     let mut table = String::from("static FILES: &[(&str, &[u8])] = &[\n");
     for file in &files {
-        let path = file.strip_prefix(&root)?.to_str().ok_or("a file name is not UTF-8")?;
+        let path = file
+            .strip_prefix(&root)?
+            .to_str()
+            .ok_or("a file name is not UTF-8")?;
         writeln!(table, "    ({path:?}, include_bytes!({file:?})),")?;
     }
     table.push_str("];\n");
-    fs::write(PathBuf::from(env::var("OUT_DIR")?).join("console_files.rs"), table)?;
+    fs::write(
+        PathBuf::from(env::var("OUT_DIR")?).join("console_files.rs"),
+        table,
+    )?;
     Ok(())
 }
 
@@ -28,7 +34,11 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) -> Result<(), Box<dyn Err
     }
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         if name.starts_with('.') || name == "test" || name == "tests" {
             continue;
         }

@@ -87,4 +87,4 @@ export async function maintain(host) {
 }
 
 /** `what` names it for the operator, such as "Migrate web-1". */
-export const cancelOperation = (id, what) => perform(`Cancel: ${what}`, () => post(`/v1/operations/${id}/cancel`));
+export const cancelOperation = (id, what) => perform(`Cancel: ${what}`, () => post(`/v1/operations/${id}/cancel`), 'requested');

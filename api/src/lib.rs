@@ -8,10 +8,8 @@ pub mod client;
 
 pub mod cli;
 
-#[cfg(feature = "control-plane")]
 pub mod rest;
 
-#[cfg(feature = "control-plane")]
 pub mod server;
 
 pub mod demo;

@@ -4,12 +4,11 @@
 //! server about hosts.
 
 use crate::cli::{
-    ClientOptions, EventCommand, Failure, HostCommand, MaintenanceCommand, MigrationCommand, OperationCommand, Session,
-    VmCommand,
+    ClientOptions, EventCommand, Failure, HostCommand, MaintenanceCommand, MigrationCommand,
+    OperationCommand, Session, VmCommand,
 };
-#[cfg(feature = "control-plane")]
-use crate::server::{self, ServerArgs};
 use crate::demo::{self, DemoArgs};
+use crate::server::{self, ServerArgs};
 use clap::{ArgMatches, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand};
 use clap_complete::Shell;
 use std::error::Error;
@@ -36,7 +35,6 @@ struct Program {
 #[derive(Debug, Subcommand)]
 enum Role {
     /// Run the control plane: controller, REST API and web console.
-    #[cfg(feature = "control-plane")]
     Server {
         #[command(flatten)]
         arguments: ServerArgs,
@@ -78,7 +76,6 @@ enum Role {
 #[derive(Debug, Subcommand)]
 enum Host {
     /// Run the agent on this host: it joins the pool and runs VMs.
-    #[cfg(feature = "control-plane")]
     Run {
         #[command(flatten)]
         arguments: godwit_host::HostArgs,
@@ -96,7 +93,13 @@ struct LogOptions {
     #[arg(long, value_enum, default_value_t = LogFormat::Text, help_heading = "Logging")]
     log_format: LogFormat,
     /// What is logged, such as `info` or `godwit_api=debug,info`.
-    #[arg(long, env = "GODWIT_LOG", default_value = "info", value_name = "FILTER", help_heading = "Logging")]
+    #[arg(
+        long,
+        env = "GODWIT_LOG",
+        default_value = "info",
+        value_name = "FILTER",
+        help_heading = "Logging"
+    )]
     log: String,
 }
 
@@ -114,17 +117,43 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     match program.role {
-        #[cfg(feature = "control-plane")]
-        Role::Server { arguments, log, die_with_parent } => logged(&log, || serve(arguments, die_with_parent)),
-        #[cfg(feature = "control-plane")]
-        Role::Host(Host::Run { arguments, log }) => logged(&log, || report(godwit_host::run(arguments))),
+        Role::Server {
+            arguments,
+            log,
+            die_with_parent,
+        } => logged(&log, || serve(arguments, die_with_parent)),
+        Role::Host(Host::Run { arguments, log }) => {
+            logged(&log, || report(godwit_host::run(arguments)))
+        }
         Role::Vmm(arguments) => report(godwit_vmm::run(arguments, pilot::ELF)),
-        Role::Host(Host::Ask(command)) => ask(&matches, |session| async move { command.run(&session).await }),
-        Role::Vm(command) => ask(&matches, |session| async move { command.run(&session).await }),
-        Role::Maintenance(command) => ask(&matches, |session| async move { command.run(&session).await }),
-        Role::Operation(command) => ask(&matches, |session| async move { command.run(&session).await }),
-        Role::Migration(command) => ask(&matches, |session| async move { command.run(&session).await }),
-        Role::Event(command) => ask(&matches, |session| async move { command.run(&session).await }),
+        Role::Host(Host::Ask(command)) => {
+            ask(
+                &matches,
+                |session| async move { command.run(&session).await },
+            )
+        }
+        Role::Vm(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Maintenance(command) => {
+            ask(
+                &matches,
+                |session| async move { command.run(&session).await },
+            )
+        }
+        Role::Operation(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Migration(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Event(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
         Role::Demo(arguments) => match Builder::new_current_thread().enable_all().build() {
             // One thread: the children end with the thread that started them.
             Ok(runtime) => report(runtime.block_on(demo::run(arguments))),
@@ -138,7 +167,14 @@ pub fn main() -> ExitCode {
 }
 
 /// Nouns whose commands ask the server.
-const ASKING: [&str; 6] = ["event", "host", "maintenance", "migration", "operation", "vm"];
+const ASKING: [&str; 6] = [
+    "event",
+    "host",
+    "maintenance",
+    "migration",
+    "operation",
+    "vm",
+];
 /// The command beneath an asking noun that does not.
 const AGENT: &str = "run";
 
@@ -148,17 +184,26 @@ fn command() -> Command {
     let mut command = Program::command();
     for noun in ASKING {
         command = command.mut_subcommand(noun, |noun| {
-            let leaves: Vec<String> = noun.get_subcommands().map(|leaf| leaf.get_name().to_owned()).collect();
-            leaves.iter().filter(|leaf| *leaf != AGENT).fold(noun, |noun, leaf| {
-                noun.mut_subcommand(leaf, ClientOptions::augment_args)
-            })
+            let leaves: Vec<String> = noun
+                .get_subcommands()
+                .map(|leaf| leaf.get_name().to_owned())
+                .collect();
+            leaves
+                .iter()
+                .filter(|leaf| *leaf != AGENT)
+                .fold(noun, |noun, leaf| {
+                    noun.mut_subcommand(leaf, ClientOptions::augment_args)
+                })
         });
     }
     command
 }
 
 /// Runs a command that asks the server.
-fn ask<F: Future<Output = Result<(), Failure>>>(matches: &ArgMatches, run: impl FnOnce(Session) -> F) -> ExitCode {
+fn ask<F: Future<Output = Result<(), Failure>>>(
+    matches: &ArgMatches,
+    run: impl FnOnce(Session) -> F,
+) -> ExitCode {
     let mut leaf = matches;
     while let Some((_, beneath)) = leaf.subcommand() {
         leaf = beneath;
@@ -167,10 +212,16 @@ fn ask<F: Future<Output = Result<(), Failure>>>(matches: &ArgMatches, run: impl 
         Ok(options) => options,
         Err(error) => error.exit(),
     };
-    let outcome = match (Session::new(&options), Builder::new_current_thread().enable_all().build()) {
+    let outcome = match (
+        Session::new(&options),
+        Builder::new_current_thread().enable_all().build(),
+    ) {
         (Ok(session), Ok(runtime)) => runtime.block_on(run(session)),
         (Err(failure), _) => Err(failure),
-        (_, Err(source)) => Err(Failure::Io { action: "cannot start", source }),
+        (_, Err(source)) => Err(Failure::Io {
+            action: "cannot start",
+            source,
+        }),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -182,7 +233,6 @@ fn ask<F: Future<Output = Result<(), Failure>>>(matches: &ArgMatches, run: impl 
 }
 
 /// Runs the server.
-#[cfg(feature = "control-plane")]
 fn serve(arguments: ServerArgs, die_with_parent: bool) -> ExitCode {
     if die_with_parent {
         let signal = Some(rustix::process::Signal::TERM);
@@ -203,17 +253,26 @@ fn serve(arguments: ServerArgs, die_with_parent: bool) -> ExitCode {
 
 /// Runs a process that logs.
 fn logged(options: &LogOptions, run: impl FnOnce() -> ExitCode) -> ExitCode {
-    let log = options.log.parse().map_err(|error: ParseError| error.into()).and_then(|filter: EnvFilter| {
-        let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-        match options.log_format {
-            LogFormat::Text => subscriber.with_ansi(io::stderr().is_terminal()).try_init(),
-            LogFormat::Json => subscriber.json().try_init(),
-        }
-    });
+    let log = options
+        .log
+        .parse()
+        .map_err(|error: ParseError| error.into())
+        .and_then(|filter: EnvFilter| {
+            let subscriber = tracing_subscriber::fmt()
+                .with_env_filter(filter)
+                .with_writer(io::stderr);
+            match options.log_format {
+                LogFormat::Text => subscriber.with_ansi(io::stderr().is_terminal()).try_init(),
+                LogFormat::Json => subscriber.json().try_init(),
+            }
+        });
     match log {
         Ok(()) => run(),
         Err(error) => {
-            eprintln!("godwit: --log {:?} cannot be used: {error}\n  remedy: write it as `info` or `godwit_api=debug,info`", options.log);
+            eprintln!(
+                "godwit: --log {:?} cannot be used: {error}\n  remedy: write it as `info` or `godwit_api=debug,info`",
+                options.log
+            );
             ExitCode::from(2)
         }
     }
@@ -221,7 +280,9 @@ fn logged(options: &LogOptions, run: impl FnOnce() -> ExitCode) -> ExitCode {
 
 /// Prints an error with its causes.
 fn report<E: Error>(outcome: Result<(), E>) -> ExitCode {
-    let Err(error) = outcome else { return ExitCode::SUCCESS };
+    let Err(error) = outcome else {
+        return ExitCode::SUCCESS;
+    };
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -247,9 +308,20 @@ mod tests {
         for noun in ASKING {
             let command = command();
             let noun = command.find_subcommand(noun).expect("a noun");
-            for leaf in noun.get_subcommands().filter(|leaf| leaf.get_name() != AGENT) {
-                let long: Vec<_> = leaf.get_arguments().filter_map(|argument| argument.get_long()).collect();
-                assert!(long.contains(&"server") && long.contains(&"output"), "{} {}", noun.get_name(), leaf.get_name());
+            for leaf in noun
+                .get_subcommands()
+                .filter(|leaf| leaf.get_name() != AGENT)
+            {
+                let long: Vec<_> = leaf
+                    .get_arguments()
+                    .filter_map(|argument| argument.get_long())
+                    .collect();
+                assert!(
+                    long.contains(&"server") && long.contains(&"output"),
+                    "{} {}",
+                    noun.get_name(),
+                    leaf.get_name()
+                );
             }
         }
     }

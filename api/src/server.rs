@@ -4,11 +4,12 @@ use crate::READY_PREFIX;
 use crate::rest::{self, Access, ApiConfig, ApiTokens, TokenError};
 use axum::Router;
 use godwit_channel::file::{self, FileError};
-use godwit_channel::pki::{Authority, PkiError};
+use godwit_channel::pki::Identity;
 use godwit_controller::controller::{Controller, ControllerConfig, StartError};
 use godwit_controller::model::limits::DEFAULT_MIGRATIONS_PER_HOST;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use std::collections::BTreeSet;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -21,8 +22,6 @@ use tokio_util::sync::CancellationToken;
 
 mod tls;
 
-/// Directory of the pool's CA beneath the state directory.
-const PKI_DIR: &str = "pki";
 /// How long requests under way may still take at shutdown.
 const DRAIN_TIME: Duration = Duration::from_secs(3);
 
@@ -30,7 +29,12 @@ const DRAIN_TIME: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug, clap::Args)]
 pub struct ServerArgs {
     /// Directory of the store, the pool's CA and the keys.
-    #[arg(long, env = "GODWIT_STATE_DIR", default_value = "/var/lib/godwit/server", value_name = "DIR")]
+    #[arg(
+        long,
+        env = "GODWIT_STATE_DIR",
+        default_value = "/var/lib/godwit/server",
+        value_name = "DIR"
+    )]
     pub state_dir: PathBuf,
     /// Where the REST API and the console listen. Beyond loopback they use TLS and demand a token.
     #[arg(long, default_value = "127.0.0.1:7070", value_name = "ADDRESS")]
@@ -69,7 +73,9 @@ pub enum ServerError {
     #[error("cannot write the API token")]
     TokenFile(#[source] FileError),
     /// Another program has the address, or it is none of this machine's.
-    #[error("cannot listen on {address}\n  remedy: stop what listens there, or choose another address with --api")]
+    #[error(
+        "cannot listen on {address}\n  remedy: stop what listens there, or choose another address with --api"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -77,11 +83,10 @@ pub enum ServerError {
         #[source]
         source: io::Error,
     },
-    /// The pool's CA could not issue the API's certificate.
-    #[error("cannot issue a certificate for the API")]
-    Issue(#[source] PkiError),
     /// The certificate or key cannot be used.
-    #[error("cannot use {what} {path}: {reason}\n  remedy: give a PEM file with --tls-cert and --tls-key")]
+    #[error(
+        "cannot use {what} {path}: {reason}\n  remedy: give a PEM file with --tls-cert and --tls-key"
+    )]
     Certificate {
         /// Certificate or key.
         what: &'static str,
@@ -101,13 +106,16 @@ pub async fn run(arguments: ServerArgs) -> Result<(), ServerError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServerError::Signals)?;
     // Listened first: a port that is taken must not leave anything behind in the state directory.
     let address = arguments.api;
-    let listener =
-        TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-    let address = listener.local_addr().map_err(|source| ServerError::Listen { address, source })?;
+    let listener = TcpListener::bind(address)
+        .await
+        .map_err(|source| ServerError::Listen { address, source })?;
+    let address = listener
+        .local_addr()
+        .map_err(|source| ServerError::Listen { address, source })?;
     let controller = Controller::start(ControllerConfig {
         state_dir: arguments.state_dir.clone(),
         agents_listen: arguments.agents,
-        agents_names: agent_names(&arguments),
+        agents_names: certificate_names(&arguments),
         migrations_per_host: arguments.migrations_per_host,
     })
     .await?;
@@ -115,11 +123,19 @@ pub async fn run(arguments: ServerArgs) -> Result<(), ServerError> {
     let local = rest::is_loopback(&address);
     let tokens = tokens(&arguments)?;
     let config = ApiConfig {
-        access: if local { Access::Local(tokens) } else { Access::Token(tokens) },
+        access: if local {
+            Access::Local(tokens)
+        } else {
+            Access::Token(tokens)
+        },
         agents_address: agents_address(&arguments, &controller),
         shutdown: shutdown.clone(),
     };
-    let acceptor = if local && arguments.tls_cert.is_none() { None } else { Some(acceptor(&arguments, address)?) };
+    let acceptor = if local && arguments.tls_cert.is_none() {
+        None
+    } else {
+        Some(acceptor(&arguments, controller.server_identity())?)
+    };
     announce(&arguments, &controller, address, acceptor.is_some());
     let router = rest::router(controller.clone(), config);
     let serving = tokio::spawn(serve(listener, acceptor, router, shutdown.clone()));
@@ -139,7 +155,9 @@ fn tokens(arguments: &ServerArgs) -> Result<ApiTokens, ServerError> {
     let (tokens, made) = ApiTokens::load_or_create(&arguments.state_dir)?;
     match (made, &arguments.token_file) {
         (None, _) => {}
-        (Some(token), None) => println!("API token (shown only now; needed beyond this machine): {token}"),
+        (Some(token), None) => {
+            println!("API token (shown only now; needed beyond this machine): {token}")
+        }
         (Some(token), Some(path)) => {
             file::write_atomically(path, format!("{token}\n").as_bytes(), file::Access::Private)
                 .map_err(ServerError::TokenFile)?;
@@ -148,13 +166,16 @@ fn tokens(arguments: &ServerArgs) -> Result<ApiTokens, ServerError> {
     Ok(tokens)
 }
 
-/// Names for the certificate that agents see.
-fn agent_names(arguments: &ServerArgs) -> Vec<String> {
+/// Names for the server's certificate: what agents and operators may call it.
+fn certificate_names(arguments: &ServerArgs) -> Vec<String> {
     let mut names = arguments.names.clone();
-    let listening = arguments.agents.ip();
-    if !listening.is_unspecified() {
-        names.push(listening.to_string());
-    }
+    let listening = [arguments.agents.ip(), arguments.api.ip()]
+        .into_iter()
+        .filter(|ip| !ip.is_unspecified());
+    names.extend(listening.map(|ip| ip.to_string()));
+    names.extend(["localhost".to_owned(), "127.0.0.1".to_owned()]);
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
     names
 }
 
@@ -174,7 +195,11 @@ fn announce(arguments: &ServerArgs, controller: &Controller, address: SocketAddr
         Some(name) if address.ip().is_unspecified() => format!("{name}:{}", address.port()),
         _ => address.to_string(),
     };
-    println!("Hosts join at: {} (CA sha256 {})", agents_address(arguments, controller), controller.ca_fingerprint());
+    println!(
+        "Hosts join at: {} (CA sha256 {})",
+        agents_address(arguments, controller),
+        controller.ca_fingerprint()
+    );
     println!("{READY_PREFIX}{scheme}://{shown}/");
     tracing::info!(api = %address, agents = %controller.agents_address(), "server started");
 }
@@ -187,22 +212,32 @@ async fn serve(
 ) -> io::Result<()> {
     let stop = shutdown.clone().cancelled_owned();
     match acceptor {
-        None => axum::serve(listener, router).with_graceful_shutdown(stop).await,
+        None => {
+            axum::serve(listener, router)
+                .with_graceful_shutdown(stop)
+                .await
+        }
         Some(acceptor) => {
             let listener = tls::TlsListener::new(listener, acceptor, shutdown)?;
-            axum::serve(listener, router).with_graceful_shutdown(stop).await
+            axum::serve(listener, router)
+                .with_graceful_shutdown(stop)
+                .await
         }
     }
 }
 
-fn acceptor(arguments: &ServerArgs, address: SocketAddr) -> Result<TlsAcceptor, ServerError> {
+fn acceptor(arguments: &ServerArgs, identity: &Identity) -> Result<TlsAcceptor, ServerError> {
     let (chain, key) = match (&arguments.tls_cert, &arguments.tls_key) {
         (Some(cert), Some(key)) => (read(cert)?, read(key)?),
-        _ => issued(arguments, address)?,
+        _ => (identity.certificate_pem.clone(), identity.key_pem.clone()),
     };
     let unusable = |what, path: &Option<PathBuf>, reason: String| ServerError::Certificate {
         what,
-        path: path.as_deref().unwrap_or(Path::new("of the pool's CA")).display().to_string(),
+        path: path
+            .as_deref()
+            .unwrap_or(Path::new("of the pool's CA"))
+            .display()
+            .to_string(),
         reason,
     };
     let certificates: Vec<_> = CertificateDer::pem_slice_iter(chain.as_bytes())
@@ -213,7 +248,11 @@ fn acceptor(arguments: &ServerArgs, address: SocketAddr) -> Result<TlsAcceptor, 
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .and_then(|builder| builder.with_no_client_auth().with_single_cert(certificates, key))
+        .and_then(|builder| {
+            builder
+                .with_no_client_auth()
+                .with_single_cert(certificates, key)
+        })
         .map_err(|error| unusable("certificate", &arguments.tls_cert, error.to_string()))?;
     Ok(TlsAcceptor::from(Arc::new(config)))
 }
@@ -227,17 +266,4 @@ fn read(path: &Path) -> Result<String, ServerError> {
         path: path.display().to_string(),
         reason: error.to_string(),
     })
-}
-
-/// A certificate from the pool's CA for every name operators may use.
-fn issued(arguments: &ServerArgs, address: SocketAddr) -> Result<(String, String), ServerError> {
-    let authority =
-        Authority::load_or_create(&arguments.state_dir.join(PKI_DIR)).map_err(ServerError::Issue)?;
-    let mut names = arguments.names.clone();
-    names.extend(["localhost".to_owned(), "127.0.0.1".to_owned()]);
-    if !address.ip().is_unspecified() {
-        names.push(address.ip().to_string());
-    }
-    let identity = authority.issue_server(&names).map_err(ServerError::Issue)?;
-    Ok((identity.certificate_pem, identity.key_pem))
 }

@@ -17,7 +17,8 @@ use godwit_channel::pki::Authority;
 use godwit_channel::problem::{Answer, JsonBody, PathArgs, method_not_allowed, no_such_path};
 use godwit_channel::tls::HostPeer;
 use godwit_wire::host_api::{
-    CommitReply, CommitRequest, Heartbeat, HeartbeatReply, JoinReply, JoinRequest, Resolution, ResolveRequest,
+    CommitReply, CommitRequest, Heartbeat, HeartbeatReply, JoinReply, JoinRequest, Resolution,
+    ResolveRequest,
 };
 use godwit_wire::id::{HostId, MigrationId};
 use godwit_wire::problem::Problem;
@@ -35,7 +36,11 @@ pub(crate) struct Agents {
 }
 
 impl Agents {
-    pub(crate) async fn heartbeat(&self, host: HostId, beat: Heartbeat) -> Result<HeartbeatReply, Problem> {
+    pub(crate) async fn heartbeat(
+        &self,
+        host: HostId,
+        beat: Heartbeat,
+    ) -> Result<HeartbeatReply, Problem> {
         heartbeat::answer(&self.core, host, beat).await
     }
 
@@ -72,7 +77,10 @@ impl Agents {
 }
 
 /// No certificate yet: the token is the proof.
-async fn join(State(agents): State<Agents>, JsonBody(request): JsonBody<JoinRequest>) -> Answer<JoinReply> {
+async fn join(
+    State(agents): State<Agents>,
+    JsonBody(request): JsonBody<JoinRequest>,
+) -> Answer<JoinReply> {
     Ok(Json(join::answer(&agents, request).await?))
 }
 
@@ -104,11 +112,21 @@ async fn resolve(
 
 /// The certificate says one thing and the body another.
 fn not_the_caller(said: HostId, is: HostId) -> Problem {
-    Problem::new(403, "wrong-host", "The certificate is another host's", format!("{said} is asked for by {is}"))
+    Problem::new(
+        403,
+        "wrong-host",
+        "The certificate is another host's",
+        format!("{said} is asked for by {is}"),
+    )
 }
 
 /// A certificate of the pool whose host was removed.
 fn removed(host: HostId) -> Problem {
-    Problem::new(403, "host-removed", "The host is not part of the pool", format!("the pool has no host {host}"))
-        .with_remedy("delete the host's state directory and join it again with a new token")
+    Problem::new(
+        403,
+        "host-removed",
+        "The host is not part of the pool",
+        format!("the pool has no host {host}"),
+    )
+    .with_remedy("delete the host's state directory and join it again with a new token")
 }

@@ -95,28 +95,50 @@ impl Controller {
     /// Opens the store (creating it and the CA on the first start), takes up unfinished operations and listens
     /// for agents.
     pub async fn start(config: ControllerConfig) -> Result<Self, StartError> {
-        prepare_directory(&config.state_dir)
-            .map_err(|source| StartError::StateDir { path: config.state_dir.clone(), source })?;
+        prepare_directory(&config.state_dir).map_err(|source| StartError::StateDir {
+            path: config.state_dir.clone(),
+            source,
+        })?;
         let store = Arc::new(SqliteStore::open(&config.state_dir.join(STORE_FILE))?);
         let authority = Arc::new(Authority::load_or_create(&config.state_dir)?);
         let identity = authority.issue_server(&config.agents_names)?;
         let driver = Arc::new(TlsDriver::new(&identity)?);
-        let settings = Settings { migrations_per_host: config.migrations_per_host.max(1) };
+        let settings = Settings {
+            migrations_per_host: config.migrations_per_host.max(1),
+        };
         let core = Self::core(store, Blocking::Elsewhere, driver, settings)?;
         let tls = tls::server_for_hosts_and_joiners(&identity)?;
-        let listening = |source| StartError::Listen { address: config.agents_listen, source };
-        let listener = Listener::bind(config.agents_listen, tls).await.map_err(listening)?;
+        let listening = |source| StartError::Listen {
+            address: config.agents_listen,
+            source,
+        };
+        let listener = Listener::bind(config.agents_listen, tls)
+            .await
+            .map_err(listening)?;
         let address = listener.local_address().map_err(listening)?;
-        let agents = Agents { core: core.clone(), authority: Some(authority.clone()) };
+        let agents = Agents {
+            core: core.clone(),
+            authority: Some(authority.clone()),
+        };
         let stopping = core.stopping.clone();
-        core.tasks.spawn(tls::serve(listener, agents.router(), async move { stopping.cancelled().await }));
+        core.tasks
+            .spawn(tls::serve(listener, agents.router(), async move {
+                stopping.cancelled().await
+            }));
         loops::spawn(&core);
         let view = core.view();
         tracing::info!(
             agents = %address, hosts = view.hosts.len(), vms = view.vms.len(),
             unfinished_operations = view.active_operations().count(), "controller started"
         );
-        Ok(Self { core, pool: Some(Arc::new(Pool { authority, identity, address })) })
+        Ok(Self {
+            core,
+            pool: Some(Arc::new(Pool {
+                authority,
+                identity,
+                address,
+            })),
+        })
     }
 
     fn core(
@@ -125,7 +147,11 @@ impl Controller {
         driver: Arc<dyn HostDriver>,
         settings: Settings,
     ) -> Result<Arc<Core>, StoreError> {
-        Ok(Arc::new(Core::new(Ledger::open(store, blocking)?, driver, settings)))
+        Ok(Arc::new(Core::new(
+            Ledger::open(store, blocking)?,
+            driver,
+            settings,
+        )))
     }
 
     /// A controller without a network, for simulations.
@@ -135,9 +161,19 @@ impl Controller {
         driver: Arc<dyn HostDriver>,
         settings: Settings,
     ) -> (Self, Agents) {
-        let core = Self::core(store, Blocking::Here, driver, settings).expect("a store in memory opens");
+        let core =
+            Self::core(store, Blocking::Here, driver, settings).expect("a store in memory opens");
         loops::spawn(&core);
-        (Self { core: core.clone(), pool: None }, Agents { core, authority: None })
+        (
+            Self {
+                core: core.clone(),
+                pool: None,
+            },
+            Agents {
+                core,
+                authority: None,
+            },
+        )
     }
 
     /// Where agents reach this server.
@@ -156,7 +192,9 @@ impl Controller {
     }
 
     fn pool(&self) -> &Pool {
-        self.pool.as_deref().expect("a controller that was started has a network")
+        self.pool
+            .as_deref()
+            .expect("a controller that was started has a network")
     }
 
     /// Stops accepting and ends all loops. Operations that have not ended go on with the next start.
@@ -179,9 +217,15 @@ impl Controller {
 
     /// Checks an intent, stores it and starts what takes time.
     pub async fn submit(&self, intent: Intent, actor: &Actor) -> Result<Accepted, Problem> {
-        let decision = self.core.ledger.change(|view, draft| decide(view, draft, &intent, actor)).await?;
+        let decision = self
+            .core
+            .ledger
+            .change(|view, draft| decide(view, draft, &intent, actor))
+            .await?;
         match &intent {
-            Intent::StartVm { vm, .. } | Intent::StopVm { vm, .. } => self.core.forgive_restarts(*vm),
+            Intent::StartVm { vm, .. } | Intent::StopVm { vm, .. } => {
+                self.core.forgive_restarts(*vm)
+            }
             Intent::RemoveHost { host } => {
                 self.core.pulses.forget(*host);
                 self.core.ledger.forget_observed(*host);
@@ -195,11 +239,18 @@ impl Controller {
     /// What [`submit`](Self::submit) would do or refuse; changes nothing.
     pub fn preview(&self, intent: &Intent) -> Result<Preview, Problem> {
         let actor = Actor::new("dry-run");
-        self.core.ledger.rehearse(|view, draft| decide(view, draft, intent, &actor)).map(|decision| decision.preview)
+        self.core
+            .ledger
+            .rehearse(|view, draft| decide(view, draft, intent, &actor))
+            .map(|decision| decision.preview)
     }
 
     /// A token with which one host can join until `ttl` is over.
-    pub async fn create_join_token(&self, ttl: Duration, actor: &Actor) -> Result<NewJoinToken, Problem> {
+    pub async fn create_join_token(
+        &self,
+        ttl: Duration,
+        actor: &Actor,
+    ) -> Result<NewJoinToken, Problem> {
         if ttl.is_zero() || ttl > MAX_TOKEN_LIFE {
             let problem = format!("{} s is outside 1 s to 7 days", ttl.as_secs());
             let field = FieldProblem::new("ttl_s", problem, "choose a time within the limits");
@@ -216,14 +267,30 @@ impl Controller {
             .change(|_, draft| {
                 if draft.tokens().len() >= MAX_JOIN_TOKENS {
                     let detail = format!("there are {MAX_JOIN_TOKENS} tokens already");
-                    return Err(Problem::conflict("too-many-tokens", detail).with_remedy("wait until some expire"));
+                    return Err(Problem::conflict("too-many-tokens", detail)
+                        .with_remedy("wait until some expire"));
                 }
-                draft.put_token(digest.clone(), JoinToken { actor: actor.clone(), expires_at, used: None });
-                draft.info("token.created", Subject::pool(), actor, format!("{actor} made a join token"));
+                draft.put_token(
+                    digest.clone(),
+                    JoinToken {
+                        actor: actor.clone(),
+                        expires_at,
+                        used: None,
+                    },
+                );
+                draft.info(
+                    "token.created",
+                    Subject::pool(),
+                    actor,
+                    format!("{actor} made a join token"),
+                );
                 Ok(())
             })
             .await?;
-        Ok(NewJoinToken { token: token.to_string(), expires_at })
+        Ok(NewJoinToken {
+            token: token.to_string(),
+            expires_at,
+        })
     }
 
     /// Events after `after`, oldest first, at most `limit`; `410 compacted` when some of them are gone already.
@@ -240,18 +307,31 @@ impl Controller {
     /// caller opens it again.
     pub async fn serial(&self, vm: VmId) -> Result<Box<dyn Duplex>, Problem> {
         let view = self.view();
-        let record = view.vms.get(&vm).ok_or_else(|| Problem::not_found("VM", vm))?;
+        let record = view
+            .vms
+            .get(&vm)
+            .ok_or_else(|| Problem::not_found("VM", vm))?;
         let address = record.owner.and_then(|owner| self.core.address(owner));
         let Some(address) = address else {
-            return Err(Problem::conflict("not-running", format!("{} is off", record.name)).with_remedy("start it"));
+            return Err(
+                Problem::conflict("not-running", format!("{} is off", record.name))
+                    .with_remedy("start it"),
+            );
         };
-        self.core.driver.serial(address, vm).await.map_err(godwit_channel::CallError::into_problem)
+        self.core
+            .driver
+            .serial(address, vm)
+            .await
+            .map_err(godwit_channel::CallError::into_problem)
     }
 }
 
 /// Only the server's user may look in: the CA's key is there.
 fn prepare_directory(path: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700))
 }

@@ -67,7 +67,10 @@ impl Core {
     pub(crate) fn address(&self, host: HostId) -> Option<HostAddress> {
         let view = self.view();
         let host: &Host = view.hosts.get(&host)?;
-        Some(HostAddress { host: host.id, address: host.facts.address })
+        Some(HostAddress {
+            host: host.id,
+            address: host.facts.address,
+        })
     }
 
     /// Waits until `find` sees what it looks for in a view; it looks at the present one first.
@@ -86,7 +89,9 @@ impl Core {
     }
 
     fn executing(&self) -> MutexGuard<'_, BTreeSet<OperationId>> {
-        self.executing.lock().unwrap_or_else(PoisonError::into_inner)
+        self.executing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Claims an operation for an executor; false when it has one.
@@ -106,11 +111,17 @@ impl Core {
     /// Counts an automatic restart; returns how many there were in a row.
     pub(crate) fn count_restart(&self, vm: VmId, now: Instant) -> u32 {
         let mut restarts = self.restarts();
-        let entry = restarts.entry(vm).or_insert(Restarts { count: 0, latest: now });
+        let entry = restarts.entry(vm).or_insert(Restarts {
+            count: 0,
+            latest: now,
+        });
         if now.saturating_duration_since(entry.latest) > RESTARTS_FORGIVEN_AFTER {
             entry.count = 0;
         }
-        *entry = Restarts { count: entry.count + 1, latest: now };
+        *entry = Restarts {
+            count: entry.count + 1,
+            latest: now,
+        };
         entry.count
     }
 

@@ -24,8 +24,17 @@ pub(crate) struct Decision {
 
 impl Decision {
     fn new(resource: Resource, operation: Option<OperationId>, effect: impl Into<String>) -> Self {
-        let preview = Preview { effects: vec![effect.into()], ..Preview::default() };
-        Self { accepted: Accepted { resource, operation }, preview }
+        let preview = Preview {
+            effects: vec![effect.into()],
+            ..Preview::default()
+        };
+        Self {
+            accepted: Accepted {
+                resource,
+                operation,
+            },
+            preview,
+        }
     }
 }
 
@@ -45,34 +54,53 @@ pub(crate) fn decide(
         Intent::RebootVm { vm, mode } => vm::reboot(view, draft, *vm, *mode, actor),
         Intent::PauseVm { vm } => vm::pause(view, draft, *vm, actor),
         Intent::ResumeVm { vm } => vm::resume(view, draft, *vm, actor),
-        Intent::MigrateVm { vm, target, policy } => vm::migrate(view, draft, *vm, *target, policy, actor),
+        Intent::MigrateVm { vm, target, policy } => {
+            vm::migrate(view, draft, *vm, *target, policy, actor)
+        }
         Intent::CancelOperation { operation } => cancel_operation(view, draft, *operation, actor),
         Intent::CordonHost { host, reason } => host::cordon(view, draft, *host, reason, actor),
         Intent::UncordonHost { host } => host::uncordon(view, draft, *host, actor),
         Intent::EvacuateHost { host, reason } => host::evacuate(view, draft, *host, reason, actor),
         Intent::RemoveHost { host } => host::remove(view, draft, *host, actor),
         Intent::CreateMaintenance(new) => maintenance::create(view, draft, new, actor),
-        Intent::StartMaintenance { maintenance } => maintenance::start(view, draft, *maintenance, actor),
-        Intent::CancelMaintenance { maintenance, restore } => {
-            maintenance::cancel(view, draft, *maintenance, *restore, actor)
+        Intent::StartMaintenance { maintenance } => {
+            maintenance::start(view, draft, *maintenance, actor)
         }
-        Intent::FinishMaintenance { maintenance } => maintenance::finish(view, draft, *maintenance, actor),
+        Intent::CancelMaintenance {
+            maintenance,
+            restore,
+        } => maintenance::cancel(view, draft, *maintenance, *restore, actor),
+        Intent::FinishMaintenance { maintenance } => {
+            maintenance::finish(view, draft, *maintenance, actor)
+        }
     }
 }
 
 fn find_vm(view: &View, id: VmId) -> Result<Vm, Problem> {
-    view.vms.get(&id).map(|vm| vm.as_ref().clone()).ok_or_else(|| Problem::not_found("VM", id))
+    view.vms
+        .get(&id)
+        .map(|vm| vm.as_ref().clone())
+        .ok_or_else(|| Problem::not_found("VM", id))
 }
 
 /// A VM that nothing else is changing.
 fn idle_vm(view: &View, id: VmId) -> Result<Vm, Problem> {
     let vm = find_vm(view, id)?;
-    let busy = vm.operation.and_then(|id| view.operations.get(&id)).filter(|op| !op.state.is_final());
+    let busy = vm
+        .operation
+        .and_then(|id| view.operations.get(&id))
+        .filter(|op| !op.state.is_final());
     match busy {
         None => Ok(vm),
         Some(operation) => {
-            let detail = format!("{} is busy with {} ({})", vm.name, operation.work.kind(), operation.id);
-            Err(Problem::conflict("busy", detail).with_remedy("wait until that operation ends, or cancel it"))
+            let detail = format!(
+                "{} is busy with {} ({})",
+                vm.name,
+                operation.work.kind(),
+                operation.id
+            );
+            Err(Problem::conflict("busy", detail)
+                .with_remedy("wait until that operation ends, or cancel it"))
         }
     }
 }
@@ -83,14 +111,20 @@ fn cancel_operation(
     id: OperationId,
     actor: &Actor,
 ) -> Result<Decision, Problem> {
-    let operation = view.operations.get(&id).ok_or_else(|| Problem::not_found("operation", id))?;
+    let operation = view
+        .operations
+        .get(&id)
+        .ok_or_else(|| Problem::not_found("operation", id))?;
     if operation.state.is_final() {
         let state = match operation.state {
             OperationState::Succeeded => "succeeded",
             OperationState::Failed => "failed",
             _ => "been cancelled",
         };
-        return Err(Problem::conflict("already-ended", format!("the operation has {state} already")));
+        return Err(Problem::conflict(
+            "already-ended",
+            format!("the operation has {state} already"),
+        ));
     }
     let kind = operation.work.kind();
     let remedy = match &operation.work {
@@ -105,8 +139,16 @@ fn cancel_operation(
     }
     let mut operation = operation.as_ref().clone();
     operation.cancel.get_or_insert_with(|| actor.clone());
-    let effect = format!("{kind} of {} is called off; what cannot be undone is finished", operation.subject);
-    draft.info("operation.cancelling", operation.subject.clone(), actor, &effect);
+    let effect = format!(
+        "{kind} of {} is called off; what cannot be undone is finished",
+        operation.subject
+    );
+    draft.info(
+        "operation.cancelling",
+        operation.subject.clone(),
+        actor,
+        &effect,
+    );
     draft.put_operation(operation);
     Ok(Decision::new(Resource::Operation(id), Some(id), effect))
 }

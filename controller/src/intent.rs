@@ -214,4 +214,3 @@ pub struct NewJoinToken {
     /// Until when it can be used.
     pub expires_at: jiff::Timestamp,
 }
-

@@ -99,7 +99,10 @@ impl Ledger {
 
     /// The latest view.
     pub(crate) fn view(&self) -> Arc<View> {
-        self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.view
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Wakes with every new view.
@@ -113,13 +116,20 @@ impl Ledger {
     }
 
     /// Events after `after`, oldest first, at most `limit`.
-    pub(crate) fn events_after(&self, after: u64, limit: usize) -> Result<Vec<Arc<Event>>, Problem> {
+    pub(crate) fn events_after(
+        &self,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<Arc<Event>>, Problem> {
         let recent = self.recent();
         let oldest = recent.front().map_or(1, |event| event.revision);
         if after + 1 < oldest {
             let detail = format!("event {} is gone, the oldest kept is {oldest}", after + 1);
-            return Err(Problem::new(410, "compacted", "Those events are gone", detail)
-                .with_remedy(format!("read everything anew, then events after {}", oldest - 1)));
+            return Err(
+                Problem::new(410, "compacted", "Those events are gone", detail).with_remedy(
+                    format!("read everything anew, then events after {}", oldest - 1),
+                ),
+            );
         }
         let begin = recent.partition_point(|event| event.revision <= after);
         Ok(recent.iter().skip(begin).take(limit).cloned().collect())
@@ -127,12 +137,21 @@ impl Ledger {
 
     /// Last epoch of a VM that was deleted.
     pub(crate) fn deleted(&self, vm: VmId) -> Option<Epoch> {
-        self.deleted.read().unwrap_or_else(PoisonError::into_inner).get(&vm).copied()
+        self.deleted
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&vm)
+            .copied()
     }
 
     /// Ids of VMs that were deleted, oldest first.
     pub(crate) fn deleted_vms(&self) -> Vec<VmId> {
-        self.deleted.read().unwrap_or_else(PoisonError::into_inner).keys().copied().collect()
+        self.deleted
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .keys()
+            .copied()
+            .collect()
     }
 
     fn recent(&self) -> MutexGuard<'_, VecDeque<Arc<Event>>> {
@@ -141,7 +160,10 @@ impl Ledger {
 
     /// Waits for a turn.
     pub(crate) async fn turn(&self) -> Turn<'_> {
-        Turn { ledger: self, books: self.turn.lock().await }
+        Turn {
+            ledger: self,
+            books: self.turn.lock().await,
+        }
     }
 
     /// Waits for a turn, decides and commits. `decide` may be asked again when another server was faster.
@@ -153,7 +175,10 @@ impl Ledger {
     }
 
     /// Decides without committing: what a change would do.
-    pub(crate) fn rehearse<T>(&self, decide: impl FnOnce(&View, &mut Draft<'_>) -> Result<T, Problem>) -> Result<T, Problem> {
+    pub(crate) fn rehearse<T>(
+        &self,
+        decide: impl FnOnce(&View, &mut Draft<'_>) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
         let (view, books) = (self.view(), Books::default());
         decide(&view, &mut Draft::on(&view, &books))
     }
@@ -161,8 +186,10 @@ impl Ledger {
     /// Publishes a change of what is observed; `update` tells whether anything did change.
     pub(crate) fn observe(&self, host: HostId, update: impl FnOnce(&mut Observed) -> bool) {
         let mut current = self.view.write().unwrap_or_else(PoisonError::into_inner);
-        let mut observed =
-            current.observed.get(&host).map_or_else(Observed::nothing_yet, |observed| observed.as_ref().clone());
+        let mut observed = current
+            .observed
+            .get(&host)
+            .map_or_else(Observed::nothing_yet, |observed| observed.as_ref().clone());
         if !update(&mut observed) {
             return;
         }
@@ -197,7 +224,10 @@ impl Ledger {
                 let store = self.store.clone();
                 let done = tokio::task::spawn_blocking(move || call(store.as_ref())).await;
                 done.unwrap_or_else(|error| {
-                    Err(StoreError::Engine { action: "finish a call", source: Box::new(error) })
+                    Err(StoreError::Engine {
+                        action: "finish a call",
+                        source: Box::new(error),
+                    })
                 })
             }
         }
@@ -220,14 +250,19 @@ impl Turn<'_> {
             if draft.is_empty() {
                 return Ok(decision);
             }
-            let written = draft.finish().map_err(|error| Problem::internal(error.to_string()))?;
+            let written = draft
+                .finish()
+                .map_err(|error| Problem::internal(error.to_string()))?;
             if self.commit(written).await? {
                 return Ok(decision);
             }
             tracing::warn!("another server changed the same records; deciding again");
             self.books.stale = true;
         }
-        Err(Problem::conflict("contended", "other servers keep changing the same records").with_remedy("try again"))
+        Err(
+            Problem::conflict("contended", "other servers keep changing the same records")
+                .with_remedy("try again"),
+        )
     }
 
     async fn commit(&mut self, written: draft::Written) -> Result<bool, Problem> {
@@ -247,16 +282,35 @@ impl Turn<'_> {
 
     async fn reload(&mut self) -> Result<(), StoreError> {
         let store = self.ledger.store.clone();
-        let loaded = self.ledger.blocking(move |_| load::everything(store.as_ref())).await?;
+        let loaded = self
+            .ledger
+            .blocking(move |_| load::everything(store.as_ref()))
+            .await?;
         *self.books = loaded.books;
-        *self.ledger.deleted.write().unwrap_or_else(PoisonError::into_inner) = loaded.deleted;
+        *self
+            .ledger
+            .deleted
+            .write()
+            .unwrap_or_else(PoisonError::into_inner) = loaded.deleted;
         let mut recent = self.ledger.recent();
         let last = recent.back().map_or(0, |event| event.revision);
-        let missed: Vec<_> = loaded.events.iter().filter(|event| event.revision > last).cloned().collect();
+        let missed: Vec<_> = loaded
+            .events
+            .iter()
+            .filter(|event| event.revision > last)
+            .cloned()
+            .collect();
         *recent = loaded.events;
         drop(recent);
-        let mut current = self.ledger.view.write().unwrap_or_else(PoisonError::into_inner);
-        let view = View { observed: current.observed.clone(), ..loaded.view };
+        let mut current = self
+            .ledger
+            .view
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let view = View {
+            observed: current.observed.clone(),
+            ..loaded.view
+        };
         self.ledger.publish(&mut current, view);
         drop(current);
         for event in missed {
@@ -277,7 +331,12 @@ impl Ledger {
         }
         if !written.deleted.is_empty() || !written.forgotten.is_empty() {
             let mut deleted = self.deleted.write().unwrap_or_else(PoisonError::into_inner);
-            deleted.extend(written.deleted.iter().map(|DeletedVm { vm, epoch }| (*vm, *epoch)));
+            deleted.extend(
+                written
+                    .deleted
+                    .iter()
+                    .map(|DeletedVm { vm, epoch }| (*vm, *epoch)),
+            );
             deleted.retain(|vm, _| !written.forgotten.contains(vm));
         }
         {
@@ -292,7 +351,10 @@ impl Ledger {
             let mut view = current.as_ref().clone();
             written.records.apply(&mut view);
             view.revision = revision;
-            view.event_revision = written.events.last().map_or(view.event_revision, |event| event.revision);
+            view.event_revision = written
+                .events
+                .last()
+                .map_or(view.event_revision, |event| event.revision);
             view.index = Arc::new(Index::of(&view));
             self.publish(&mut current, view);
         }
@@ -305,7 +367,12 @@ impl Ledger {
 }
 
 fn log(event: &Event) {
-    let (kind, subject, id, actor) = (&event.kind, &event.subject.name, event.subject.id, &event.actor);
+    let (kind, subject, id, actor) = (
+        &event.kind,
+        &event.subject.name,
+        event.subject.id,
+        &event.actor,
+    );
     match event.severity {
         Severity::Info => tracing::info!(kind, subject, %id, %actor, "{}", event.message),
         Severity::Warning => tracing::warn!(kind, subject, %id, %actor, "{}", event.message),

@@ -40,5 +40,7 @@ pub mod controller;
 mod simulation;
 
 pub use controller::{Controller, ControllerConfig, Duplex, StartError};
-pub use intent::{Accepted, Intent, NewJoinToken, NewMaintenance, NewVm, Placement, Preview, Resource, VmChange};
+pub use intent::{
+    Accepted, Intent, NewJoinToken, NewMaintenance, NewVm, Placement, Preview, Resource, VmChange,
+};
 pub use view::View;

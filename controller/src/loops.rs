@@ -5,7 +5,9 @@ use crate::ledger::Draft;
 use crate::model::limits::{
     MAX_DELETED_VMS, MAX_ENDED_MAINTENANCES, MAX_ENDED_MIGRATIONS, MAX_ENDED_OPERATIONS,
 };
-use crate::model::{Actor, Host, Liveness, MaintenanceState, PowerIntent, StartCause, Subject, Trouble, Vm, Work};
+use crate::model::{
+    Actor, Host, Liveness, MaintenanceState, PowerIntent, StartCause, Subject, Trouble, Vm, Work,
+};
 use crate::operation;
 use crate::plan::reconcile::{Action, plan_reconcile};
 use crate::view::View;
@@ -53,7 +55,10 @@ async fn detect(core: Arc<Core>) {
         if let Some(late) = expected.and_then(|expected| now.checked_duration_since(expected))
             && late > FROZEN
         {
-            tracing::warn!(late_ms = late.as_millis() as u64, "this server was frozen; every host gets a full wait");
+            tracing::warn!(
+                late_ms = late.as_millis() as u64,
+                "this server was frozen; every host gets a full wait"
+            );
             core.pulses.begin_anew(now);
         }
         let view = core.view();
@@ -94,7 +99,8 @@ async fn judged(core: &Arc<Core>, host: &Host, liveness: Liveness) {
     let mut turn = core.ledger.turn().await;
     // The turn may have taken a while, and a heartbeat may have come.
     let liveness = core.pulses.judge(host.id, Instant::now()).liveness;
-    if liveness == Liveness::RestartAllowed && !core.pulses.give_up(&turn, host.id, Instant::now()) {
+    if liveness == Liveness::RestartAllowed && !core.pulses.give_up(&turn, host.id, Instant::now())
+    {
         return;
     }
     let before = core.view().liveness(host.id);
@@ -109,7 +115,13 @@ async fn judged(core: &Arc<Core>, host: &Host, liveness: Liveness) {
 }
 
 fn silence(view: &View, draft: &mut Draft<'_>, id: HostId, before: Liveness, now: Liveness) {
-    let Some(host) = view.hosts.get(&id).filter(|host| host.first_heard_at.is_some()) else { return };
+    let Some(host) = view
+        .hosts
+        .get(&id)
+        .filter(|host| host.first_heard_at.is_some())
+    else {
+        return;
+    };
     let (subject, actor) = (Subject::host(id, host.name()), Actor::controller());
     let name = host.name();
     let vms = view.vms_of(id).count();
@@ -119,18 +131,31 @@ fn silence(view: &View, draft: &mut Draft<'_>, id: HostId, before: Liveness, now
             let mut record = maintenance.as_ref().clone();
             record.state = MaintenanceState::Working;
             draft.put_maintenance(record);
-            draft.info("maintenance.working", subject.clone(), &actor, format!("{name} went silent: work has begun"));
+            draft.info(
+                "maintenance.working",
+                subject.clone(),
+                &actor,
+                format!("{name} went silent: work has begun"),
+            );
         } else {
-            let message = format!("{name} is unreachable: no heartbeat for a whole lease; it has {vms} VMs");
+            let message =
+                format!("{name} is unreachable: no heartbeat for a whole lease; it has {vms} VMs");
             draft.error("host.unreachable", subject.clone(), &actor, message);
         }
     }
     if now == Liveness::RestartAllowed && vms > 0 {
-        let unwatched = view.vms_of(id).filter(|vm| vm.lease == LeasePolicy::Unwatched).count();
-        let message = format!("{name} is given up: {} VMs start elsewhere", vms - unwatched);
+        let unwatched = view
+            .vms_of(id)
+            .filter(|vm| vm.lease == LeasePolicy::Unwatched)
+            .count();
+        let message = format!(
+            "{name} is given up: {} VMs start elsewhere",
+            vms - unwatched
+        );
         draft.error("host.given_up", subject.clone(), &actor, message);
         if unwatched > 0 {
-            let message = format!("{unwatched} unwatched VMs of {name} await proof that the host is off");
+            let message =
+                format!("{unwatched} unwatched VMs of {name} await proof that the host is off");
             draft.error("vm.awaiting_fence", subject, &actor, message);
         }
     }
@@ -154,7 +179,10 @@ async fn reconcile(core: Arc<Core>) {
         }
         operation::spawn_all(&core);
         let timer = async {
-            let waiting = view.vms.values().filter(|vm| vm.operation.is_none() && vm.intent.wants_vmm());
+            let waiting = view
+                .vms
+                .values()
+                .filter(|vm| vm.operation.is_none() && vm.intent.wants_vmm());
             match waiting.filter_map(|vm| due(vm.id)).min() {
                 _ if failed => tokio::time::sleep(STORE_PAUSE).await,
                 Some(due) => tokio::time::sleep_until(due).await,
@@ -180,31 +208,54 @@ async fn begin(core: &Arc<Core>, action: Action) -> Result<(), Problem> {
             | Action::Resume { vm } => *vm,
         };
         // Somebody else may have begun something since the plan was made.
-        let Some(vm) = view.vms.get(&id).filter(|vm| vm.operation.is_none()) else { return Ok(()) };
+        let Some(vm) = view.vms.get(&id).filter(|vm| vm.operation.is_none()) else {
+            return Ok(());
+        };
         let mut vm: Vm = vm.as_ref().clone();
         let subject = Subject::vm(vm.id, &vm.name);
         let work = match &action {
             Action::NoRoom { reason, .. } => {
                 let message = format!("{} shall run and no host takes it: {reason}", vm.name);
                 draft.error("vm.no_room", subject, &actor, message);
-                vm.trouble = Some(Trouble::NoRoom { reason: reason.clone() });
+                vm.trouble = Some(Trouble::NoRoom {
+                    reason: reason.clone(),
+                });
                 draft.put_vm(vm);
                 return Ok(());
             }
             Action::Halted { .. } => {
-                draft.info("vm.halted", subject.clone(), &actor, format!("the guest of {} powered off", vm.name));
+                draft.info(
+                    "vm.halted",
+                    subject.clone(),
+                    &actor,
+                    format!("the guest of {} powered off", vm.name),
+                );
                 vm.intent = PowerIntent::Stopped;
                 vm.trouble = Some(Trouble::Halted);
-                Work::Stop { vm: id, mode: StopMode::Kill, sent: None }
+                Work::Stop {
+                    vm: id,
+                    mode: StopMode::Kill,
+                    sent: None,
+                }
             }
-            Action::Stop { .. } => Work::Stop { vm: id, mode: StopMode::Kill, sent: None },
+            Action::Stop { .. } => Work::Stop {
+                vm: id,
+                mode: StopMode::Kill,
+                sent: None,
+            },
             Action::Pause { .. } => Work::Pause { vm: id, sent: None },
             Action::Resume { .. } => Work::Resume { vm: id, sent: None },
             Action::Start { wanted, cause, .. } => {
                 if matches!(cause, StartCause::Crashed { .. }) {
                     core.count_restart(id, Instant::now());
                 }
-                Work::Start { vm: id, wanted: *wanted, cause: cause.clone(), tried: Vec::new(), placed: None }
+                Work::Start {
+                    vm: id,
+                    wanted: *wanted,
+                    cause: cause.clone(),
+                    tried: Vec::new(),
+                    placed: None,
+                }
             }
         };
         let operation = operation::fresh(work, subject, &actor, None, draft.now());
@@ -236,24 +287,47 @@ const MAX_DROPPED: usize = 500;
 fn drop_old(view: &View, draft: &mut Draft<'_>, core: &Core) {
     let surplus = |ended: usize, limit: usize| ended.saturating_sub(limit).min(MAX_DROPPED);
     // Ids sort by creation. A parent outlives its children, so that its record keeps making sense.
-    let active: BTreeSet<OperationId> = view.active_operations().map(|operation| operation.id).collect();
+    let active: BTreeSet<OperationId> = view
+        .active_operations()
+        .map(|operation| operation.id)
+        .collect();
     let ended: Vec<OperationId> = view
         .operations
         .values()
-        .filter(|op| op.state.is_final() && op.parent.is_none_or(|parent| !active.contains(&parent)))
+        .filter(|op| {
+            op.state.is_final() && op.parent.is_none_or(|parent| !active.contains(&parent))
+        })
         .map(|op| op.id)
         .collect();
-    for id in ended.iter().take(surplus(ended.len(), MAX_ENDED_OPERATIONS)) {
+    for id in ended
+        .iter()
+        .take(surplus(ended.len(), MAX_ENDED_OPERATIONS))
+    {
         draft.delete_operation(*id);
     }
     let held: BTreeSet<_> = view.vms.values().filter_map(|vm| vm.migration).collect();
-    let ended: Vec<_> =
-        view.migrations.values().filter(|m| !m.is_open() && !held.contains(&m.id)).map(|m| m.id).collect();
-    for id in ended.iter().take(surplus(ended.len(), MAX_ENDED_MIGRATIONS)) {
+    let ended: Vec<_> = view
+        .migrations
+        .values()
+        .filter(|m| !m.is_open() && !held.contains(&m.id))
+        .map(|m| m.id)
+        .collect();
+    for id in ended
+        .iter()
+        .take(surplus(ended.len(), MAX_ENDED_MIGRATIONS))
+    {
         draft.delete_migration(*id);
     }
-    let ended: Vec<_> = view.maintenances.values().filter(|m| m.state.is_final()).map(|m| m.id).collect();
-    for id in ended.iter().take(surplus(ended.len(), MAX_ENDED_MAINTENANCES)) {
+    let ended: Vec<_> = view
+        .maintenances
+        .values()
+        .filter(|m| m.state.is_final())
+        .map(|m| m.id)
+        .collect();
+    for id in ended
+        .iter()
+        .take(surplus(ended.len(), MAX_ENDED_MAINTENANCES))
+    {
         draft.delete_maintenance(*id);
     }
     let deleted = core.ledger.deleted_vms();
@@ -261,8 +335,12 @@ fn drop_old(view: &View, draft: &mut Draft<'_>, core: &Core) {
         draft.forget_deleted(*id);
     }
     let now = Timestamp::now();
-    let expired: Vec<String> =
-        draft.tokens().iter().filter(|(_, token)| token.expires_at < now).map(|(digest, _)| digest.clone()).collect();
+    let expired: Vec<String> = draft
+        .tokens()
+        .iter()
+        .filter(|(_, token)| token.expires_at < now)
+        .map(|(digest, _)| digest.clone())
+        .collect();
     for digest in expired.into_iter().take(MAX_DROPPED) {
         draft.delete_token(digest);
     }

@@ -18,7 +18,7 @@ mod power;
 mod start;
 
 use crate::core::Core;
-use crate::model::{Work, Operation, OperationState, Subject, Actor};
+use crate::model::{Actor, Operation, OperationState, Subject, Work};
 use context::Context;
 use godwit_wire::id::OperationId;
 use jiff::Timestamp;
@@ -34,7 +34,13 @@ enum Ended {
 }
 
 /// A new operation.
-pub(crate) fn fresh(work: Work, subject: Subject, actor: &Actor, parent: Option<OperationId>, now: Timestamp) -> Operation {
+pub(crate) fn fresh(
+    work: Work,
+    subject: Subject,
+    actor: &Actor,
+    parent: Option<OperationId>,
+    now: Timestamp,
+) -> Operation {
     Operation {
         id: OperationId::fresh(),
         work,
@@ -72,14 +78,18 @@ pub(crate) fn spawn_all(core: &Arc<Core>) {
 
 async fn execute(core: &Arc<Core>, id: OperationId) {
     let context = Context::new(core, id);
-    let Some(operation) = core.view().operations.get(&id).cloned() else { return };
+    let Some(operation) = core.view().operations.get(&id).cloned() else {
+        return;
+    };
     tracing::debug!(operation = %id, kind = operation.work.kind(), subject = %operation.subject, "executing");
     let ended = match &operation.work {
         Work::Start { .. } => start::run(&context).await,
         Work::Stop { .. } | Work::Delete { .. } | Work::Restart { .. } => halt::run(&context).await,
         Work::Pause { .. } | Work::Resume { .. } => power::run(&context).await,
         Work::Migrate { .. } => migrate::run(&context).await,
-        Work::Evacuate { .. } | Work::Drain { .. } | Work::Restore { .. } => moves::run(&context).await,
+        Work::Evacuate { .. } | Work::Drain { .. } | Work::Restore { .. } => {
+            moves::run(&context).await
+        }
     };
     if ended == Ended::GaveUp {
         // Only a store that fails leads here. The reconciler looks again after its pause.

@@ -20,7 +20,9 @@ mod tests_maintenance;
 use crate::controller::Controller;
 use crate::core::Settings;
 use crate::intent::{Accepted, Intent, NewVm};
-use crate::model::{Actor, Host, HostState, MaintenancePolicy, OperationState, PowerIntent, VmState};
+use crate::model::{
+    Actor, Host, HostState, MaintenancePolicy, OperationState, PowerIntent, VmState,
+};
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
 use crate::view::View;
@@ -63,7 +65,11 @@ fn facts(number: u128, name: &str, memory: u64) -> HostFacts {
     HostFacts {
         name: name.into(),
         address: ([127, 0, 0, 1], 7_000 + number as u16).into(),
-        cpu: CpuFacts { level: CpuBaseline::V3, signature: "sim".into(), model: "sim".into() },
+        cpu: CpuFacts {
+            level: CpuBaseline::V3,
+            signature: "sim".into(),
+            model: "sim".into(),
+        },
         cores: 4,
         memory_mib: Mib(memory + 1024),
         guest_memory_mib: Mib(memory),
@@ -82,7 +88,9 @@ impl Pool {
     /// As [`of`](Self::of); the server dies after so many transactions from now on.
     async fn with(count: u128, dies_after: Option<u64>) -> Self {
         let store = Arc::new(MemoryStore::new());
-        let facts: Vec<_> = (1..=count).map(|n| facts(n, &format!("host-{n}"), 4096)).collect();
+        let facts: Vec<_> = (1..=count)
+            .map(|n| facts(n, &format!("host-{n}"), 4096))
+            .collect();
         enrol(&store, &facts).await;
         let server = Server::default();
         let hosts: SimHosts = Arc::new(
@@ -99,10 +107,19 @@ impl Pool {
         let twice = Arc::new(Mutex::new(None));
         tokio::spawn(watchman(hosts.clone(), twice.clone()));
         let (controller, life) = boot(&store, &hosts, &server, dies_after);
-        let pool = Self { store, hosts, server, controller, life, twice };
+        let pool = Self {
+            store,
+            hosts,
+            server,
+            controller,
+            life,
+            twice,
+        };
         if dies_after.is_none() {
             pool.wait("all hosts are up", |view| {
-                view.hosts.values().all(|host| view.host_state(host) == HostState::Up)
+                view.hosts
+                    .values()
+                    .all(|host| view.host_state(host) == HostState::Up)
             })
             .await;
         }
@@ -165,7 +182,13 @@ impl Pool {
         if tokio::time::timeout(PATIENCE, waiting).await.is_err() {
             let view = self.view();
             for vm in view.vms.values() {
-                eprintln!("{} {:?} {:?} op {:?}", vm.name, vm.owner, view.vm_status(vm), vm.operation);
+                eprintln!(
+                    "{} {:?} {:?} op {:?}",
+                    vm.name,
+                    vm.owner,
+                    view.vm_status(vm),
+                    vm.operation
+                );
             }
             for operation in view.active_operations() {
                 eprintln!("{operation:#?}");
@@ -176,20 +199,32 @@ impl Pool {
     }
 
     async fn running(&self, vm: VmId) {
-        self.wait("the VM runs", |view| view.vms.get(&vm).is_some_and(|vm| view.vm_status(vm).state == VmState::Running))
-            .await;
+        self.wait("the VM runs", |view| {
+            view.vms
+                .get(&vm)
+                .is_some_and(|vm| view.vm_status(vm).state == VmState::Running)
+        })
+        .await;
     }
 
     /// Waits until an operation has ended.
     async fn ended(&self, operation: OperationId) -> OperationState {
-        self.wait("the operation ends", |view| view.operations[&operation].state.is_final()).await;
+        self.wait("the operation ends", |view| {
+            view.operations[&operation].state.is_final()
+        })
+        .await;
         self.view().operations[&operation].state
     }
 
     async fn succeeds(&self, accepted: Accepted) {
         let operation = accepted.operation.expect("it takes an operation");
         let state = self.ended(operation).await;
-        assert_eq!(state, OperationState::Succeeded, "{:#?}", self.view().operations[&operation]);
+        assert_eq!(
+            state,
+            OperationState::Succeeded,
+            "{:#?}",
+            self.view().operations[&operation]
+        );
     }
 
     /// Where the store says the VM is.
@@ -199,7 +234,11 @@ impl Pool {
 
     /// Hosts on which the VM's vCPUs run at this instant.
     fn runs_on(&self, vm: VmId) -> Vec<u128> {
-        self.hosts.values().filter(|host| host.runs(vm, Instant::now())).map(|host| host.id.0.as_u128()).collect()
+        self.hosts
+            .values()
+            .filter(|host| host.runs(vm, Instant::now()))
+            .map(|host| host.id.0.as_u128())
+            .collect()
     }
 
     /// Fails if any VM has run twice so far.
@@ -260,7 +299,13 @@ fn boot(
     let life = Life::new(dies_after);
     let store: Arc<dyn Store> = Arc::new(CrashStore::new(store.clone(), life.clone()));
     let driver = Arc::new(SimDriver::new(hosts.clone(), life.clone()));
-    let (controller, agents) = Controller::simulated(store, driver, Settings { migrations_per_host: 2 });
+    let (controller, agents) = Controller::simulated(
+        store,
+        driver,
+        Settings {
+            migrations_per_host: 2,
+        },
+    );
     server.plug(agents, life.clone());
     (controller, life)
 }

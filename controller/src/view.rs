@@ -5,8 +5,8 @@
 
 use crate::model::limits::VMM_OVERHEAD;
 use crate::model::{
-    Host, HostState, Liveness, Maintenance, MaintenanceState, Migration, MoveState, Operation, OperationState, PowerIntent,
-    Retry, StepState, Trouble, Vm, VmState, Work,
+    Host, HostState, Liveness, Maintenance, MaintenanceState, Migration, MoveState, Operation,
+    OperationState, PowerIntent, Retry, StepState, Trouble, Vm, VmState, Work,
 };
 use crate::store::Revision;
 use godwit_wire::host_api::{LeasePolicy, VmReport};
@@ -173,12 +173,19 @@ impl View {
 
     /// Name of a host, or its id once it is gone.
     pub fn host_name(&self, id: HostId) -> String {
-        self.hosts.get(&id).map_or_else(|| id.to_string(), |host| host.name().to_owned())
+        self.hosts
+            .get(&id)
+            .map_or_else(|| id.to_string(), |host| host.name().to_owned())
     }
 
     /// VMs that a host owns, by id.
     pub fn vms_of(&self, host: HostId) -> impl Iterator<Item = &Arc<Vm>> {
-        self.index.by_owner.get(&host).into_iter().flatten().filter_map(|id| self.vms.get(id))
+        self.index
+            .by_owner
+            .get(&host)
+            .into_iter()
+            .flatten()
+            .filter_map(|id| self.vms.get(id))
     }
 
     /// What a host has promised.
@@ -188,17 +195,24 @@ impl View {
 
     /// Migrations that are not decided.
     pub fn open_migrations(&self) -> impl Iterator<Item = &Arc<Migration>> {
-        self.vms.values().filter_map(|vm| self.migrations.get(&vm.migration?)).filter(|m| m.is_open())
+        self.vms
+            .values()
+            .filter_map(|vm| self.migrations.get(&vm.migration?))
+            .filter(|m| m.is_open())
     }
 
     /// Operations that have not ended.
     pub fn active_operations(&self) -> impl Iterator<Item = &Arc<Operation>> {
-        self.operations.values().filter(|operation| !operation.state.is_final())
+        self.operations
+            .values()
+            .filter(|operation| !operation.state.is_final())
     }
 
     /// How a host stands; a host never heard of is as good as silent.
     pub fn liveness(&self, host: HostId) -> Liveness {
-        self.observed.get(&host).map_or(Liveness::Suspect, |observed| observed.liveness)
+        self.observed
+            .get(&host)
+            .map_or(Liveness::Suspect, |observed| observed.liveness)
     }
 
     /// What a host is to the pool.
@@ -213,7 +227,9 @@ impl View {
             Some(m)
                 if matches!(
                     m.state,
-                    MaintenanceState::Drained | MaintenanceState::Working | MaintenanceState::Verifying
+                    MaintenanceState::Drained
+                        | MaintenanceState::Working
+                        | MaintenanceState::Verifying
                 ) =>
             {
                 HostState::Maintenance
@@ -230,17 +246,23 @@ impl View {
             HostState::Joining => Some("waiting for its first heartbeat".into()),
             HostState::Unreachable => Some("no heartbeat comes from its agent".into()),
             _ => match host.maintenance.and_then(|id| self.maintenances.get(&id)) {
-                Some(maintenance) => {
-                    Some(format!("maintenance ({}): {}", maintenance.state.name(), maintenance.reason))
-                }
-                None => host.cordon.as_ref().map(|cordon| format!("cordoned by {}: {}", cordon.actor, cordon.reason)),
+                Some(maintenance) => Some(format!(
+                    "maintenance ({}): {}",
+                    maintenance.state.name(),
+                    maintenance.reason
+                )),
+                None => host
+                    .cordon
+                    .as_ref()
+                    .map(|cordon| format!("cordoned by {}: {}", cordon.actor, cordon.reason)),
             },
         }
     }
 
     /// What the VM's owner says of it, under its present epoch.
     pub fn report(&self, vm: &Vm) -> Option<&VmReport> {
-        self.report_at(vm.owner?, vm.id).filter(|report| report.epoch == vm.epoch)
+        self.report_at(vm.owner?, vm.id)
+            .filter(|report| report.epoch == vm.epoch)
     }
 
     /// What `host` says of a VM, whoever owns it.
@@ -250,30 +272,51 @@ impl View {
 
     /// What a VM uses; zero when it is off.
     pub fn vm_usage(&self, vm: &Vm) -> VmUsage {
-        self.report(vm).map(|report| report.usage).unwrap_or_default()
+        self.report(vm)
+            .map(|report| report.usage)
+            .unwrap_or_default()
     }
 
     /// What a host uses.
     pub fn host_usage(&self, host: HostId) -> HostUsage {
-        self.observed.get(&host).map(|observed| observed.usage).unwrap_or_default()
+        self.observed
+            .get(&host)
+            .map(|observed| observed.usage)
+            .unwrap_or_default()
     }
 
     /// State of a VM.
     pub fn vm_status(&self, vm: &Vm) -> VmStatus {
         let status = |state, reason: Option<String>| VmStatus { state, reason };
-        let operation = vm.operation.and_then(|id| self.operations.get(&id)).filter(|op| !op.state.is_final());
+        let operation = vm
+            .operation
+            .and_then(|id| self.operations.get(&id))
+            .filter(|op| !op.state.is_final());
         if let Some(owner) = vm.owner
             && self.liveness(owner).is_silent()
-            && self.hosts.get(&owner).is_some_and(|host| host.first_heard_at.is_some())
-            && !matches!(operation.map(|op| &op.work), Some(Work::Start { placed: Some(_), .. }))
+            && self
+                .hosts
+                .get(&owner)
+                .is_some_and(|host| host.first_heard_at.is_some())
+            && !matches!(
+                operation.map(|op| &op.work),
+                Some(Work::Start {
+                    placed: Some(_),
+                    ..
+                })
+            )
         {
             let name = self.host_name(owner);
             return match (vm.lease, self.liveness(owner)) {
                 (LeasePolicy::Unwatched, Liveness::RestartAllowed) => status(
                     VmState::AwaitingFence,
-                    Some(format!("{name} is silent and the VM is not watched: prove that the host is off")),
+                    Some(format!(
+                        "{name} is silent and the VM is not watched: prove that the host is off"
+                    )),
                 ),
-                (_, Liveness::RestartAllowed) => status(VmState::Unreachable, self.no_room(vm, &name)),
+                (_, Liveness::RestartAllowed) => {
+                    status(VmState::Unreachable, self.no_room(vm, &name))
+                }
                 _ => status(VmState::Unreachable, Some(format!("{name} is silent"))),
             };
         }
@@ -282,7 +325,9 @@ impl View {
                 Work::Start { .. } => return status(VmState::Starting, None),
                 Work::Restart { .. } => return status(VmState::Starting, Some("rebooting".into())),
                 Work::Stop { .. } | Work::Delete { .. } => return status(VmState::Stopping, None),
-                Work::Migrate { migration: Some(_), .. } => return status(VmState::Migrating, None),
+                Work::Migrate {
+                    migration: Some(_), ..
+                } => return status(VmState::Migrating, None),
                 _ => {}
             }
         }
@@ -294,7 +339,9 @@ impl View {
 
     fn no_room(&self, vm: &Vm, host_name: &str) -> Option<String> {
         match &vm.trouble {
-            Some(Trouble::NoRoom { reason }) => Some(format!("{host_name} is silent, no other host takes it: {reason}")),
+            Some(Trouble::NoRoom { reason }) => Some(format!(
+                "{host_name} is silent, no other host takes it: {reason}"
+            )),
             _ => Some(format!("{host_name} is silent; starting it elsewhere")),
         }
     }
@@ -302,44 +349,76 @@ impl View {
     fn status_without_owner(&self, vm: &Vm) -> VmStatus {
         let status = |state, reason: Option<String>| VmStatus { state, reason };
         if let Some(maintenance) = vm.held_by {
-            let host = self.maintenances.get(&maintenance).map(|m| m.host_name.clone()).unwrap_or_default();
-            return status(VmState::Stopped, Some(format!("stopped for the maintenance of {host}")));
+            let host = self
+                .maintenances
+                .get(&maintenance)
+                .map(|m| m.host_name.clone())
+                .unwrap_or_default();
+            return status(
+                VmState::Stopped,
+                Some(format!("stopped for the maintenance of {host}")),
+            );
         }
         match (vm.intent, &vm.trouble) {
-            (_, Some(Trouble::StartFailed { reason, retry: Retry::Never, .. })) => {
-                status(VmState::Failed, Some(reason.clone()))
-            }
+            (
+                _,
+                Some(Trouble::StartFailed {
+                    reason,
+                    retry: Retry::Never,
+                    ..
+                }),
+            ) => status(VmState::Failed, Some(reason.clone())),
             (PowerIntent::Stopped, Some(Trouble::Halted)) => {
                 status(VmState::Stopped, Some("the guest powered off".into()))
             }
             (PowerIntent::Stopped, _) => status(VmState::Stopped, None),
-            (_, Some(Trouble::StartFailed { reason, attempts, .. })) => {
-                status(VmState::Pending, Some(format!("attempt {attempts} failed, another follows: {reason}")))
-            }
+            (
+                _,
+                Some(Trouble::StartFailed {
+                    reason, attempts, ..
+                }),
+            ) => status(
+                VmState::Pending,
+                Some(format!(
+                    "attempt {attempts} failed, another follows: {reason}"
+                )),
+            ),
             (_, Some(Trouble::NoRoom { reason })) => status(VmState::Pending, Some(reason.clone())),
             (_, _) => status(VmState::Pending, None),
         }
     }
 
     fn status_from_report(&self, vm: &Vm) -> VmStatus {
-        let status = |state, reason: Option<&str>| VmStatus { state, reason: reason.map(str::to_owned) };
+        let status = |state, reason: Option<&str>| VmStatus {
+            state,
+            reason: reason.map(str::to_owned),
+        };
         let Some(report) = self.report(vm) else {
             return status(VmState::Starting, Some("waiting for the host's report"));
         };
         match &report.state {
             None => status(VmState::Failed, Some("its VMM process is gone")),
             Some(VmmState::Running) => status(VmState::Running, None),
-            Some(VmmState::Paused { reason: PauseReason::Requested }) => status(VmState::Paused, None),
-            Some(VmmState::Paused { reason: PauseReason::HandOver }) => status(VmState::Migrating, None),
-            Some(VmmState::Paused { reason: PauseReason::LeaseExpired }) => {
-                status(VmState::Paused, Some("its host's lease ran out; it resumes when the host is back"))
-            }
-            Some(VmmState::Paused { reason: PauseReason::Fault { detail } }) => status(VmState::Failed, Some(detail)),
+            Some(VmmState::Paused {
+                reason: PauseReason::Requested,
+            }) => status(VmState::Paused, None),
+            Some(VmmState::Paused {
+                reason: PauseReason::HandOver,
+            }) => status(VmState::Migrating, None),
+            Some(VmmState::Paused {
+                reason: PauseReason::LeaseExpired,
+            }) => status(
+                VmState::Paused,
+                Some("its host's lease ran out; it resumes when the host is back"),
+            ),
+            Some(VmmState::Paused {
+                reason: PauseReason::Fault { detail },
+            }) => status(VmState::Failed, Some(detail)),
             Some(VmmState::Empty | VmmState::Created) => status(VmState::Starting, None),
             Some(VmmState::Incoming) => status(VmState::Migrating, None),
-            Some(VmmState::Stopped { reason: StopReason::GuestHalted }) => {
-                status(VmState::Stopped, Some("the guest powered off"))
-            }
+            Some(VmmState::Stopped {
+                reason: StopReason::GuestHalted,
+            }) => status(VmState::Stopped, Some("the guest powered off")),
             Some(VmmState::Stopped { .. }) => status(VmState::Failed, Some("its VMM was killed")),
         }
     }
@@ -347,16 +426,27 @@ impl View {
     /// Phase and figures of a migration: live from the source's heartbeats, or what was kept at its end.
     pub fn migration_figures(&self, migration: &Migration) -> MigrationFigures {
         if let Some(progress) = &migration.progress {
-            return MigrationFigures { phase: migration.phase, progress: progress.clone() };
+            return MigrationFigures {
+                phase: migration.phase,
+                progress: progress.clone(),
+            };
         }
         let said = |host, role| {
             self.report_at(host, migration.vm)
                 .and_then(|report| report.migration.as_ref())
                 .filter(|status| status.migration == migration.id && status.role == role)
         };
-        match said(migration.source, MigrationRole::Source).or_else(|| said(migration.target, MigrationRole::Target)) {
-            Some(status) => MigrationFigures { phase: Some(status.phase), progress: status.progress.clone() },
-            None => MigrationFigures { phase: migration.phase, progress: MigrationProgress::default() },
+        match said(migration.source, MigrationRole::Source)
+            .or_else(|| said(migration.target, MigrationRole::Target))
+        {
+            Some(status) => MigrationFigures {
+                phase: Some(status.phase),
+                progress: status.progress.clone(),
+            },
+            None => MigrationFigures {
+                phase: migration.phase,
+                progress: MigrationProgress::default(),
+            },
         }
     }
 
@@ -368,21 +458,34 @@ impl View {
             _ => {}
         }
         match &operation.work {
-            Work::Migrate { migration: Some(id), .. } => {
-                self.migrations.get(id).map_or(0.0, |migration| self.migration_fraction(migration))
-            }
+            Work::Migrate {
+                migration: Some(id),
+                ..
+            } => self
+                .migrations
+                .get(id)
+                .map_or(0.0, |migration| self.migration_fraction(migration)),
             work if !work.moves().is_empty() => {
                 let part = |state: &MoveState| match state {
                     MoveState::Waiting => 0.0,
-                    MoveState::Running { operation } => {
-                        self.operations.get(operation).map_or(0.0, |child| self.operation_progress(child))
-                    }
+                    MoveState::Running { operation } => self
+                        .operations
+                        .get(operation)
+                        .map_or(0.0, |child| self.operation_progress(child)),
                     _ => 1.0,
                 };
-                work.moves().iter().map(|task| part(&task.state)).sum::<f64>() / work.moves().len() as f64
+                work.moves()
+                    .iter()
+                    .map(|task| part(&task.state))
+                    .sum::<f64>()
+                    / work.moves().len() as f64
             }
             _ => {
-                let done = operation.steps.iter().filter(|step| step.state == StepState::Done).count();
+                let done = operation
+                    .steps
+                    .iter()
+                    .filter(|step| step.state == StepState::Done)
+                    .count();
                 let all = operation.steps.len().max(2) as f64;
                 (done as f64 / all).min(0.95)
             }
@@ -396,7 +499,11 @@ impl View {
             Some(MigrationPhase::PreCopy | MigrationPhase::Failed | MigrationPhase::Cancelled) => {
                 let sent = figures.progress.transferred_bytes.0 as f64;
                 let left = figures.progress.remaining_bytes.0 as f64;
-                if sent + left > 0.0 { (sent / (sent + left)).min(0.9) } else { 0.0 }
+                if sent + left > 0.0 {
+                    (sent / (sent + left)).min(0.9)
+                } else {
+                    0.0
+                }
             }
             Some(MigrationPhase::Blackout) => 0.92,
             Some(MigrationPhase::AwaitingCommit) => 0.95,

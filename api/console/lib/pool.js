@@ -5,6 +5,8 @@ import { count, sentence, words } from './format.js';
 const GIB_IN_MIB = 1024;
 /** Share of the last ten seconds in which work stalled, from which a host counts as under pressure. */
 const PRESSURE_PERCENT = 20;
+/** Share of a host's memory in use from which it counts as almost full. */
+const MEMORY_FULL_SHARE = 0.95;
 const RECENT_MS = 15 * 60_000;
 
 const MIGRATION_ENDS = ['completed', 'failed', 'cancelled'];
@@ -101,8 +103,11 @@ function hostAttention(pool, host) {
   if (host.state === 'cordoned' && !maintenanceOf(pool, host)) {
     found.push(about('info', `Host ${host.name} is cordoned`, 'it takes no new VMs until it is uncordoned'));
   }
-  const pressure = host.usage?.pressure;
-  if (pressure?.memory_percent >= PRESSURE_PERCENT) {
+  if (host.usage.memory_used_bytes > MEMORY_FULL_SHARE * host.facts.memory_mib * 2 ** 20) {
+    found.push(about('warning', `Host ${host.name} is almost out of memory`, 'move VMs away before it has to reclaim memory from guests'));
+  }
+  const { pressure } = host.usage;
+  if (pressure.memory_percent >= PRESSURE_PERCENT) {
     const stalled = `work stalled on memory ${Math.round(pressure.memory_percent)} % of the time; move VMs away`;
     found.push(about('warning', `Host ${host.name} is short of memory`, stalled));
   }

@@ -21,7 +21,7 @@ export function HostMeters({ host }) {
   const memory = facts?.memory_mib ?? 0;
   const used = (usage.memory_used_bytes ?? 0) / 2 ** 20;
   return html`<div class="meters">
-    <${Meter} label="CPU" title="Busy share of all cores" share=${(usage.cpu_percent ?? 0) / 100}
+    <${Meter} label="CPU" title="Busy share of all cores" warnAt=${0.95} badAt=${Infinity} share=${(usage.cpu_percent ?? 0) / 100}
       text="${percent(usage.cpu_percent)} of ${count(capacity.cores, 'core')}" />
     <${Meter} label="Memory" title="Memory in use on the host, by guests and everything else" share=${used / memory}
       text="${bytes(usage.memory_used_bytes)} of ${mib(memory)}" />
@@ -36,13 +36,17 @@ export function Pressure({ pressure = {} }) {
   const entries = [['CPU', pressure.cpu_percent], ['memory', pressure.memory_percent], ['I/O', pressure.io_percent]];
   return html`<span class="pressure" title="Share of the last ten seconds in which some task waited">
     <span class="pressure-label">Pressure</span>
-    ${entries.map(([label, value = 0]) => html`<span key=${label} class="pressure-item ${pressureTone(value)}">
+    ${entries.map(([label, value = 0]) => html`<span key=${label} class="pressure-item ${pressureTone(label, value)}">
       ${label} <b>${Math.round(value)}</b> %
     </span>`)}
   </span>`;
 }
 
-const pressureTone = (value) => (value >= PRESSURE_BAD_PERCENT ? 'is-bad' : value >= PRESSURE_WARN_PERCENT ? 'is-warn' : '');
+// Waiting for a CPU slows guests down; waiting for memory or I/O stalls them.
+function pressureTone(label, value) {
+  if (value < PRESSURE_WARN_PERCENT) return '';
+  return value >= PRESSURE_BAD_PERCENT && label !== 'CPU' ? 'is-bad' : 'is-warn';
+}
 
 /** The card on the overview and hosts pages. */
 export function HostCard({ pool, host, compact }) {

@@ -20,13 +20,16 @@ export function migrationShare(migration) {
 export function LiveMigration({ migration, onCancel, heading = true }) {
   const p = migration.progress ?? {};
   const share = migrationShare(migration);
+  // Until the hosts have shaken hands there is nothing to tell.
+  const begun = p.memory_bytes > 0;
+  const told = (value) => (begun ? value : null);
   const figures = [
-    ['Round', p.round ?? '–'],
-    ['Sent', `${inMib(p.transferred_bytes)} MiB`],
-    ['Rate', rate(p.rate_bytes_per_s)],
-    ['Remaining', `${inMib(p.remaining_bytes)} MiB`],
-    ['Dirty rate', rate(p.dirty_bytes_per_s)],
-    ['Predicted blackout', milliseconds(p.predicted_blackout_ms)],
+    ['Round', told(p.round) ?? '–'],
+    ['Sent', begun ? `${inMib(p.transferred_bytes)} MiB` : '–'],
+    ['Rate', rate(told(p.rate_bytes_per_s))],
+    ['Remaining', begun ? `${inMib(p.remaining_bytes)} MiB` : '–'],
+    ['Dirty rate', rate(told(p.dirty_bytes_per_s))],
+    ['Predicted blackout', milliseconds(told(p.predicted_blackout_ms))],
   ];
   return html`<section class="migration" data-testid="migration-${migration.vm_name}" data-phase=${migration.phase}
     aria-label="Migration of ${migration.vm_name}">
@@ -34,7 +37,7 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
       ${heading && html`<a class="migration-vm" href=${linkTo('vms', migration.vm_name)}>${migration.vm_name}</a>`}
       <span class="migration-phase">${phaseWords(migration.phase)}${migration.phase === 'pre_copy' && p.round
         ? html`, round <b>${p.round}</b>` : ''}</span>
-      <span class="quiet">${milliseconds(p.elapsed_ms)}</span>
+      <span class="quiet">${begun ? milliseconds(p.elapsed_ms) : ''}</span>
       ${onCancel && html`<button type="button" class="button button-small" data-testid="migration-cancel" onClick=${onCancel}>Cancel</button>`}
     </div>
     <div class="crossing">

@@ -28,12 +28,15 @@ export function notifyProblem(what, error) {
   notify({ tone: 'bad', text: `${what}: ${problem.title}`, detail: problem.detail, remedy: problem.remedy });
 }
 
-/** Sends a request for the operator: says that it was taken, what went wrong, and later how it ended. */
-export async function perform(what, request) {
+/**
+ * Sends a request for the operator and says how it went: later, when an operation carries it out, else at once
+ * with `outcome`.
+ */
+export async function perform(what, request, outcome = 'done') {
   try {
     const answer = await request();
     if (answer?.operation?.id) awaited.add(answer.operation.id);
-    else notify({ tone: 'ok', text: `${what}: accepted` });
+    else notify({ tone: 'ok', text: `${what}: ${outcome}` });
     return answer;
   } catch (error) {
     notifyProblem(what, error);

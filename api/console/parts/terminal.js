@@ -6,6 +6,7 @@
 import { html, useEffect, useRef, useState } from '../lib/ui.js';
 import { words } from '../lib/format.js';
 import { token } from '../lib/auth.js';
+import { lineInput } from './line-input.js';
 
 const LINKS = { connecting: 'Connecting…', live: 'Connected', lost: 'Connection lost, retrying…' };
 const BACKOFF_MS = [300, 700, 1500, 3000, 5000];
@@ -23,7 +24,7 @@ export function Terminal({ vm }) {
   useEffect(() => {
     let end = () => {};
     let over = false;
-    attach(place.current, vm.id, setLink).then((attached) => {
+    attach(place.current, vm, setLink).then((attached) => {
       if (over) return attached.end();
       end = attached.end;
       again.current = attached.reconnect;
@@ -43,11 +44,13 @@ export function Terminal({ vm }) {
   </div>`;
 }
 
-async function attach(element, vmId, onLink) {
+async function attach(element, vm, onLink) {
+  // The pilot ends its lines with LF alone and leaves echo and editing to the terminal.
+  const plain = vm.spec.boot.kind === 'pilot';
   const [{ Terminal: Xterm }, { FitAddon }] = await Promise.all([import('../vendor/xterm/xterm.mjs'), import('../vendor/xterm/addon-fit.mjs')]);
   const xterm = new Xterm({
     theme: THEME, fontFamily: getComputedStyle(document.documentElement).getPropertyValue('--mono'), fontSize: 13, lineHeight: 1.2,
-    scrollback: 5000, cursorBlink: !matchMedia('(prefers-reduced-motion: reduce)').matches, convertEol: false, screenReaderMode: false,
+    scrollback: 5000, cursorBlink: !matchMedia('(prefers-reduced-motion: reduce)').matches, convertEol: plain, screenReaderMode: false,
   });
   const fit = new FitAddon();
   xterm.loadAddon(fit);
@@ -61,9 +64,10 @@ async function attach(element, vmId, onLink) {
   });
   const resized = new ResizeObserver(() => fit.fit());
   resized.observe(element);
-  const link = connect(vmId, xterm, onLink);
+  const link = connect(vm.id, xterm, onLink);
   const encoder = new TextEncoder();
-  xterm.onData((text) => link.send(encoder.encode(text)));
+  const send = (text) => link.send(encoder.encode(text));
+  xterm.onData(plain ? lineInput(xterm, send) : send);
   return {
     reconnect: link.reconnect,
     end() {

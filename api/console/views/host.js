@@ -60,7 +60,7 @@ export function HostView({ pool, id }) {
       </div>
       <div class="detail-side">
         <section class="panel"><header class="panel-head"><h2>Facts</h2></header>
-          <dl class="facts">${facts.map(([label, value]) => html`<div key=${label}><dt>${label}</dt><dd>${value ?? '–'}</dd></div>`)}</dl>
+          <dl class="facts">${facts.map(([label, value]) => html`<div key=${label}><dt>${label}</dt><dd>${value || '–'}</dd></div>`)}</dl>
           </section>
         <section class="panel"><header class="panel-head"><h2>Maintenances</h2>
           </header>${past.length === 0 ? html`<p class="quiet">None yet.</p>` : html`<ul class="plain">${past.map((maintenance) => html`<li

@@ -120,14 +120,17 @@ function rowsOf(pool, maintenance) {
     const migration = vm && isOpen(maintenance) ? migrationOf(pool, vm) : undefined;
     const past = migrationsOf(pool, row.vm)
       .filter((m) => m.state === 'committed' && m.started_at >= maintenance.created_at && (!maintenance.ended_at || m.started_at <= maintenance.ended_at));
-    return { ...row, current: vm, migration, past };
+    // The record follows the move after a moment; the VM itself tells it at once.
+    const gone = past.length > 0 && vm?.host !== maintenance.host;
+    const state = migration ? 'moving' : (row.moved?.state ?? (gone ? 'away' : 'waiting'));
+    return { ...row, current: vm, migration, past, state };
   });
 }
 
 function Moves({ pool, maintenance }) {
   const now = useNow();
   const rows = rowsOf(pool, maintenance);
-  const settled = rows.filter((row) => row.moved).length;
+  const settled = rows.filter((row) => row.moved || row.state === 'away').length;
   const returning = ['restoring', 'done', 'cancelled'].includes(maintenance.state);
   const number = (state) => rows.filter((row) => row.moved?.state === state).length;
   const [back, stayed] = [number('returned'), number('stayed')];
@@ -149,8 +152,7 @@ function Moves({ pool, maintenance }) {
 }
 
 function MoveRow({ row, now }) {
-  const { planned, moved, migration, past, current } = row;
-  const state = migration ? 'moving' : (moved?.state ?? 'waiting');
+  const { planned, moved, migration, past, current, state } = row;
   const action = planned?.action ?? moved?.action;
   // Newest first; after the return there are two, and both count.
   const downtime = past.map((m) => (m.progress.downtime_us === undefined ? '–' : milliseconds(m.progress.downtime_us / 1000))).reverse().join(', ');

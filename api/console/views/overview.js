@@ -117,7 +117,7 @@ function Capacity({ pool }) {
     <header class="panel-head"><h2 id="capacity-title">Capacity</h2>
       <span class="quiet">${count(sum.cores, 'core')}, ${count(sum.vcpus, 'vCPU')} given out</span></header>
     <div class="meters">
-      <${Meter} label="CPU" share=${sum.busyCores / sum.cores} text=${sum.cores ? percent((100 * sum.busyCores) / sum.cores) : '–'} />
+      <${Meter} label="CPU" warnAt=${0.95} badAt=${Infinity} share=${sum.busyCores / sum.cores} text=${sum.cores ? percent((100 * sum.busyCores) / sum.cores) : '–'} />
       <${Meter} label="Memory" title="Memory in use on all hosts" share=${sum.usedMib / sum.memoryMib}
         text="${bytes(sum.usedMib * 2 ** 20)} of ${mib(sum.memoryMib)}" />
       <${Meter} label="Committed" title="Memory promised to VMs, of what the hosts give to guests" share=${sum.committedMib / sum.guestMib}

@@ -59,7 +59,10 @@ fn show(bytes: &[u8]) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
     out.write_all(bytes)
         .and_then(|()| out.flush())
-        .map_err(|source| Failure::Io { action: "cannot write to the terminal", source })
+        .map_err(|source| Failure::Io {
+            action: "cannot write to the terminal",
+            source,
+        })
 }
 
 /// Input, read by a thread of its own: reading a terminal cannot be called off, and the process ends soon after.
@@ -93,7 +96,10 @@ impl RawTerminal {
         if !isatty(&stdin) {
             return Ok(None);
         }
-        let failed = |error: rustix::io::Errno| Failure::Io { action: "cannot set up the terminal", source: error.into() };
+        let failed = |error: rustix::io::Errno| Failure::Io {
+            action: "cannot set up the terminal",
+            source: error.into(),
+        };
         let before = tcgetattr(&stdin).map_err(failed)?;
         let mut raw = before.clone();
         raw.make_raw();

@@ -36,16 +36,31 @@ impl EventCommand {
     /// Asks the server and prints what it says.
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
         match self {
-            Self::List { after, limit, severity } => {
-                let after = after.map(|after| format!("&after={after}")).unwrap_or_default();
-                let mut list: List<Event> = session.client.get(&format!("/v1/events?limit={limit}{after}")).await?;
+            Self::List {
+                after,
+                limit,
+                severity,
+            } => {
+                let after = after
+                    .map(|after| format!("&after={after}"))
+                    .unwrap_or_default();
+                let mut list: List<Event> = session
+                    .client
+                    .get(&format!("/v1/events?limit={limit}{after}"))
+                    .await?;
                 list.items.retain(|event| event.severity >= severity);
                 session.print(&list, |list| render::events(&list.items))
             }
             Self::Follow { after, severity } => {
                 let after = match after {
                     Some(after) => after,
-                    None => session.client.get::<List<Event>>("/v1/events?limit=1").await?.revision,
+                    None => {
+                        session
+                            .client
+                            .get::<List<Event>>("/v1/events?limit=1")
+                            .await?
+                            .revision
+                    }
                 };
                 let mut follow = session.client.follow(after);
                 loop {
@@ -64,6 +79,9 @@ impl EventCommand {
 fn line(format: Format, event: &Event) -> String {
     match format {
         Format::Table => format!("{}\n", render::event(event)),
-        Format::Json => format!("{}\n", serde_json::to_string(event).expect("events have string keys only")),
+        Format::Json => format!(
+            "{}\n",
+            serde_json::to_string(event).expect("events have string keys only")
+        ),
     }
 }

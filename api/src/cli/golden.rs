@@ -78,10 +78,14 @@ fn a_list_of_vms_shows_where_they_run_and_what_is_special() {
     let mut moving = vm_json("db-1", "migrating");
     moving["migration"] = migration_json();
     let mut failed = vm_json("a-vm-with-a-long-name", "failed");
-    failed["reason"] = json!("cannot read /srv/kernels/vmlinux-6.12.117-testguest on the host: no such file or directory");
+    failed["reason"] = json!(
+        "cannot read /srv/kernels/vmlinux-6.12.117-testguest on the host: no such file or directory"
+    );
     failed["host"] = Value::Null;
     failed["host_name"] = Value::Null;
-    let vms: Vec<Vm> = [vm_json("web-1", "running"), moving, failed].map(read).into();
+    let vms: Vec<Vm> = [vm_json("web-1", "running"), moving, failed]
+        .map(read)
+        .into();
     check(
         render::vms(&vms),
         expect![[r#"
@@ -95,9 +99,12 @@ fn a_list_of_vms_shows_where_they_run_and_what_is_special() {
 
 #[test]
 fn an_empty_list_is_its_titles() {
-    check(render::vms(&[]), expect![[r#"
+    check(
+        render::vms(&[]),
+        expect![[r#"
         NAME  STATE  HOST  VCPUS  MEMORY  CPU  DIRTY  NOTE
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -153,11 +160,16 @@ fn hosts_show_what_they_promised_and_what_they_use() {
         "committed": { "vcpus": 96, "memory_mib": 204_800, "vms": 41 },
         "maintenance": null, "last_seen": "2026-01-02T03:04:59Z", "version": "0.1.0"
     }));
-    check(render::hosts(std::slice::from_ref(&host)), expect![[r#"
+    check(
+        render::hosts(std::slice::from_ref(&host)),
+        expect![[r#"
         NAME    STATE     VMS  CPU  MEMORY PROMISED         OF       USED  ADDRESS         NOTE
         host-1  cordoned   41  37%        200.0 GiB  460.8 GiB  100.0 GiB  10.0.0.11:7072  cordoned by local: flaky memory
-    "#]]);
-    check(render::host(&host, now()), expect![[r#"
+    "#]],
+    );
+    check(
+        render::host(&host, now()),
+        expect![[r#"
         Name:      host-1
         Id:        019300aa-0000-7000-8000-0000000000a1
         State:     cordoned
@@ -171,17 +183,23 @@ fn hosts_show_what_they_promised_and_what_they_use() {
         Kernel:    6.1.0-41-amd64
         Version:   0.1.0
         Last seen: 1s ago
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn a_maintenance_is_shown_with_its_plan_and_what_blocks_it() {
     let maintenance: Maintenance = read(maintenance_json("blocked"));
-    check(render::maintenances(std::slice::from_ref(&maintenance), now()), expect![[r#"
+    check(
+        render::maintenances(std::slice::from_ref(&maintenance), now()),
+        expect![[r#"
         ID                                    HOST    STATE    VMS  BLOCKERS  AGE  BY     REASON
         019300aa-0000-7000-8000-0000000000d1  host-1  blocked    2         1   5m  local  new kernel
-    "#]]);
-    check(render::maintenance(&maintenance, now()), expect![[r#"
+    "#]],
+    );
+    check(
+        render::maintenance(&maintenance, now()),
+        expect![[r#"
         Id:      019300aa-0000-7000-8000-0000000000d1
         Host:    host-1
         State:   blocked
@@ -197,7 +215,8 @@ fn a_maintenance_is_shown_with_its_plan_and_what_blocks_it() {
         Blocked by:
           licence-1: its maintenance policy is block (policy_blocks)
             remedy: move it by hand, or give it another policy for this maintenance
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -208,7 +227,9 @@ fn a_maintenance_under_way_shows_what_has_become_of_each_vm() {
         { "vm": VM, "vm_name": "web-1", "from": HOST_1, "to": HOST_2, "action": "migrate", "state": "stayed",
           "reason": "moved by hand meanwhile" }
     ]);
-    check(render::maintenance(&read(json), now()), expect![[r#"
+    check(
+        render::maintenance(&read(json), now()),
+        expect![[r#"
         Id:      019300aa-0000-7000-8000-0000000000d1
         Host:    host-1
         State:   drained
@@ -219,7 +240,8 @@ fn a_maintenance_under_way_shows_what_has_become_of_each_vm() {
         VM     ACTION   STATE   NOTE
         db-1   migrate  away
         web-1  migrate  stayed  moved by hand meanwhile
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -238,8 +260,30 @@ fn operations_show_their_steps_and_why_they_failed() {
         },
         "created_at": "2026-01-02T03:04:00Z", "ended_at": "2026-01-02T03:04:30Z", "actor": "admin"
     }));
-    check(render::operations(std::slice::from_ref(&operation), now()), expect![""]);
-    check(render::operation(&operation, now()), expect![""]);
+    check(
+        render::operations(std::slice::from_ref(&operation), now()),
+        expect![[r#"
+        ID                                    KIND     SUBJECT  STATE   DONE  AGE  BY     NOTE
+        019300aa-0000-7000-8000-0000000000c1  migrate  db-1     failed   50%  60s  admin  the guest dirties memory faster than it can be sent
+    "#]],
+    );
+    check(
+        render::operation(&operation, now()),
+        expect![[r#"
+        Id:        019300aa-0000-7000-8000-0000000000c1
+        Kind:      migrate
+        Subject:   vm db-1
+        State:     failed, 50% done
+        Asked for: 60s ago by admin
+        Ended:     30s ago
+        Error:     the guest dirties memory faster than it can be sent
+          remedy: raise downtime_limit_ms
+
+        STEP     STATE    TOOK  DETAIL
+        prepare  done    0.2 s  on host-2
+        send     failed      -  host-1 to host-2
+    "#]],
+    );
 }
 
 #[test]
@@ -249,8 +293,29 @@ fn migrations_show_how_far_they_are() {
     ended["phase"] = json!("completed");
     ended["progress"]["downtime_us"] = json!(8_312);
     let migrations: Vec<Migration> = [migration_json(), ended].map(read).into();
-    check(render::migrations(&migrations, now()), expect![""]);
-    check(render::migration(&migrations[1]), expect![""]);
+    check(
+        render::migrations(&migrations, now()),
+        expect![[r#"
+        VM    FROM    TO      STATE      PHASE      ROUND       SENT  REMAINING         RATE  DOWNTIME  AGE  ID
+        db-1  host-1  host-2  open       pre_copy       2  700.0 MiB   12.0 MiB  300.0 MiB/s         -   3s  019300aa-0000-7000-8000-0000000000b1
+        db-1  host-1  host-2  committed  completed      2  700.0 MiB   12.0 MiB  300.0 MiB/s    8.3 ms   3s  019300aa-0000-7000-8000-0000000000b1
+    "#]],
+    );
+    check(
+        render::migration(&migrations[1]),
+        expect![[r#"
+        Id:        019300aa-0000-7000-8000-0000000000b1
+        VM:        db-1
+        Way:       host-1 to host-2
+        State:     committed (completed)
+        Round:     2
+        Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+        Remaining: 12.0 MiB
+        Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
+        Time:      2.3 s
+        Downtime:  8.3 ms (measured)
+    "#]],
+    );
 }
 
 #[test]
@@ -266,14 +331,17 @@ fn a_dry_run_says_what_would_happen_and_why_not_elsewhere() {
             ]
         }
     }));
-    check(render::dry_run(&dry_run), expect![[r#"
+    check(
+        render::dry_run(&dry_run),
+        expect![[r#"
         Dry run, nothing was changed. It would:
           - web-1 is created
           - web-1 starts on host-2
 
         HOST TURNED DOWN  FILTER  WHY
         host-1            memory  72 MiB needed, 8 MiB of 768 MiB free
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -282,11 +350,17 @@ fn events_are_listed_one_in_each_line() {
         "revision": 42, "time": "2026-01-02T03:04:05.678Z", "kind": "vm.started", "severity": "info",
         "subject": { "kind": "vm", "id": VM, "name": "web-1" }, "message": "web-1 runs on host-2", "actor": "admin"
     }));
-    check(render::events(std::slice::from_ref(&event)), expect![[r#"
+    check(
+        render::events(std::slice::from_ref(&event)),
+        expect![[r#"
         REVISION  TIME                  SEVERITY  KIND        SUBJECT  BY     MESSAGE
               42  2026-01-02T03:04:05Z  info      vm.started  web-1    admin  web-1 runs on host-2
-    "#]]);
-    check(render::event(&event), expect!["2026-01-02T03:04:05Z  info     vm.started            web-1 runs on host-2"]);
+    "#]],
+    );
+    check(
+        render::event(&event),
+        expect!["2026-01-02T03:04:05Z  info     vm.started            web-1 runs on host-2"],
+    );
 }
 
 #[test]
@@ -296,7 +370,10 @@ fn an_error_names_every_field_and_the_remedy() {
         "detail": "spec.vcpus: 9 vCPUs is outside 1..=8",
         "fields": [{ "field": "spec.vcpus", "problem": "9 vCPUs is outside 1..=8", "remedy": "choose a number from 1 to 8" }]
     }));
-    check(problem.to_string(), expect![[r#"
+    check(
+        problem.to_string(),
+        expect![[r#"
         The request has fields that cannot be accepted
-          spec.vcpus: 9 vCPUs is outside 1..=8; choose a number from 1 to 8"#]]);
+          spec.vcpus: 9 vCPUs is outside 1..=8; choose a number from 1 to 8"#]],
+    );
 }

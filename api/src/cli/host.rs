@@ -1,7 +1,9 @@
 //! `godwit host …`, except `godwit host run`.
 
 use super::{ChangeOptions, Failure, Session, render, write_out};
-use crate::resource::{CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken};
+use crate::resource::{
+    CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken,
+};
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 
@@ -74,7 +76,9 @@ impl HostCommand {
         match self {
             Self::List { state } => {
                 let mut hosts = session.client.list::<Host>("/v1/hosts").await?;
-                hosts.items.retain(|host| state.is_none_or(|state| host.state == state));
+                hosts
+                    .items
+                    .retain(|host| state.is_none_or(|state| host.state == state));
                 hosts.items.sort_by(|a, b| a.name.cmp(&b.name));
                 session.print(&hosts, |hosts| render::hosts(&hosts.items))
             }
@@ -83,13 +87,25 @@ impl HostCommand {
                 session.print(&host, |host| render::host(host, Timestamp::now()))
             }
             Self::Cordon(arguments) => {
-                mark(session, &arguments.named, "cordon", &HostReason { reason: arguments.reason }).await
+                mark(
+                    session,
+                    &arguments.named,
+                    "cordon",
+                    &HostReason {
+                        reason: arguments.reason,
+                    },
+                )
+                .await
             }
-            Self::Uncordon(arguments) => mark(session, &arguments, "uncordon", &HostReason::default()).await,
+            Self::Uncordon(arguments) => {
+                mark(session, &arguments, "uncordon", &HostReason::default()).await
+            }
             Self::Evacuate(arguments) => evacuate(session, arguments).await,
             Self::Remove(arguments) => remove(session, arguments).await,
             Self::Token { ttl_minutes } => {
-                let body = CreateJoinToken { ttl_s: Some(ttl_minutes.saturating_mul(60)) };
+                let body = CreateJoinToken {
+                    ttl_s: Some(ttl_minutes.saturating_mul(60)),
+                };
                 let token: JoinToken = session.client.post("/v1/join-tokens", &body).await?;
                 session.print(&token, |token| {
                     format!(
@@ -106,33 +122,57 @@ fn path(host: &str) -> String {
     format!("/v1/hosts/{host}")
 }
 
-async fn mark(session: &Session, arguments: &NamedArgs, verb: &str, body: &HostReason) -> Result<(), Failure> {
-    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+async fn mark(
+    session: &Session,
+    arguments: &NamedArgs,
+    verb: &str,
+    body: &HostReason,
+) -> Result<(), Failure> {
+    let change = ChangeOptions {
+        dry_run: arguments.dry_run,
+        wait: false,
+    };
     let path = change.path(format!("{}/{verb}", path(&arguments.host)));
     if change.dry_run {
         return session.print_dry_run(&session.client.post::<DryRun>(&path, body).await?);
     }
     let accepted: HostAccepted = session.client.post(&path, body).await?;
-    session.print(&accepted.host, |host| format!("{} is {}.\n", host.name, super::words::name(host.state)))
+    session.print(&accepted.host, |host| {
+        format!("{} is {}.\n", host.name, super::words::name(host.state))
+    })
 }
 
 async fn evacuate(session: &Session, arguments: EvacuateArgs) -> Result<(), Failure> {
-    let EvacuateArgs { host, reason, change } = arguments;
+    let EvacuateArgs {
+        host,
+        reason,
+        change,
+    } = arguments;
     let path = change.path(format!("{}/evacuate", path(&host)));
     let body = HostReason { reason };
     if change.dry_run {
         return session.print_dry_run(&session.client.post::<DryRun>(&path, &body).await?);
     }
     let accepted: HostAccepted = session.client.post(&path, &body).await?;
-    session.conclude(change, accepted.operation, || format!("{host} is empty and cordoned.\n")).await
+    session
+        .conclude(change, accepted.operation, || {
+            format!("{host} is empty and cordoned.\n")
+        })
+        .await
 }
 
 async fn remove(session: &Session, arguments: NamedArgs) -> Result<(), Failure> {
-    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+    let change = ChangeOptions {
+        dry_run: arguments.dry_run,
+        wait: false,
+    };
     let path = change.path(path(&arguments.host));
     if change.dry_run {
         return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
     }
     let _: Option<HostAccepted> = session.client.delete(&path).await?;
-    write_out(&format!("{} is no longer part of the pool.\n", arguments.host))
+    write_out(&format!(
+        "{} is no longer part of the pool.\n",
+        arguments.host
+    ))
 }

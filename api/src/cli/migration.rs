@@ -28,11 +28,17 @@ impl MigrationCommand {
         match self {
             Self::List { all } => {
                 let mut list = session.client.list::<Migration>("/v1/migrations").await?;
-                list.items.retain(|migration| all || migration.state == MigrationState::Open);
-                session.print(&list, |list| render::migrations(&list.items, Timestamp::now()))
+                list.items
+                    .retain(|migration| all || migration.state == MigrationState::Open);
+                session.print(&list, |list| {
+                    render::migrations(&list.items, Timestamp::now())
+                })
             }
             Self::Show { migration } => {
-                let migration: Migration = session.client.get(&format!("/v1/migrations/{migration}")).await?;
+                let migration: Migration = session
+                    .client
+                    .get(&format!("/v1/migrations/{migration}"))
+                    .await?;
                 session.print(&migration, render::migration)
             }
         }

@@ -74,7 +74,11 @@ pub struct ChangeOptions {
 impl ChangeOptions {
     /// The path for this kind of change.
     fn path(&self, path: String) -> String {
-        if self.dry_run { format!("{path}?dry_run=true") } else { path }
+        if self.dry_run {
+            format!("{path}?dry_run=true")
+        } else {
+            path
+        }
     }
 }
 
@@ -160,11 +164,18 @@ pub struct Session {
 impl Session {
     /// Prepares to ask the server the options name.
     pub fn new(options: &ClientOptions) -> Result<Self, Failure> {
-        Ok(Self { client: Client::new(&options.connect)?, format: options.output })
+        Ok(Self {
+            client: Client::new(&options.connect)?,
+            format: options.output,
+        })
     }
 
     /// Prints a result: JSON as the API has it, or the table that `table` makes.
-    fn print<T: Serialize>(&self, value: &T, table: impl FnOnce(&T) -> String) -> Result<(), Failure> {
+    fn print<T: Serialize>(
+        &self,
+        value: &T,
+        table: impl FnOnce(&T) -> String,
+    ) -> Result<(), Failure> {
         let text = match self.format {
             Format::Table => table(value),
             Format::Json => json(value),
@@ -197,7 +208,12 @@ impl Session {
         }
         let ended = wait::for_operation(&self.client, operation).await?;
         self.print(&ended, |operation| {
-            format!("{} of {}: {}.\n", operation.kind, operation.subject.name, words::name(operation.state))
+            format!(
+                "{} of {}: {}.\n",
+                operation.kind,
+                operation.subject.name,
+                words::name(operation.state)
+            )
         })?;
         judge(ended)
     }
@@ -205,11 +221,20 @@ impl Session {
 
 /// An operation that did not succeed is a failure.
 fn judge(operation: Operation) -> Result<(), Failure> {
-    let Operation { kind, subject, state, error, .. } = operation;
+    let Operation {
+        kind,
+        subject,
+        state,
+        error,
+        ..
+    } = operation;
     match state {
-        OperationState::Failed | OperationState::Cancelled => {
-            Err(Failure::Operation { kind, subject: subject.name, state, error })
-        }
+        OperationState::Failed | OperationState::Cancelled => Err(Failure::Operation {
+            kind,
+            subject: subject.name,
+            state,
+            error,
+        }),
         _ => Ok(()),
     }
 }
@@ -225,7 +250,10 @@ fn write_out(text: &str) -> Result<(), Failure> {
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         // Whoever reads has seen enough (`| head`).
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        Err(source) => Err(Failure::Io { action: "cannot write to stdout", source }),
+        Err(source) => Err(Failure::Io {
+            action: "cannot write to stdout",
+            source,
+        }),
         Ok(()) => Ok(()),
     }
 }

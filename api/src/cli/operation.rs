@@ -39,17 +39,27 @@ impl OperationCommand {
         match self {
             Self::List { all } => {
                 let mut list = session.client.list::<Operation>("/v1/operations").await?;
-                list.items.retain(|operation| all || !operation.state.is_final());
-                session.print(&list, |list| render::operations(&list.items, Timestamp::now()))
+                list.items
+                    .retain(|operation| all || !operation.state.is_final());
+                session.print(&list, |list| {
+                    render::operations(&list.items, Timestamp::now())
+                })
             }
             Self::Show { operation } => session.print(&get(session, &operation).await?, show),
             Self::Wait { operation } => {
-                let ended = wait::for_operation(&session.client, get(session, &operation).await?).await?;
+                let ended =
+                    wait::for_operation(&session.client, get(session, &operation).await?).await?;
                 session.print(&ended, show)?;
                 judge(ended)
             }
             Self::Cancel { operation } => {
-                let cancelled: Operation = session.client.post(&format!("/v1/operations/{operation}/cancel"), &serde_json::json!({})).await?;
+                let cancelled: Operation = session
+                    .client
+                    .post(
+                        &format!("/v1/operations/{operation}/cancel"),
+                        &serde_json::json!({}),
+                    )
+                    .await?;
                 session.print(&cancelled, show)
             }
         }

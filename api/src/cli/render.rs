@@ -3,7 +3,8 @@
 use super::table::{Sheet, Table};
 use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};
 use crate::resource::{
-    Boot, DryRun, Event, Host, Maintenance, MaintenancePlan, Migration, MigrationPhase, MigrationState, Operation, Vm,
+    Boot, DryRun, Event, Host, Maintenance, MaintenancePlan, Migration, MigrationPhase,
+    MigrationState, Operation, Vm,
 };
 use jiff::Timestamp;
 use std::fmt::Write;
@@ -12,7 +13,9 @@ use std::fmt::Write;
 const REASON_CHARACTERS: usize = 60;
 
 pub(super) fn vms(vms: &[Vm]) -> String {
-    let mut table = Table::new(&["NAME", "STATE", "HOST", ">VCPUS", ">MEMORY", ">CPU", ">DIRTY", "NOTE"]);
+    let mut table = Table::new(&[
+        "NAME", "STATE", "HOST", ">VCPUS", ">MEMORY", ">CPU", ">DIRTY", "NOTE",
+    ]);
     for vm in vms {
         table.row([
             vm.name.clone(),
@@ -31,7 +34,10 @@ pub(super) fn vms(vms: &[Vm]) -> String {
 fn vm_note(vm: &Vm) -> String {
     match (&vm.migration, &vm.reason) {
         (Some(migration), _) if migration.state == MigrationState::Open => {
-            format!("to {}, round {}", migration.target_name, migration.progress.round)
+            format!(
+                "to {}, round {}",
+                migration.target_name, migration.progress.round
+            )
         }
         (_, Some(reason)) => short(reason),
         _ => String::new(),
@@ -41,12 +47,22 @@ fn vm_note(vm: &Vm) -> String {
 pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
     let boot = match &vm.spec.boot {
         Boot::Pilot => "the pilot".to_owned(),
-        Boot::Linux { kernel, initrd, cmdline } => {
-            let initrd = initrd.as_ref().map(|path| format!(", initrd {path}")).unwrap_or_default();
+        Boot::Linux {
+            kernel,
+            initrd,
+            cmdline,
+        } => {
+            let initrd = initrd
+                .as_ref()
+                .map(|path| format!(", initrd {path}"))
+                .unwrap_or_default();
             format!("{kernel}{initrd}, {cmdline:?}")
         }
     };
-    let host = vm.host_name.as_ref().map(|host| format!("{host} (epoch {})", vm.epoch));
+    let host = vm
+        .host_name
+        .as_ref()
+        .map(|host| format!("{host} (epoch {})", vm.epoch));
     let mut text = Sheet::default()
         .line("Name", &vm.name)
         .line("Id", vm.id.to_string())
@@ -54,7 +70,10 @@ pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
         .maybe("Reason", vm.reason.as_ref())
         .line("Wanted", name(vm.intent))
         .line("Host", or_dash(host))
-        .line("vCPUs", format!("{} ({})", vm.spec.vcpus, name(vm.spec.cpu)))
+        .line(
+            "vCPUs",
+            format!("{} ({})", vm.spec.vcpus, name(vm.spec.cpu)),
+        )
         .line("Memory", mib(vm.spec.memory_mib))
         .line("Boots", boot)
         .line("Lease", name(vm.lease))
@@ -80,8 +99,17 @@ pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
 }
 
 pub(super) fn hosts(hosts: &[Host]) -> String {
-    let mut table =
-        Table::new(&["NAME", "STATE", ">VMS", ">CPU", ">MEMORY PROMISED", ">OF", ">USED", "ADDRESS", "NOTE"]);
+    let mut table = Table::new(&[
+        "NAME",
+        "STATE",
+        ">VMS",
+        ">CPU",
+        ">MEMORY PROMISED",
+        ">OF",
+        ">USED",
+        "ADDRESS",
+        "NOTE",
+    ]);
     for host in hosts {
         table.row([
             host.name.clone(),
@@ -107,8 +135,23 @@ pub(super) fn host(host: &Host, now: Timestamp) -> String {
         .maybe("Reason", host.reason.as_ref())
         .maybe("Maintenance", host.maintenance.map(|id| id.to_string()))
         .line("Address", &host.address)
-        .line("CPU", format!("{} ({}, {} cores)", host.facts.cpu.model, name(host.facts.cpu.level), host.facts.cores))
-        .line("Memory", format!("{}, {} for guests", mib(host.facts.memory_mib), mib(host.capacity.guest_memory_mib)))
+        .line(
+            "CPU",
+            format!(
+                "{} ({}, {} cores)",
+                host.facts.cpu.model,
+                name(host.facts.cpu.level),
+                host.facts.cores
+            ),
+        )
+        .line(
+            "Memory",
+            format!(
+                "{}, {} for guests",
+                mib(host.facts.memory_mib),
+                mib(host.capacity.guest_memory_mib)
+            ),
+        )
         .line(
             "Promised",
             format!(
@@ -120,7 +163,11 @@ pub(super) fn host(host: &Host, now: Timestamp) -> String {
         )
         .line(
             "Uses",
-            format!("{} CPU, {} memory", percent(host.usage.cpu_percent), bytes(host.usage.memory_used_bytes)),
+            format!(
+                "{} CPU, {} memory",
+                percent(host.usage.cpu_percent),
+                bytes(host.usage.memory_used_bytes)
+            ),
         )
         .line(
             "Pressure",
@@ -131,16 +178,28 @@ pub(super) fn host(host: &Host, now: Timestamp) -> String {
         )
         .line("Kernel", &host.facts.kernel)
         .line("Version", &host.version)
-        .line("Last seen", host.last_seen.map_or_else(|| "never".to_owned(), |seen| format!("{} ago", age(seen, now))))
+        .line(
+            "Last seen",
+            host.last_seen.map_or_else(
+                || "never".to_owned(),
+                |seen| format!("{} ago", age(seen, now)),
+            ),
+        )
         .to_string()
 }
 
 pub(super) fn operations(operations: &[Operation], now: Timestamp) -> String {
-    let mut table = Table::new(&["ID", "KIND", "SUBJECT", "STATE", ">DONE", ">AGE", "BY", "NOTE"]);
+    let mut table = Table::new(&[
+        "ID", "KIND", "SUBJECT", "STATE", ">DONE", ">AGE", "BY", "NOTE",
+    ]);
     for operation in operations {
         let note = match &operation.error {
             Some(problem) => problem.detail.clone(),
-            None => operation.steps.last().map(|step| format!("{} {}", step.name, step.detail)).unwrap_or_default(),
+            None => operation
+                .steps
+                .last()
+                .map(|step| format!("{} {}", step.name, step.detail))
+                .unwrap_or_default(),
         };
         table.row([
             operation.id.to_string(),
@@ -160,17 +219,50 @@ pub(super) fn operation(operation: &Operation, now: Timestamp) -> String {
     let mut text = Sheet::default()
         .line("Id", operation.id.to_string())
         .line("Kind", &operation.kind)
-        .line("Subject", format!("{} {}", name(operation.subject.kind), operation.subject.name))
-        .line("State", format!("{}, {} done", name(operation.state), percent(operation.progress * 100.0)))
-        .line("Asked for", format!("{} ago by {}", age(operation.created_at, now), operation.actor))
-        .maybe("Ended", operation.ended_at.map(|end| format!("{} ago", age(end, now))))
+        .line(
+            "Subject",
+            format!(
+                "{} {}",
+                name(operation.subject.kind),
+                operation.subject.name
+            ),
+        )
+        .line(
+            "State",
+            format!(
+                "{}, {} done",
+                name(operation.state),
+                percent(operation.progress * 100.0)
+            ),
+        )
+        .line(
+            "Asked for",
+            format!(
+                "{} ago by {}",
+                age(operation.created_at, now),
+                operation.actor
+            ),
+        )
+        .maybe(
+            "Ended",
+            operation
+                .ended_at
+                .map(|end| format!("{} ago", age(end, now))),
+        )
         .maybe("Error", operation.error.as_ref().map(ToString::to_string))
         .to_string();
     if !operation.steps.is_empty() {
         let mut table = Table::new(&["STEP", "STATE", ">TOOK", "DETAIL"]);
         for step in &operation.steps {
-            let took = step.ended_at.map(|end| seconds(end.duration_since(step.started_at).as_secs_f64()));
-            table.row([step.name.clone(), name(step.state), or_dash(took), step.detail.clone()]);
+            let took = step
+                .ended_at
+                .map(|end| seconds(end.duration_since(step.started_at).as_secs_f64()));
+            table.row([
+                step.name.clone(),
+                name(step.state),
+                or_dash(took),
+                step.detail.clone(),
+            ]);
         }
         let _ = write!(text, "\n{table}");
     }
@@ -179,7 +271,18 @@ pub(super) fn operation(operation: &Operation, now: Timestamp) -> String {
 
 pub(super) fn migrations(migrations: &[Migration], now: Timestamp) -> String {
     let mut table = Table::new(&[
-        "VM", "FROM", "TO", "STATE", "PHASE", ">ROUND", ">SENT", ">REMAINING", ">RATE", ">DOWNTIME", ">AGE", "ID",
+        "VM",
+        "FROM",
+        "TO",
+        "STATE",
+        "PHASE",
+        ">ROUND",
+        ">SENT",
+        ">REMAINING",
+        ">RATE",
+        ">DOWNTIME",
+        ">AGE",
+        "ID",
     ]);
     for migration in migrations {
         let progress = &migration.progress;
@@ -205,14 +308,26 @@ pub(super) fn migration(migration: &Migration) -> String {
     let progress = &migration.progress;
     let blackout = match (progress.downtime_us, migration.phase) {
         (Some(us), _) => Some(format!("{} (measured)", milliseconds_of_us(us))),
-        (None, Some(MigrationPhase::PreCopy)) => Some(format!("{} ms (predicted)", progress.predicted_blackout_ms)),
+        (None, Some(MigrationPhase::PreCopy)) => {
+            Some(format!("{} ms (predicted)", progress.predicted_blackout_ms))
+        }
         _ => None,
     };
     Sheet::default()
         .line("Id", migration.id.to_string())
         .line("VM", &migration.vm_name)
-        .line("Way", format!("{} to {}", migration.source_name, migration.target_name))
-        .line("State", format!("{} ({})", name(migration.state), or_dash(migration.phase.map(name))))
+        .line(
+            "Way",
+            format!("{} to {}", migration.source_name, migration.target_name),
+        )
+        .line(
+            "State",
+            format!(
+                "{} ({})",
+                name(migration.state),
+                or_dash(migration.phase.map(name))
+            ),
+        )
         .maybe("Reason", migration.reason.as_ref())
         .line("Round", progress.round.to_string())
         .line(
@@ -228,7 +343,11 @@ pub(super) fn migration(migration: &Migration) -> String {
         .line("Remaining", bytes(progress.remaining_bytes))
         .line(
             "Rate",
-            format!("{}, the guest dirties {}", rate(progress.rate_bytes_per_s), rate(progress.dirty_bytes_per_s)),
+            format!(
+                "{}, the guest dirties {}",
+                rate(progress.rate_bytes_per_s),
+                rate(progress.dirty_bytes_per_s)
+            ),
         )
         .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
         .maybe("Downtime", blackout)
@@ -236,7 +355,16 @@ pub(super) fn migration(migration: &Migration) -> String {
 }
 
 pub(super) fn maintenances(maintenances: &[Maintenance], now: Timestamp) -> String {
-    let mut table = Table::new(&["ID", "HOST", "STATE", ">VMS", ">BLOCKERS", ">AGE", "BY", "REASON"]);
+    let mut table = Table::new(&[
+        "ID",
+        "HOST",
+        "STATE",
+        ">VMS",
+        ">BLOCKERS",
+        ">AGE",
+        "BY",
+        "REASON",
+    ]);
     for maintenance in maintenances {
         table.row([
             maintenance.id.to_string(),
@@ -260,7 +388,14 @@ pub(super) fn maintenance(maintenance: &Maintenance, now: Timestamp) -> String {
         .maybe("Detail", maintenance.detail.as_ref())
         .line("Reason", &maintenance.reason)
         .line("Return", name(maintenance.policy.returning))
-        .line("Created", format!("{} ago by {}", age(maintenance.created_at, now), maintenance.actor))
+        .line(
+            "Created",
+            format!(
+                "{} ago by {}",
+                age(maintenance.created_at, now),
+                maintenance.actor
+            ),
+        )
         .to_string();
     if maintenance.moved.is_empty() {
         let _ = write!(text, "\n{}", plan(&maintenance.plan));
@@ -286,7 +421,15 @@ pub(super) fn plan(plan: &MaintenancePlan) -> String {
         text.push_str("Nothing runs on this host: it is drained at once.\n");
     }
     if !plan.moves.is_empty() {
-        let mut table = Table::new(&["VM", "ACTION", "TO", ">TIME", ">MIB", ">BLACKOUT", ">RESERVE AFTER"]);
+        let mut table = Table::new(&[
+            "VM",
+            "ACTION",
+            "TO",
+            ">TIME",
+            ">MIB",
+            ">BLACKOUT",
+            ">RESERVE AFTER",
+        ]);
         for step in &plan.moves {
             table.row([
                 step.vm_name.clone(),
@@ -304,15 +447,27 @@ pub(super) fn plan(plan: &MaintenancePlan) -> String {
     if !plan.blockers.is_empty() {
         let _ = writeln!(text, "\nBlocked by:");
         for blocker in &plan.blockers {
-            let about = blocker.vm_name.as_ref().map(|vm| format!("{vm}: ")).unwrap_or_default();
-            let _ = writeln!(text, "  {about}{} ({})\n    remedy: {}", blocker.detail, blocker.kind, blocker.remedy);
+            let about = blocker
+                .vm_name
+                .as_ref()
+                .map(|vm| format!("{vm}: "))
+                .unwrap_or_default();
+            let _ = writeln!(
+                text,
+                "  {about}{} ({})\n    remedy: {}",
+                blocker.detail, blocker.kind, blocker.remedy
+            );
         }
     }
     text
 }
 
 fn reserve(mib_left: i64) -> String {
-    if mib_left < 0 { format!("{} short", mib(mib_left.unsigned_abs())) } else { mib(mib_left.unsigned_abs()) }
+    if mib_left < 0 {
+        format!("{} short", mib(mib_left.unsigned_abs()))
+    } else {
+        mib(mib_left.unsigned_abs())
+    }
 }
 
 /// What a change would do.
@@ -325,7 +480,11 @@ pub(super) fn dry_run(dry_run: &DryRun) -> String {
         if !placement.rejections.is_empty() {
             let mut table = Table::new(&["HOST TURNED DOWN", "FILTER", "WHY"]);
             for rejection in &placement.rejections {
-                table.row([rejection.host_name.clone(), rejection.kind.clone(), rejection.detail.clone()]);
+                table.row([
+                    rejection.host_name.clone(),
+                    rejection.kind.clone(),
+                    rejection.detail.clone(),
+                ]);
             }
             let _ = write!(text, "\n{table}");
         }
@@ -337,7 +496,15 @@ pub(super) fn dry_run(dry_run: &DryRun) -> String {
 }
 
 pub(super) fn events(events: &[Event]) -> String {
-    let mut table = Table::new(&[">REVISION", "TIME", "SEVERITY", "KIND", "SUBJECT", "BY", "MESSAGE"]);
+    let mut table = Table::new(&[
+        ">REVISION",
+        "TIME",
+        "SEVERITY",
+        "KIND",
+        "SUBJECT",
+        "BY",
+        "MESSAGE",
+    ]);
     for event in events {
         table.row([
             event.revision.to_string(),
@@ -354,7 +521,13 @@ pub(super) fn events(events: &[Event]) -> String {
 
 /// One event in one line, for following.
 pub(super) fn event(event: &Event) -> String {
-    format!("{:.0}  {:<7}  {:<20}  {}", event.time, name(event.severity), event.kind, event.message)
+    format!(
+        "{:.0}  {:<7}  {:<20}  {}",
+        event.time,
+        name(event.severity),
+        event.kind,
+        event.message
+    )
 }
 
 fn short(text: &str) -> String {

@@ -23,7 +23,10 @@ impl Table {
             Some(title) => (title, Align::Right),
             None => (*title, Align::Left),
         };
-        Self { columns: titles.iter().map(column).collect(), rows: Vec::new() }
+        Self {
+            columns: titles.iter().map(column).collect(),
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row; it has one cell for each column.
@@ -36,13 +39,21 @@ impl Table {
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let length = |text: &str| text.chars().count();
-        let mut widths: Vec<usize> = self.columns.iter().map(|(title, _)| length(title)).collect();
+        let mut widths: Vec<usize> = self
+            .columns
+            .iter()
+            .map(|(title, _)| length(title))
+            .collect();
         for row in &self.rows {
             for (width, cell) in widths.iter_mut().zip(row) {
                 *width = (*width).max(length(cell));
             }
         }
-        let titles: Vec<String> = self.columns.iter().map(|(title, _)| (*title).to_owned()).collect();
+        let titles: Vec<String> = self
+            .columns
+            .iter()
+            .map(|(title, _)| (*title).to_owned())
+            .collect();
         for row in std::iter::once(&titles).chain(&self.rows) {
             let mut line = String::new();
             for ((cell, width), (_, align)) in row.iter().zip(&widths).zip(&self.columns) {
@@ -84,7 +95,13 @@ impl Sheet {
 
 impl fmt::Display for Sheet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let width = self.lines.iter().map(|(label, _)| label.len()).max().unwrap_or(0) + 1;
+        let width = self
+            .lines
+            .iter()
+            .map(|(label, _)| label.len())
+            .max()
+            .unwrap_or(0)
+            + 1;
         for (label, value) in &self.lines {
             writeln!(f, "{:<width$} {value}", format!("{label}:"))?;
         }

@@ -2,8 +2,9 @@
 
 use super::{ChangeOptions, Failure, Session, attach, render};
 use crate::resource::{
-    Boot, ChangeVm, CpuBaseline, CreateVm, DryRun, LeasePolicy, MachineSpec, MachineType, MigrateVm, MigrationPolicy,
-    StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmMaintenancePolicy, VmState,
+    Boot, ChangeVm, CpuBaseline, CreateVm, DryRun, LeasePolicy, MachineSpec, MachineType,
+    MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted,
+    VmMaintenancePolicy, VmState,
 };
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
@@ -177,15 +178,49 @@ impl VmCommand {
             }
             Self::Create(arguments) => create(session, arguments).await,
             Self::Set(arguments) => set(session, arguments).await,
-            Self::Start { vm, host, change } => act(session, &vm, "start", &StartVm { host }, change).await,
+            Self::Start { vm, host, change } => {
+                act(session, &vm, "start", &StartVm { host }, change).await
+            }
             Self::Stop(arguments) => {
-                act(session, &arguments.vm, "stop", &stop_body(&arguments), arguments.change).await
+                act(
+                    session,
+                    &arguments.vm,
+                    "stop",
+                    &stop_body(&arguments),
+                    arguments.change,
+                )
+                .await
             }
             Self::Reboot(arguments) => {
-                act(session, &arguments.vm, "reboot", &stop_body(&arguments), arguments.change).await
+                act(
+                    session,
+                    &arguments.vm,
+                    "reboot",
+                    &stop_body(&arguments),
+                    arguments.change,
+                )
+                .await
             }
-            Self::Pause(arguments) => act(session, &arguments.vm, "pause", &serde_json::json!({}), arguments.change).await,
-            Self::Resume(arguments) => act(session, &arguments.vm, "resume", &serde_json::json!({}), arguments.change).await,
+            Self::Pause(arguments) => {
+                act(
+                    session,
+                    &arguments.vm,
+                    "pause",
+                    &serde_json::json!({}),
+                    arguments.change,
+                )
+                .await
+            }
+            Self::Resume(arguments) => {
+                act(
+                    session,
+                    &arguments.vm,
+                    "resume",
+                    &serde_json::json!({}),
+                    arguments.change,
+                )
+                .await
+            }
             Self::Migrate(arguments) => migrate(session, arguments).await,
             Self::Delete(arguments) => delete(session, arguments).await,
             Self::Console { vm } => attach::attach(session.client.serial(&vm).await?, &vm).await,
@@ -197,10 +232,17 @@ fn path(vm: &str) -> String {
     format!("/v1/vms/{vm}")
 }
 
-async fn list(session: &Session, host: Option<&str>, state: Option<VmState>) -> Result<(), Failure> {
+async fn list(
+    session: &Session,
+    host: Option<&str>,
+    state: Option<VmState>,
+) -> Result<(), Failure> {
     let mut vms = session.client.list::<Vm>("/v1/vms").await?;
     vms.items.retain(|vm| {
-        let here = |name: &str| vm.host_name.as_deref() == Some(name) || vm.host.is_some_and(|id| id.to_string() == name);
+        let here = |name: &str| {
+            vm.host_name.as_deref() == Some(name)
+                || vm.host.is_some_and(|id| id.to_string() == name)
+        };
         host.is_none_or(here) && state.is_none_or(|state| vm.state == state)
     });
     vms.items.sort_by(|a, b| a.name.cmp(&b.name));
@@ -208,14 +250,36 @@ async fn list(session: &Session, host: Option<&str>, state: Option<VmState>) -> 
 }
 
 async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure> {
-    let CreateArgs { name, vcpus, memory_mib, cpu, kernel, initrd, cmdline, host, lease, on_maintenance, .. } = arguments;
+    let CreateArgs {
+        name,
+        vcpus,
+        memory_mib,
+        cpu,
+        kernel,
+        initrd,
+        cmdline,
+        host,
+        lease,
+        on_maintenance,
+        ..
+    } = arguments;
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let boot = match kernel {
         None => Boot::Pilot,
-        Some(kernel) => Boot::Linux { kernel: text(&kernel), initrd: initrd.as_deref().map(text), cmdline },
+        Some(kernel) => Boot::Linux {
+            kernel: text(&kernel),
+            initrd: initrd.as_deref().map(text),
+            cmdline,
+        },
     };
     let body = CreateVm {
-        spec: Some(MachineSpec { machine_type: MachineType::Godwit1, vcpus, memory_mib, boot, cpu }),
+        spec: Some(MachineSpec {
+            machine_type: MachineType::Godwit1,
+            vcpus,
+            memory_mib,
+            boot,
+            cpu,
+        }),
         template: None,
         start: !arguments.no_start,
         host,
@@ -229,11 +293,18 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
         return session.print_dry_run(&session.client.post::<DryRun>(&path, &body).await?);
     }
     let accepted: VmAccepted = session.client.post(&path, &body).await?;
-    session.conclude(change, accepted.operation, || format!("{} created.\n", accepted.vm.name)).await
+    session
+        .conclude(change, accepted.operation, || {
+            format!("{} created.\n", accepted.vm.name)
+        })
+        .await
 }
 
 async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
-    let change = ChangeOptions { dry_run: arguments.dry_run, wait: false };
+    let change = ChangeOptions {
+        dry_run: arguments.dry_run,
+        wait: false,
+    };
     let path = change.path(path(&arguments.vm));
     let body = ChangeVm {
         name: arguments.name,
@@ -260,20 +331,44 @@ async fn act(
         return session.print_dry_run(&session.client.post::<DryRun>(&path, body).await?);
     }
     let accepted: VmAccepted = session.client.post(&path, body).await?;
-    session.conclude(change, accepted.operation, || format!("{vm}: nothing to do.\n")).await
+    session
+        .conclude(change, accepted.operation, || {
+            format!("{vm}: nothing to do.\n")
+        })
+        .await
 }
 
 fn stop_body(arguments: &StopArgs) -> StopVm {
     if arguments.kill {
-        StopVm { mode: StopMode::Kill, timeout_ms: None }
+        StopVm {
+            mode: StopMode::Kill,
+            timeout_ms: None,
+        }
     } else {
-        StopVm { mode: StopMode::Graceful, timeout_ms: Some(arguments.timeout_s.saturating_mul(1000)) }
+        StopVm {
+            mode: StopMode::Graceful,
+            timeout_ms: Some(arguments.timeout_s.saturating_mul(1000)),
+        }
     }
 }
 
 async fn migrate(session: &Session, arguments: MigrateArgs) -> Result<(), Failure> {
-    let MigrateArgs { vm, to, downtime_limit_ms, max_rounds, verify, change } = arguments;
-    let body = MigrateVm { target: to, policy: Some(MigrationPolicy { downtime_limit_ms, max_rounds, verify }) };
+    let MigrateArgs {
+        vm,
+        to,
+        downtime_limit_ms,
+        max_rounds,
+        verify,
+        change,
+    } = arguments;
+    let body = MigrateVm {
+        target: to,
+        policy: Some(MigrationPolicy {
+            downtime_limit_ms,
+            max_rounds,
+            verify,
+        }),
+    };
     act(session, &vm, "migrate", &body, change).await
 }
 
@@ -285,5 +380,11 @@ async fn delete(session: &Session, arguments: NamedArgs) -> Result<(), Failure> 
     }
     // Nothing comes back when it was off: it is gone already.
     let accepted: Option<VmAccepted> = session.client.delete(&path).await?;
-    session.conclude(change, accepted.and_then(|accepted| accepted.operation), || format!("{vm} deleted.\n")).await
+    session
+        .conclude(
+            change,
+            accepted.and_then(|accepted| accepted.operation),
+            || format!("{vm} deleted.\n"),
+        )
+        .await
 }

@@ -13,9 +13,18 @@ const BAR_STEPS: u64 = 1_000;
 const REDRAW: Duration = Duration::from_millis(100);
 
 /// Waits until an operation has ended.
-pub(super) async fn for_operation(client: &Client, operation: Operation) -> Result<Operation, Failure> {
-    let mut watch = Watch::begin(client, format!("{} {}", operation.kind, operation.subject.name)).await?;
-    let mut latest: Operation = client.get(&format!("/v1/operations/{}", operation.id)).await?;
+pub(super) async fn for_operation(
+    client: &Client,
+    operation: Operation,
+) -> Result<Operation, Failure> {
+    let mut watch = Watch::begin(
+        client,
+        format!("{} {}", operation.kind, operation.subject.name),
+    )
+    .await?;
+    let mut latest: Operation = client
+        .get(&format!("/v1/operations/{}", operation.id))
+        .await?;
     while !latest.state.is_final() {
         watch.show(latest.progress);
         if let StreamItem::Operation(operation) = watch.next().await? {
@@ -42,8 +51,12 @@ pub(super) async fn for_maintenance(
         watch.title(format!("{} {}", name(latest.state), latest.host_name));
         watch.show(progress);
         match watch.next().await? {
-            StreamItem::Maintenance(maintenance) if maintenance.id == latest.id => latest = maintenance,
-            StreamItem::Operation(operation) if Some(operation.id) == latest.operation => progress = operation.progress,
+            StreamItem::Maintenance(maintenance) if maintenance.id == latest.id => {
+                latest = maintenance
+            }
+            StreamItem::Operation(operation) if Some(operation.id) == latest.operation => {
+                progress = operation.progress
+            }
             _ => {}
         }
     }
@@ -63,11 +76,21 @@ impl Watch {
     async fn begin(client: &Client, title: String) -> Result<Self, Failure> {
         let now: List<Event> = client.get("/v1/events?limit=1").await?;
         let bar = ProgressBar::new(BAR_STEPS);
-        let style = ProgressStyle::with_template("{prefix} [{bar:30}] {percent:>3}% {elapsed:>4} {wide_msg}");
-        bar.set_style(style.expect("the template is well-formed").progress_chars("=> "));
+        let style = ProgressStyle::with_template(
+            "{prefix} [{bar:30}] {percent:>3}% {elapsed:>4} {wide_msg}",
+        );
+        bar.set_style(
+            style
+                .expect("the template is well-formed")
+                .progress_chars("=> "),
+        );
         bar.set_prefix(title);
         bar.enable_steady_tick(REDRAW);
-        Ok(Self { follow: client.follow(now.revision), bar, moving: BTreeMap::new() })
+        Ok(Self {
+            follow: client.follow(now.revision),
+            bar,
+            moving: BTreeMap::new(),
+        })
     }
 
     async fn next(&mut self) -> Result<StreamItem, Failure> {
@@ -87,8 +110,15 @@ impl Watch {
     }
 
     fn show(&self, progress: f64) {
-        self.bar.set_position((progress.clamp(0.0, 1.0) * BAR_STEPS as f64) as u64);
-        self.bar.set_message(self.moving.values().next().map(describe).unwrap_or_default());
+        self.bar
+            .set_position((progress.clamp(0.0, 1.0) * BAR_STEPS as f64) as u64);
+        self.bar.set_message(
+            self.moving
+                .values()
+                .next()
+                .map(describe)
+                .unwrap_or_default(),
+        );
     }
 
     fn end(&self) {

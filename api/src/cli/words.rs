@@ -67,9 +67,15 @@ mod tests {
     #[test]
     fn an_age_is_told_in_the_largest_unit_that_still_says_something() {
         let at = |second| Timestamp::from_second(second).expect("in range");
-        let told: Vec<_> = [0, 119, 120, 7_199, 7_200, 172_799, 172_800].map(|s| age(at(0), at(s))).into();
+        let told: Vec<_> = [0, 119, 120, 7_199, 7_200, 172_799, 172_800]
+            .map(|s| age(at(0), at(s)))
+            .into();
         assert_eq!(told, ["0s", "119s", "2m", "119m", "2h", "47h", "2d"]);
-        assert_eq!(age(at(10), at(5)), "0s", "a clock that runs behind is no reason to worry the operator");
+        assert_eq!(
+            age(at(10), at(5)),
+            "0s",
+            "a clock that runs behind is no reason to worry the operator"
+        );
     }
 
     #[test]

@@ -23,17 +23,32 @@ pub struct ConnectOptions {
     #[arg(long, env = "GODWIT_SERVER", default_value = DEFAULT_SERVER, value_name = "URL", help_heading = "Connection")]
     pub server: String,
     /// API token; not needed on the server's own machine.
-    #[arg(long, env = "GODWIT_TOKEN", hide_env_values = true, value_name = "TOKEN", help_heading = "Connection")]
+    #[arg(
+        long,
+        env = "GODWIT_TOKEN",
+        hide_env_values = true,
+        value_name = "TOKEN",
+        help_heading = "Connection"
+    )]
     pub token: Option<String>,
     /// CA certificates that may vouch for the server (PEM); the system's own when absent.
-    #[arg(long, env = "GODWIT_CA_FILE", value_name = "FILE", help_heading = "Connection")]
+    #[arg(
+        long,
+        env = "GODWIT_CA_FILE",
+        value_name = "FILE",
+        help_heading = "Connection"
+    )]
     pub ca_file: Option<PathBuf>,
 }
 
 impl ConnectOptions {
     /// A server on this machine, without a token.
     pub fn local(server: impl Into<String>) -> Self {
-        Self { server: server.into(), token: None, ca_file: None }
+        Self {
+            server: server.into(),
+            token: None,
+            ca_file: None,
+        }
     }
 }
 
@@ -53,30 +68,52 @@ pub(super) struct Server {
 
 impl std::fmt::Debug for Server {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Server").field("address", &self.address).finish_non_exhaustive()
+        f.debug_struct("Server")
+            .field("address", &self.address)
+            .finish_non_exhaustive()
     }
 }
 
 impl Server {
     pub(super) fn new(options: &ConnectOptions) -> Result<Self, ClientError> {
         let address = options.server.trim_end_matches('/').to_owned();
-        let bad = |reason: &str| ClientError::BadAddress { address: address.clone(), reason: reason.to_owned() };
-        let uri: http::Uri = address.parse().map_err(|error: http::uri::InvalidUri| bad(&error.to_string()))?;
+        let bad = |reason: &str| ClientError::BadAddress {
+            address: address.clone(),
+            reason: reason.to_owned(),
+        };
+        let uri: http::Uri = address
+            .parse()
+            .map_err(|error: http::uri::InvalidUri| bad(&error.to_string()))?;
         let encrypted = match uri.scheme_str() {
             Some("http") => false,
             Some("https") => true,
             _ => return Err(bad("it begins with neither http:// nor https://")),
         };
-        let authority = uri.authority().ok_or_else(|| bad("it names no host"))?.to_string();
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let authority = uri
+            .authority()
+            .ok_or_else(|| bad("it names no host"))?
+            .to_string();
+        let host = uri
+            .host()
+            .unwrap_or_default()
+            .trim_matches(['[', ']'])
+            .to_owned();
         let port = uri.port_u16().unwrap_or(if encrypted { 443 } else { 80 });
         let tls = if encrypted {
-            let name = ServerName::try_from(host.clone()).map_err(|error| bad(&error.to_string()))?;
+            let name =
+                ServerName::try_from(host.clone()).map_err(|error| bad(&error.to_string()))?;
             Some((connector(options)?, name))
         } else {
             None
         };
-        Ok(Self { address, authority, host, port, token: options.token.clone(), tls })
+        Ok(Self {
+            address,
+            authority,
+            host,
+            port,
+            token: options.token.clone(),
+            tls,
+        })
     }
 
     pub(super) fn address(&self) -> &str {
@@ -102,20 +139,33 @@ impl Server {
                 }
             }
         };
-        let unreachable = |reason: String| ClientError::Unreachable { server: self.address.clone(), reason };
+        let unreachable = |reason: String| ClientError::Unreachable {
+            server: self.address.clone(),
+            reason,
+        };
         match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) => Err(unreachable(chain(&error as &std::io::Error))),
-            Err(_) => Err(unreachable(format!("no connection within {} s", CONNECT_TIMEOUT.as_secs()))),
+            Err(_) => Err(unreachable(format!(
+                "no connection within {} s",
+                CONNECT_TIMEOUT.as_secs()
+            ))),
         }
     }
 }
 
 fn connector(options: &ConnectOptions) -> Result<TlsConnector, ClientError> {
-    let path = options.ca_file.clone().unwrap_or_else(|| PathBuf::from(SYSTEM_CA_FILE));
-    let bad = |reason: String| ClientError::BadCa { path: path.display().to_string(), reason };
+    let path = options
+        .ca_file
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(SYSTEM_CA_FILE));
+    let bad = |reason: String| ClientError::BadCa {
+        path: path.display().to_string(),
+        reason,
+    };
     let mut roots = rustls::RootCertStore::empty();
-    let certificates = CertificateDer::pem_file_iter(&path).map_err(|error| bad(error.to_string()))?;
+    let certificates =
+        CertificateDer::pem_file_iter(&path).map_err(|error| bad(error.to_string()))?;
     roots.add_parsable_certificates(certificates.filter_map(Result::ok));
     if roots.is_empty() {
         return Err(bad("it holds no certificate".to_owned()));
@@ -136,12 +186,18 @@ mod tests {
     #[test]
     fn an_address_without_a_scheme_is_refused_with_the_remedy() {
         let error = Server::new(&ConnectOptions::local("localhost:7070")).expect_err("refused");
-        assert!(error.to_string().contains("give it as http://HOST:PORT"), "{error}");
+        assert!(
+            error.to_string().contains("give it as http://HOST:PORT"),
+            "{error}"
+        );
     }
 
     #[test]
     fn an_ipv6_address_keeps_its_brackets_only_in_the_host_header() {
         let server = Server::new(&ConnectOptions::local("http://[::1]:7070/")).expect("an address");
-        assert_eq!((server.host.as_str(), server.authority.as_str(), server.port), ("::1", "[::1]:7070", 7070));
+        assert_eq!(
+            (server.host.as_str(), server.authority.as_str(), server.port),
+            ("::1", "[::1]:7070", 7070)
+        );
     }
 }

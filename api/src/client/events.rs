@@ -47,7 +47,13 @@ pub struct Follow {
 
 impl Follow {
     pub(super) fn new(client: Client, after: u64) -> Self {
-        Self { client, after, body: None, parser: Parser::default(), resumes: 0 }
+        Self {
+            client,
+            after,
+            body: None,
+            parser: Parser::default(),
+            resumes: 0,
+        }
     }
 
     /// The next item. Fails when the server stays away or refuses.
@@ -66,7 +72,10 @@ impl Follow {
                 self.parser = Parser::default();
                 self.resumes += 1;
                 if self.resumes > MAX_RESUMES {
-                    return Err(ClientError::Unreachable { server: self.client.server().to_owned(), reason });
+                    return Err(ClientError::Unreachable {
+                        server: self.client.server().to_owned(),
+                        reason,
+                    });
                 }
                 tokio::time::sleep(RESUME_PAUSE).await;
             }
@@ -79,12 +88,22 @@ impl Follow {
             Some(body) => body,
             None => {
                 let path = format!("/v1/events?after={}", self.after);
-                let answer = self.client.send(Method::GET, &path, Option::<&()>::None, "text/event-stream").await;
+                let answer = self
+                    .client
+                    .send(Method::GET, &path, Option::<&()>::None, "text/event-stream")
+                    .await;
                 match answer {
-                    Ok(answer) if answer.status().is_success() => self.body.insert(answer.into_body()),
+                    Ok(answer) if answer.status().is_success() => {
+                        self.body.insert(answer.into_body())
+                    }
                     Ok(answer) => {
                         let status = answer.status();
-                        let bytes = answer.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+                        let bytes = answer
+                            .into_body()
+                            .collect()
+                            .await
+                            .map(|b| b.to_bytes())
+                            .unwrap_or_default();
                         return Err(self.client.problem(status, &bytes));
                     }
                     Err(ClientError::Unreachable { reason, .. }) => return Ok(Err(reason)),
@@ -104,7 +123,10 @@ impl Follow {
             }
             Ok(Some(Err(error))) => Ok(Err(error.to_string())),
             Ok(None) => Ok(Err("the server ended the event stream".to_owned())),
-            Err(_) => Ok(Err(format!("nothing heard for {} s", SILENCE_LIMIT.as_secs()))),
+            Err(_) => Ok(Err(format!(
+                "nothing heard for {} s",
+                SILENCE_LIMIT.as_secs()
+            ))),
         }
     }
 
@@ -123,8 +145,10 @@ impl Follow {
     }
 
     fn parse<T: DeserializeOwned>(&self, message: &Message) -> Result<T, ClientError> {
-        serde_json::from_str(&message.data)
-            .map_err(|error| self.client.malformed(format!("event {:?}: {error}", message.event)))
+        serde_json::from_str(&message.data).map_err(|error| {
+            self.client
+                .malformed(format!("event {:?}: {error}", message.event))
+        })
     }
 }
 
@@ -159,7 +183,9 @@ impl Parser {
         loop {
             let rest = &self.buffer[self.consumed..];
             let end = rest.iter().position(|byte| *byte == b'\n')?;
-            let line = String::from_utf8_lossy(&rest[..end]).trim_end_matches('\r').to_owned();
+            let line = String::from_utf8_lossy(&rest[..end])
+                .trim_end_matches('\r')
+                .to_owned();
             self.consumed += end + 1;
             if line.is_empty() {
                 let message = std::mem::take(&mut self.message);
@@ -203,8 +229,16 @@ mod tests {
             assert_eq!(
                 seen,
                 [
-                    Message { id: Some(7), event: "vm".into(), data: "{\"a\":\n1}".into() },
-                    Message { id: None, event: "deleted".into(), data: "x".into() },
+                    Message {
+                        id: Some(7),
+                        event: "vm".into(),
+                        data: "{\"a\":\n1}".into()
+                    },
+                    Message {
+                        id: None,
+                        event: "deleted".into(),
+                        data: "x".into()
+                    },
                 ],
                 "cut at {cut}"
             );

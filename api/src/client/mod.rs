@@ -33,7 +33,9 @@ const PAGE_ITEMS: usize = 1_000;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The address makes no sense.
-    #[error("{address:?} is not a server address: {reason}\n  remedy: give it as http://HOST:PORT or https://HOST:PORT")]
+    #[error(
+        "{address:?} is not a server address: {reason}\n  remedy: give it as http://HOST:PORT or https://HOST:PORT"
+    )]
     BadAddress {
         /// What was given.
         address: String,
@@ -41,7 +43,9 @@ pub enum ClientError {
         reason: String,
     },
     /// The CA certificates could not be read.
-    #[error("cannot use the CA certificates in {path}: {reason}\n  remedy: give the pool's CA certificate with --ca-file")]
+    #[error(
+        "cannot use the CA certificates in {path}: {reason}\n  remedy: give the pool's CA certificate with --ca-file"
+    )]
     BadCa {
         /// The file.
         path: String,
@@ -90,7 +94,9 @@ pub struct Client {
 impl Client {
     /// Prepares to speak to a server; nothing is sent yet.
     pub fn new(options: &ConnectOptions) -> Result<Self, ClientError> {
-        Ok(Self { server: Server::new(options)? })
+        Ok(Self {
+            server: Server::new(options)?,
+        })
     }
 
     /// The server's address.
@@ -106,10 +112,20 @@ impl Client {
     /// Reads a whole list, page after page.
     pub async fn list<T: DeserializeOwned>(&self, path: &str) -> Result<List<T>, ClientError> {
         let joiner = if path.contains('?') { '&' } else { '?' };
-        let mut all = List { items: Vec::new(), next: None, revision: 0 };
+        let mut all = List {
+            items: Vec::new(),
+            next: None,
+            revision: 0,
+        };
         loop {
-            let cursor = all.next.take().map(|cursor| format!("&cursor={cursor}")).unwrap_or_default();
-            let page: List<T> = self.get(&format!("{path}{joiner}limit={PAGE_ITEMS}{cursor}")).await?;
+            let cursor = all
+                .next
+                .take()
+                .map(|cursor| format!("&cursor={cursor}"))
+                .unwrap_or_default();
+            let page: List<T> = self
+                .get(&format!("{path}{joiner}limit={PAGE_ITEMS}{cursor}"))
+                .await?;
             // What changed while paging is seen by whoever follows from the first page's revision.
             if all.items.is_empty() {
                 all.revision = page.revision;
@@ -123,12 +139,20 @@ impl Client {
     }
 
     /// Sends a change.
-    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
         self.call(Method::POST, path, Some(body)).await
     }
 
     /// Changes fields of a resource.
-    pub async fn patch<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, ClientError> {
+    pub async fn patch<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
         self.call(Method::PATCH, path, Some(body)).await
     }
 
@@ -175,7 +199,9 @@ impl Client {
         accept: &str,
     ) -> Result<http::Response<Incoming>, ClientError> {
         let body = match body {
-            Some(body) => serde_json::to_vec(body).map_err(|error| self.malformed(error.to_string()))?,
+            Some(body) => {
+                serde_json::to_vec(body).map_err(|error| self.malformed(error.to_string()))?
+            }
             None => Vec::new(),
         };
         let mut request = Request::builder()
@@ -189,18 +215,23 @@ impl Client {
         if let Some(token) = self.server.token() {
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
         }
-        let request =
-            request.body(Full::new(Bytes::from(body))).map_err(|error| ClientError::BadAddress {
+        let request = request
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| ClientError::BadAddress {
                 address: path.to_owned(),
                 reason: error.to_string(),
             })?;
         let exchange = async {
             let stream = TokioIo::new(self.server.connect().await?);
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(stream).await.map_err(|error| self.unreachable(&error))?;
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
+                .await
+                .map_err(|error| self.unreachable(&error))?;
             // Ends with the answer's body or when the sender is dropped.
             tokio::spawn(connection);
-            sender.send_request(request).await.map_err(|error| self.unreachable(&error))
+            sender
+                .send_request(request)
+                .await
+                .map_err(|error| self.unreachable(&error))
         };
         match tokio::time::timeout(ANSWER_TIMEOUT, exchange).await {
             Ok(answer) => answer,
@@ -212,11 +243,17 @@ impl Client {
     }
 
     fn unreachable(&self, error: &dyn std::error::Error) -> ClientError {
-        ClientError::Unreachable { server: self.server().to_owned(), reason: chain(error) }
+        ClientError::Unreachable {
+            server: self.server().to_owned(),
+            reason: chain(error),
+        }
     }
 
     fn malformed(&self, reason: String) -> ClientError {
-        ClientError::Malformed { server: self.server().to_owned(), reason }
+        ClientError::Malformed {
+            server: self.server().to_owned(),
+            reason,
+        }
     }
 
     fn problem(&self, status: StatusCode, body: &[u8]) -> ClientError {

@@ -10,8 +10,8 @@ use super::guests::Guest;
 use super::table::{Moved, Row, text};
 use crate::client::{Client, StreamItem};
 use crate::resource::{
-    CreateMaintenance, Event, Host, List, Maintenance, MaintenanceAccepted, MaintenanceState, Migration, MigrationState,
-    ReturnPolicy, Vm,
+    CreateMaintenance, Event, Host, List, Maintenance, MaintenanceAccepted, MaintenanceState,
+    Migration, MigrationState, ReturnPolicy, Vm,
 };
 use pilot::{Reply, Ticks, Verified};
 use std::collections::BTreeMap;
@@ -38,7 +38,11 @@ struct Place {
 
 /// Does the main job; fails with everything that did not hold.
 pub(super) async fn run(client: &Client, guests: &mut [Guest]) -> Result<(), DemoError> {
-    let mut check = Check { client, rows: Vec::new(), failures: Vec::new() };
+    let mut check = Check {
+        client,
+        rows: Vec::new(),
+        failures: Vec::new(),
+    };
     let before = check.places().await?;
     let start = check.prove(guests, &BTreeMap::new()).await?;
     check.rows.clear();
@@ -60,7 +64,13 @@ pub(super) async fn run(client: &Client, guests: &mut [Guest]) -> Result<(), Dem
     check.report(guests, &drained, &home, &back).await?;
 
     println!("\n{}", text(&check.rows));
-    if check.failures.is_empty() { Ok(()) } else { Err(DemoError::CheckFailed { failures: check.failures }) }
+    if check.failures.is_empty() {
+        Ok(())
+    } else {
+        Err(DemoError::CheckFailed {
+            failures: check.failures,
+        })
+    }
 }
 
 struct Check<'a> {
@@ -71,8 +81,20 @@ struct Check<'a> {
 
 impl Check<'_> {
     async fn places(&self) -> Result<BTreeMap<Uuid, Place>, DemoError> {
-        let vms: List<Vm> = self.client.list("/v1/vms").await.map_err(DemoError::api("listing the VMs"))?;
-        let place = |vm: Vm| (vm.id, Place { host: vm.host_name.unwrap_or_default(), epoch: vm.epoch });
+        let vms: List<Vm> = self
+            .client
+            .list("/v1/vms")
+            .await
+            .map_err(DemoError::api("listing the VMs"))?;
+        let place = |vm: Vm| {
+            (
+                vm.id,
+                Place {
+                    host: vm.host_name.unwrap_or_default(),
+                    epoch: vm.epoch,
+                },
+            )
+        };
         Ok(vms.items.into_iter().map(place).collect())
     }
 
@@ -95,13 +117,22 @@ impl Check<'_> {
             let ticks: Ticks = guest.ask("ticks").await?;
             let verified: Verified = guest.ask("verify").await?;
             let name = guest.name;
-            if let Verified::Corrupt { torn, stale, misplaced, first_page } = verified {
+            if let Verified::Corrupt {
+                torn,
+                stale,
+                misplaced,
+                first_page,
+            } = verified
+            {
                 self.failures.push(format!(
                     "{name}: memory is corrupt: {torn} torn, {stale} stale, {misplaced} misplaced pages, first {first_page}"
                 ));
             }
             if ticks.backwards > 0 {
-                self.failures.push(format!("{name}: its clock went backwards {} times", ticks.backwards));
+                self.failures.push(format!(
+                    "{name}: its clock went backwards {} times",
+                    ticks.backwards
+                ));
             }
             let before = earlier.get(&guest.id).copied().unwrap_or_default();
             if ticks.ticks <= before.ticks || ticks.uptime_ms <= before.uptime_ms {
@@ -133,16 +164,25 @@ impl Check<'_> {
             .client
             .post("/v1/maintenances", &body)
             .await
-            .map_err(DemoError::api(format!("planning the maintenance of {HOST}")))?;
+            .map_err(DemoError::api(format!(
+                "planning the maintenance of {HOST}"
+            )))?;
         let planned = created.maintenance;
         if planned.plan.moves.is_empty() {
-            self.failures.push(format!("the plan moves nothing off {HOST}"));
+            self.failures
+                .push(format!("the plan moves nothing off {HOST}"));
         }
-        self.act(&planned, "start", |state| matches!(state, MaintenanceState::Drained | MaintenanceState::Working)).await
+        self.act(&planned, "start", |state| {
+            matches!(state, MaintenanceState::Drained | MaintenanceState::Working)
+        })
+        .await
     }
 
     async fn finish(&mut self, maintenance: &Maintenance) -> Result<Maintenance, DemoError> {
-        self.act(maintenance, "finish", |state| state == MaintenanceState::Done).await
+        self.act(maintenance, "finish", |state| {
+            state == MaintenanceState::Done
+        })
+        .await
     }
 
     /// Tells a maintenance to go on and waits until it is there or cannot get there any more.
@@ -153,14 +193,24 @@ impl Check<'_> {
         arrived: impl Fn(MaintenanceState) -> bool,
     ) -> Result<Maintenance, DemoError> {
         let action = || DemoError::api(format!("maintenance of {HOST}: {verb}"));
-        let now: List<Event> = self.client.get("/v1/events?limit=1").await.map_err(action())?;
+        let now: List<Event> = self
+            .client
+            .get("/v1/events?limit=1")
+            .await
+            .map_err(action())?;
         let path = format!("/v1/maintenances/{}", maintenance.id);
-        let accepted: MaintenanceAccepted =
-            self.client.post(&format!("{path}/{verb}"), &serde_json::json!({})).await.map_err(action())?;
+        let accepted: MaintenanceAccepted = self
+            .client
+            .post(&format!("{path}/{verb}"), &serde_json::json!({}))
+            .await
+            .map_err(action())?;
         let mut latest = accepted.maintenance;
         let mut follow = self.client.follow(now.revision);
         while !arrived(latest.state) {
-            if matches!(latest.state, MaintenanceState::Failed | MaintenanceState::Blocked | MaintenanceState::Cancelled) {
+            if matches!(
+                latest.state,
+                MaintenanceState::Failed | MaintenanceState::Blocked | MaintenanceState::Cancelled
+            ) {
                 self.failures.push(format!(
                     "the maintenance is {:?}: {}",
                     latest.state,
@@ -170,7 +220,9 @@ impl Check<'_> {
             }
             match follow.next().await.map_err(action())? {
                 // The stream starts with what was before the answer.
-                StreamItem::Maintenance(told) if told.id == latest.id && told.changed_at >= latest.changed_at => {
+                StreamItem::Maintenance(told)
+                    if told.id == latest.id && told.changed_at >= latest.changed_at =>
+                {
                     latest = told;
                 }
                 _ => {}
@@ -180,19 +232,38 @@ impl Check<'_> {
     }
 
     async fn host_is_empty(&mut self) -> Result<(), DemoError> {
-        let host: Host = self.client.get(&format!("/v1/hosts/{HOST}")).await.map_err(DemoError::api("looking at the host"))?;
+        let host: Host = self
+            .client
+            .get(&format!("/v1/hosts/{HOST}"))
+            .await
+            .map_err(DemoError::api("looking at the host"))?;
         if host.committed.vms > 0 {
-            self.failures.push(format!("{HOST} still has {} VMs after the drain", host.committed.vms));
+            self.failures.push(format!(
+                "{HOST} still has {} VMs after the drain",
+                host.committed.vms
+            ));
         }
         Ok(())
     }
 
-    fn everyone_is_home(&mut self, guests: &[Guest], before: &BTreeMap<Uuid, Place>, home: &BTreeMap<Uuid, Place>) {
+    fn everyone_is_home(
+        &mut self,
+        guests: &[Guest],
+        before: &BTreeMap<Uuid, Place>,
+        home: &BTreeMap<Uuid, Place>,
+    ) {
         for guest in guests {
             let (was, is) = (before.get(&guest.id), home.get(&guest.id));
             if was.map(|place| &place.host) != is.map(|place| &place.host) {
-                let name = |place: Option<&Place>| place.map_or_else(|| "nowhere".to_owned(), |place| place.host.clone());
-                self.failures.push(format!("{} was on {} and is on {} now", guest.name, name(was), name(is)));
+                let name = |place: Option<&Place>| {
+                    place.map_or_else(|| "nowhere".to_owned(), |place| place.host.clone())
+                };
+                self.failures.push(format!(
+                    "{} was on {} and is on {} now",
+                    guest.name,
+                    name(was),
+                    name(is)
+                ));
             }
         }
     }
@@ -205,17 +276,27 @@ impl Check<'_> {
         to: &BTreeMap<Uuid, Place>,
         proofs: &BTreeMap<Uuid, Proof>,
     ) -> Result<(), DemoError> {
-        let migrations: List<Migration> =
-            self.client.list("/v1/migrations").await.map_err(DemoError::api("listing the migrations"))?;
+        let migrations: List<Migration> = self
+            .client
+            .list("/v1/migrations")
+            .await
+            .map_err(DemoError::api("listing the migrations"))?;
         for guest in guests {
             let (Some(from), Some(to)) = (from.get(&guest.id), to.get(&guest.id)) else {
                 self.failures.push(format!("{} is gone", guest.name));
                 continue;
             };
             let proof = proofs.get(&guest.id).copied().unwrap_or_default();
-            let moved = if from.host == to.host { None } else { self.moved(guest, from, to, &migrations.items) };
+            let moved = if from.host == to.host {
+                None
+            } else {
+                self.moved(guest, from, to, &migrations.items)
+            };
             if from.host == to.host && from.epoch != to.epoch {
-                self.failures.push(format!("{}: stayed on {} and yet changed its epoch", guest.name, to.host));
+                self.failures.push(format!(
+                    "{}: stayed on {} and yet changed its epoch",
+                    guest.name, to.host
+                ));
             }
             self.rows.push(Row {
                 vm: guest.name.to_owned(),
@@ -230,7 +311,13 @@ impl Check<'_> {
     }
 
     /// The figures of the one migration that brought a guest from one place to the other.
-    fn moved(&mut self, guest: &Guest, from: &Place, to: &Place, migrations: &[Migration]) -> Option<Moved> {
+    fn moved(
+        &mut self,
+        guest: &Guest,
+        from: &Place,
+        to: &Place,
+        migrations: &[Migration],
+    ) -> Option<Moved> {
         if to.epoch != from.epoch + 1 {
             self.failures.push(format!(
                 "{}: one move took its epoch from {} to {}",
@@ -238,15 +325,25 @@ impl Check<'_> {
             ));
         }
         let latest = migrations.iter().rev().find(|migration| {
-            migration.vm == guest.id && migration.source_name == from.host && migration.target_name == to.host
+            migration.vm == guest.id
+                && migration.source_name == from.host
+                && migration.target_name == to.host
         });
-        let Some(migration) = latest.filter(|migration| migration.state == MigrationState::Committed) else {
-            self.failures.push(format!("{}: no migration from {} to {} was committed", guest.name, from.host, to.host));
+        let Some(migration) =
+            latest.filter(|migration| migration.state == MigrationState::Committed)
+        else {
+            self.failures.push(format!(
+                "{}: no migration from {} to {} was committed",
+                guest.name, from.host, to.host
+            ));
             return None;
         };
         let progress = &migration.progress;
         if progress.downtime_us.is_none() {
-            self.failures.push(format!("{}: the source did not measure the downtime", guest.name));
+            self.failures.push(format!(
+                "{}: the source did not measure the downtime",
+                guest.name
+            ));
         }
         Some(Moved {
             rounds: progress.round,

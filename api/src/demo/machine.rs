@@ -14,7 +14,9 @@ pub enum KvmError {
     )]
     Missing,
     /// The device is not for this user.
-    #[error("{KVM_DEVICE} is not accessible for this user\n  remedy: sudo usermod -aG kvm $USER, then log in again")]
+    #[error(
+        "{KVM_DEVICE} is not accessible for this user\n  remedy: sudo usermod -aG kvm $USER, then log in again"
+    )]
     Forbidden,
     /// Something else.
     #[error("cannot open {KVM_DEVICE}\n  remedy: check that the kernel's KVM modules work (dmesg)")]

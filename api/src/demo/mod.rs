@@ -58,7 +58,9 @@ pub enum DemoError {
     #[error(transparent)]
     Kvm(#[from] KvmError),
     /// The API demands TLS and a token beyond loopback, which a demo does without.
-    #[error("the demo's API cannot listen on {address}, which can be reached from other machines\n  remedy: choose a loopback address, such as 127.0.0.1:7070")]
+    #[error(
+        "the demo's API cannot listen on {address}, which can be reached from other machines\n  remedy: choose a loopback address, such as 127.0.0.1:7070"
+    )]
     NotLoopback {
         /// What was asked for.
         address: SocketAddr,
@@ -122,13 +124,19 @@ impl DemoError {
 /// Runs the demo until Ctrl-C, or the check until its end.
 pub async fn run(arguments: DemoArgs) -> Result<(), DemoError> {
     if !arguments.api.ip().is_loopback() {
-        return Err(DemoError::NotLoopback { address: arguments.api });
+        return Err(DemoError::NotLoopback {
+            address: arguments.api,
+        });
     }
     machine::check_kvm()?;
     let mut terminate = signal(SignalKind::terminate()).map_err(DemoError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(DemoError::Signals)?;
     let began = Instant::now();
-    let mut pool = Pool::new(PoolPlan { hosts: arguments.hosts, api: arguments.api, state_dir: arguments.state_dir })?;
+    let mut pool = Pool::new(PoolPlan {
+        hosts: arguments.hosts,
+        api: arguments.api,
+        state_dir: arguments.state_dir,
+    })?;
     let outcome = tokio::select! {
         outcome = show(&mut pool, arguments.check) => outcome,
         _ = interrupt.recv() => stopped(arguments.check),
@@ -144,7 +152,10 @@ pub async fn run(arguments: DemoArgs) -> Result<(), DemoError> {
         (Ok(()), false) => Err(DemoError::Leftovers { left }),
         (Ok(()), true) => {
             if arguments.check {
-                println!("All held, in {:.1} s. Nothing is left behind.", began.elapsed().as_secs_f64());
+                println!(
+                    "All held, in {:.1} s. Nothing is left behind.",
+                    began.elapsed().as_secs_f64()
+                );
             } else {
                 println!("Nothing is left behind.");
             }
@@ -155,7 +166,11 @@ pub async fn run(arguments: DemoArgs) -> Result<(), DemoError> {
 
 /// Ctrl-C is how a demo ends, but not how a check passes.
 fn stopped(check: bool) -> Result<(), DemoError> {
-    if check { Err(DemoError::Interrupted) } else { Ok(()) }
+    if check {
+        Err(DemoError::Interrupted)
+    } else {
+        Ok(())
+    }
 }
 
 async fn show(pool: &mut Pool, check: bool) -> Result<(), DemoError> {
@@ -166,9 +181,14 @@ async fn show(pool: &mut Pool, check: bool) -> Result<(), DemoError> {
     let mut guests = guests::put_to_work(pool.client(), guests).await?;
     guests::print(&guests);
     if check {
-        return match tokio::time::timeout(CHECK_TIME_LIMIT, check::run(pool.client(), &mut guests)).await {
+        return match tokio::time::timeout(CHECK_TIME_LIMIT, check::run(pool.client(), &mut guests))
+            .await
+        {
             Ok(outcome) => outcome,
-            Err(_) => Err(DemoError::TooSlow { what: "the check".to_owned(), limit_s: CHECK_TIME_LIMIT.as_secs() }),
+            Err(_) => Err(DemoError::TooSlow {
+                what: "the check".to_owned(),
+                limit_s: CHECK_TIME_LIMIT.as_secs(),
+            }),
         };
     }
     println!(

@@ -1,9 +1,9 @@
 //! The pool's processes: started in order, watched, and taken down without leaving anything.
 
 use super::DemoError;
+use crate::READY_PREFIX;
 use crate::client::{Client, ClientError, ConnectOptions, StreamItem};
 use crate::resource::{Event, Host, HostState, JoinToken, List};
-use crate::READY_PREFIX;
 use rustix::process::{Pid, Signal, kill_process};
 use std::collections::BTreeSet;
 use std::fs;
@@ -99,16 +99,28 @@ impl Pool {
         let (directory, temporary) = match &plan.state_dir {
             Some(directory) => {
                 fs::create_dir_all(directory).map_err(unusable(directory))?;
-                (fs::canonicalize(directory).map_err(unusable(directory))?, None)
+                (
+                    fs::canonicalize(directory).map_err(unusable(directory))?,
+                    None,
+                )
             }
             None => {
                 let parent = std::env::temp_dir();
-                let temporary = tempfile::Builder::new().prefix("godwit-demo-").tempdir().map_err(unusable(&parent))?;
+                let temporary = tempfile::Builder::new()
+                    .prefix("godwit-demo-")
+                    .tempdir()
+                    .map_err(unusable(&parent))?;
                 (temporary.path().to_owned(), Some(temporary))
             }
         };
         let client = client(&format!("http://{}", plan.api))?;
-        Ok(Self { plan, directory, temporary, processes: Vec::new(), client })
+        Ok(Self {
+            plan,
+            directory,
+            temporary,
+            processes: Vec::new(),
+            client,
+        })
     }
 
     pub(super) fn host_count(&self) -> u8 {
@@ -169,7 +181,10 @@ impl Pool {
                 Ok(())
             }
             Ok(None) => Err(a_death(&mut self.processes).await.into()),
-            Err(_) => Err(DemoError::TooSlow { what: "the server's start".to_owned(), limit_s: SERVER_START.as_secs() }),
+            Err(_) => Err(DemoError::TooSlow {
+                what: "the server's start".to_owned(),
+                limit_s: SERVER_START.as_secs(),
+            }),
         }
     }
 
@@ -183,9 +198,21 @@ impl Pool {
             .post("/v1/join-tokens", &serde_json::json!({}))
             .await
             .map_err(DemoError::api("making a join token"))?;
-        command.args(["--join", &token.token, "--server", &token.server]);
-        command.args(["--name", &name, "--listen", "127.0.0.1:0", "--on-exit", "kill-vms"]);
-        command.args(["--guest-memory-mib", &GUEST_MEMORY_MIB.to_string()]).stdout(Stdio::null());
+        // Not as an argument: those are for everyone on this machine to see.
+        command
+            .env("GODWIT_JOIN_TOKEN", &token.token)
+            .args(["--server", &token.server]);
+        command.args([
+            "--name",
+            &name,
+            "--listen",
+            "127.0.0.1:0",
+            "--on-exit",
+            "kill-vms",
+        ]);
+        command
+            .args(["--guest-memory-mib", &GUEST_MEMORY_MIB.to_string()])
+            .stdout(Stdio::null());
         self.spawn(&name, &name, command)?;
         Ok(())
     }
@@ -198,16 +225,37 @@ impl Pool {
             command.arg("run");
         }
         // A process group of its own: Ctrl-C reaches the demo alone, which then ends the others in order.
-        command.arg("--state-dir").arg(state).arg("--die-with-parent").stdin(Stdio::null()).process_group(0);
+        command
+            .arg("--state-dir")
+            .arg(state)
+            .arg("--die-with-parent")
+            .stdin(Stdio::null())
+            .process_group(0);
         command
     }
 
-    fn spawn(&mut self, name: &str, log_name: &str, mut command: Command) -> Result<&mut Process, PoolError> {
+    fn spawn(
+        &mut self,
+        name: &str,
+        log_name: &str,
+        mut command: Command,
+    ) -> Result<&mut Process, PoolError> {
         let log = self.directory.join(format!("{log_name}.log"));
-        let failed = |source| PoolError::Start { name: name.to_owned(), source };
-        let file = fs::File::options().create(true).append(true).open(&log).map_err(failed)?;
+        let failed = |source| PoolError::Start {
+            name: name.to_owned(),
+            source,
+        };
+        let file = fs::File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .map_err(failed)?;
         let child = command.stderr(file).spawn().map_err(failed)?;
-        self.processes.push(Process { name: name.to_owned(), child, log });
+        self.processes.push(Process {
+            name: name.to_owned(),
+            child,
+            log,
+        });
         Ok(self.processes.last_mut().expect("just pushed"))
     }
 
@@ -219,7 +267,9 @@ impl Pool {
     /// Shows the end of every log.
     pub(super) fn print_log_tails(&self) {
         for process in &self.processes {
-            let Ok(tail) = tail(&process.log) else { continue };
+            let Ok(tail) = tail(&process.log) else {
+                continue;
+            };
             if !tail.is_empty() {
                 eprintln!("--- last lines of {}", process.log.display());
                 eprintln!("{tail}");
@@ -230,21 +280,34 @@ impl Pool {
     /// Ends every process and removes every file; what could not be ended or removed is told.
     pub(super) async fn tear_down(mut self) -> Vec<String> {
         for process in &self.processes {
-            if let Some(pid) = process.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            if let Some(pid) = process
+                .child
+                .id()
+                .and_then(|pid| Pid::from_raw(pid.cast_signed()))
+            {
                 // An error says that it has ended already.
                 let _ = kill_process(pid, Signal::TERM);
             }
         }
         let mut left = Vec::new();
         for process in &mut self.processes {
-            if tokio::time::timeout(END, process.child.wait()).await.is_err() {
-                left.push(format!("{} did not end within {} s and was killed", process.name, END.as_secs()));
+            if tokio::time::timeout(END, process.child.wait())
+                .await
+                .is_err()
+            {
+                left.push(format!(
+                    "{} did not end within {} s and was killed",
+                    process.name,
+                    END.as_secs()
+                ));
                 let _ = process.child.start_kill();
                 let _ = tokio::time::timeout(KILLED, process.child.wait()).await;
             }
         }
         for (pid, command) in processes_using(&self.directory) {
-            left.push(format!("process {pid} outlived the demo and was killed: {command}"));
+            left.push(format!(
+                "process {pid} outlived the demo and was killed: {command}"
+            ));
             if let Some(pid) = Pid::from_raw(pid) {
                 let _ = kill_process(pid, Signal::KILL);
             }
@@ -260,14 +323,24 @@ impl Pool {
 }
 
 fn client(server: &str) -> Result<Client, DemoError> {
-    Client::new(&ConnectOptions::local(server)).map_err(DemoError::api("preparing to ask the server"))
+    Client::new(&ConnectOptions::local(server))
+        .map_err(DemoError::api("preparing to ask the server"))
 }
 
 async fn wait_for_hosts(client: &Client, count: usize) -> Result<(), ClientError> {
-    let revision = client.get::<List<Event>>("/v1/events?limit=1").await?.revision;
+    let revision = client
+        .get::<List<Event>>("/v1/events?limit=1")
+        .await?
+        .revision;
     let is_up = |host: &Host| host.state == HostState::Up;
-    let mut up: BTreeSet<_> =
-        client.list::<Host>("/v1/hosts").await?.items.into_iter().filter(is_up).map(|host| host.id).collect();
+    let mut up: BTreeSet<_> = client
+        .list::<Host>("/v1/hosts")
+        .await?
+        .items
+        .into_iter()
+        .filter(is_up)
+        .map(|host| host.id)
+        .collect();
     let mut follow = client.follow(revision);
     while up.len() < count {
         if let StreamItem::Host(host) = follow.next().await? {
@@ -284,7 +357,11 @@ async fn a_death(processes: &mut [Process]) -> PoolError {
     let deaths = processes.iter_mut().map(|process| {
         Box::pin(async {
             let status = process.child.wait().await.unwrap_or_default();
-            PoolError::Ended { name: process.name.clone(), status, log: process.log.clone() }
+            PoolError::Ended {
+                name: process.name.clone(),
+                status,
+                log: process.log.clone(),
+            }
         })
     });
     futures_util::future::select_all(deaths).await.0
@@ -305,14 +382,19 @@ fn tail(log: &Path) -> io::Result<String> {
 fn processes_using(directory: &Path) -> Vec<(i32, String)> {
     let needle = directory.to_string_lossy();
     let own = std::process::id().cast_signed();
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .filter_map(|entry| {
             let entry = entry.ok()?;
             let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
             let command = fs::read(entry.path().join("cmdline")).ok()?;
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
-            let is_ours = pid != own && command.split(' ').any(|word| word.starts_with(needle.as_ref()));
+            let is_ours = pid != own
+                && command
+                    .split(' ')
+                    .any(|word| word.starts_with(needle.as_ref()));
             is_ours.then_some((pid, command))
         })
         .collect()

@@ -53,10 +53,16 @@ impl Shell {
     /// Attaches and waits until the guest answers.
     pub(super) async fn attach(client: &Client, vm: &str) -> Result<Self, ShellError> {
         let serial = client.serial(vm).await.map_err(ShellError::Console)?;
-        let mut shell = Self { serial, received: Vec::new() };
+        let mut shell = Self {
+            serial,
+            received: Vec::new(),
+        };
         // What the console sends first is history. A word that no guest knows marks where it ends: the guest
         // refuses it by name.
-        let silent = ShellError::Silent { command: "hello".to_owned(), limit_s: FIRST_ANSWER.as_secs() };
+        let silent = ShellError::Silent {
+            command: "hello".to_owned(),
+            limit_s: FIRST_ANSWER.as_secs(),
+        };
         let greet = async {
             for attempt in 0u32.. {
                 let mark = format!("hello-{}-{attempt}", uuid::Uuid::new_v4().simple());
@@ -82,25 +88,39 @@ impl Shell {
     }
 
     /// Sends a command and reads its answer.
-    pub(super) async fn ask<T: FromStr<Err = ReplyError>>(&mut self, command: &str) -> Result<T, ShellError> {
+    pub(super) async fn ask<T: FromStr<Err = ReplyError>>(
+        &mut self,
+        command: &str,
+    ) -> Result<T, ShellError> {
         let answer = async {
             self.send(command).await?;
             loop {
                 let line = self.line().await?;
                 // Anything else is the refusal of an earlier greeting.
-                if !line.contains("hello-") && (line.starts_with("ok ") || line.starts_with("error ")) {
+                if !line.contains("hello-")
+                    && (line.starts_with("ok ") || line.starts_with("error "))
+                {
                     return Ok::<_, ShellError>(line);
                 }
             }
         };
         match tokio::time::timeout(ANSWER, answer).await {
-            Ok(line) => line?.parse().map_err(|source| ShellError::Reply { command: command.to_owned(), source }),
-            Err(_) => Err(ShellError::Silent { command: command.to_owned(), limit_s: ANSWER.as_secs() }),
+            Ok(line) => line?.parse().map_err(|source| ShellError::Reply {
+                command: command.to_owned(),
+                source,
+            }),
+            Err(_) => Err(ShellError::Silent {
+                command: command.to_owned(),
+                limit_s: ANSWER.as_secs(),
+            }),
         }
     }
 
     async fn send(&mut self, line: &str) -> Result<(), ShellError> {
-        self.serial.write(format!("{line}\n")).await.map_err(ShellError::Console)
+        self.serial
+            .write(format!("{line}\n"))
+            .await
+            .map_err(ShellError::Console)
     }
 
     async fn line(&mut self) -> Result<String, ShellError> {

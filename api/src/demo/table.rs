@@ -40,15 +40,25 @@ pub(super) fn text(rows: &[Row]) -> String {
     ]);
     let ms = |us: u64| format!("{:.1}", us as f64 / 1_000.0);
     for row in rows {
-        let figure = |show: fn(&Moved) -> String| row.moved.as_ref().map_or_else(|| "-".to_owned(), show);
+        let figure =
+            |show: fn(&Moved) -> String| row.moved.as_ref().map_or_else(|| "-".to_owned(), show);
         table.row([
             row.vm.clone(),
             row.from.clone(),
-            if row.moved.is_some() { row.to.clone() } else { "stayed".to_owned() },
+            if row.moved.is_some() {
+                row.to.clone()
+            } else {
+                "stayed".to_owned()
+            },
             figure(|moved| moved.rounds.to_string()),
             figure(|moved| format!("{:.1}", moved.sent_bytes as f64 / f64::from(1 << 20))),
             figure(|moved| format!("{:.2}", moved.total_ms as f64 / 1_000.0)),
-            figure(|moved| moved.downtime_us.map_or_else(|| "?".to_owned(), |us| format!("{:.1}", us as f64 / 1_000.0))),
+            figure(|moved| {
+                moved.downtime_us.map_or_else(
+                    || "?".to_owned(),
+                    |us| format!("{:.1}", us as f64 / 1_000.0),
+                )
+            }),
             ms(row.blackout_us),
             if row.verified { "yes" } else { "NO" }.to_owned(),
         ]);
@@ -63,7 +73,12 @@ mod tests {
 
     #[test]
     fn the_report_shows_who_moved_who_stayed_and_what_it_cost() {
-        let moved = Moved { rounds: 3, sent_bytes: 9_437_184, total_ms: 412, downtime_us: Some(8_312) };
+        let moved = Moved {
+            rounds: 3,
+            sent_bytes: 9_437_184,
+            total_ms: 412,
+            downtime_us: Some(8_312),
+        };
         let rows = [
             Row {
                 vm: "web-1".into(),
@@ -73,7 +88,13 @@ mod tests {
                 blackout_us: 10_200,
                 verified: true,
             },
-            Row { vm: "batch-1".into(), from: "host-3".into(), to: "host-3".into(), verified: false, ..Row::default() },
+            Row {
+                vm: "batch-1".into(),
+                from: "host-3".into(),
+                to: "host-3".into(),
+                verified: false,
+                ..Row::default()
+            },
         ];
         expect![[r#"
             VM       FROM    TO      ROUNDS  MIB  TOTAL S  DOWNTIME MS (SOURCE)  BLACKOUT MS (GUEST)  VERIFIED

@@ -87,7 +87,9 @@ pub struct MaintenancePolicy {
 }
 
 /// What happens after a maintenance to the VMs that left.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum ReturnPolicy {
     /// Each comes home.

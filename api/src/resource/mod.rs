@@ -13,19 +13,27 @@ mod request;
 mod vm;
 
 pub use event::{Deleted, Event, Severity};
-pub use host::{Capacity, Committed, CpuFacts, Host, HostFacts, HostState, HostUsage, JoinToken, Pressure};
+pub use host::{
+    Capacity, Committed, CpuFacts, Host, HostFacts, HostState, HostUsage, JoinToken, Pressure,
+};
 pub use maintenance::{
-    Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState, MoveAction, MovedState,
-    PlannedMove, ReturnPolicy, VmOverride,
+    Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState,
+    MoveAction, MovedState, PlannedMove, ReturnPolicy, VmOverride,
 };
 pub use migration::{Migration, MigrationPhase, MigrationProgress, MigrationState};
-pub use operation::{HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject, SubjectKind, VmAccepted};
+pub use operation::{
+    HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject,
+    SubjectKind, VmAccepted,
+};
 pub use problem::{FieldProblem, Problem};
 pub use request::{
-    CancelMaintenance, ChangeVm, CreateMaintenance, CreateJoinToken, CreateVm, HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm,
-    VmTemplate, Verify,
+    CancelMaintenance, ChangeVm, CreateJoinToken, CreateMaintenance, CreateVm, HostReason,
+    MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, VmTemplate,
 };
-pub use vm::{Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, VmMaintenancePolicy, PowerIntent, Vm, VmState, VmUsage};
+pub use vm::{
+    Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, PowerIntent, Vm, VmMaintenancePolicy,
+    VmState, VmUsage,
+};
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;

@@ -38,12 +38,36 @@ pub struct FieldProblem {
 
 impl From<wire::Problem> for Problem {
     fn from(problem: wire::Problem) -> Self {
-        let wire::Problem { kind, title, status, detail, remedy, fields } = problem;
+        let wire::Problem {
+            kind,
+            title,
+            status,
+            detail,
+            remedy,
+            fields,
+        } = problem;
         let fields = fields
             .into_iter()
-            .map(|wire::FieldProblem { field, problem, remedy }| FieldProblem { field, problem, remedy })
+            .map(
+                |wire::FieldProblem {
+                     field,
+                     problem,
+                     remedy,
+                 }| FieldProblem {
+                    field,
+                    problem,
+                    remedy,
+                },
+            )
             .collect();
-        Self { kind, title, status, detail, remedy, fields }
+        Self {
+            kind,
+            title,
+            status,
+            detail,
+            remedy,
+            fields,
+        }
     }
 }
 
@@ -55,7 +79,11 @@ impl fmt::Display for Problem {
             write!(f, "{}", self.title)?;
         }
         for field in &self.fields {
-            write!(f, "\n  {}: {}; {}", field.field, field.problem, field.remedy)?;
+            write!(
+                f,
+                "\n  {}: {}; {}",
+                field.field, field.problem, field.remedy
+            )?;
         }
         if let Some(remedy) = &self.remedy {
             write!(f, "\n  remedy: {remedy}")?;

@@ -1,6 +1,6 @@
 //! Bodies of requests.
 
-use super::{LeasePolicy, MachineSpec, VmMaintenancePolicy, ReturnPolicy, VmOverride};
+use super::{LeasePolicy, MachineSpec, ReturnPolicy, VmMaintenancePolicy, VmOverride};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 

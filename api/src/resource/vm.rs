@@ -94,7 +94,9 @@ pub enum Boot {
 }
 
 /// Named CPU feature level.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 pub enum CpuBaseline {
     /// SSE4.2, POPCNT, CMPXCHG16B.
     #[default]
@@ -128,7 +130,19 @@ pub enum PowerIntent {
 }
 
 /// What a VM is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Serialize,
+    Deserialize,
+    ToSchema,
+    clap::ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum VmState {
@@ -155,7 +169,9 @@ pub enum VmState {
 }
 
 /// What a VM does when its host loses contact with the control plane.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum LeasePolicy {
     /// It stops itself when the host's lease ends, so that it can be started elsewhere.
@@ -166,7 +182,9 @@ pub enum LeasePolicy {
 }
 
 /// What a maintenance of its host does with a VM.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum VmMaintenancePolicy {
     /// Move it live.

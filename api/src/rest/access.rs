@@ -72,7 +72,9 @@ pub enum TokenError {
     #[error("cannot use the API tokens: {0}")]
     File(FileError),
     /// The file makes no sense.
-    #[error("the API tokens in {path} cannot be understood\n  remedy: restore the file, or remove it to have a new token made")]
+    #[error(
+        "the API tokens in {path} cannot be understood\n  remedy: restore the file, or remove it to have a new token made"
+    )]
     Malformed {
         /// The file.
         path: PathBuf,
@@ -117,11 +119,13 @@ impl ApiTokens {
                     created_at: Timestamp::now(),
                 };
                 let tokens = vec![stored];
-                let text = serde_json::to_vec_pretty(&tokens).map_err(|source| TokenError::Malformed {
-                    path: path.clone(),
-                    source,
-                })?;
-                file::write_atomically(&path, &text, file::Access::Private).map_err(TokenError::File)?;
+                let text =
+                    serde_json::to_vec_pretty(&tokens).map_err(|source| TokenError::Malformed {
+                        path: path.clone(),
+                        source,
+                    })?;
+                file::write_atomically(&path, &text, file::Access::Private)
+                    .map_err(TokenError::File)?;
                 Ok((Self { tokens }, Some(token)))
             }
             Err(error) => Err(TokenError::File(error)),
@@ -153,7 +157,11 @@ impl Caller {
 
 /// Middleware: lets a request through with its [`Caller`], or refuses it. The console's files hold no secrets and
 /// ask for the token themselves; the API's description and the health check are for everyone.
-pub(super) async fn demand_token(State(api): State<Api>, mut request: Request, next: Next) -> Response {
+pub(super) async fn demand_token(
+    State(api): State<Api>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let path = request.uri().path();
     if !path.starts_with("/v1/") && path != "/metrics" {
         return next.run(request).await;
@@ -165,7 +173,9 @@ pub(super) async fn demand_token(State(api): State<Api>, mut request: Request, n
         }
         Err(refusal) => {
             let mut response = refusal.into_response();
-            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            response
+                .headers_mut()
+                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             response
         }
     }
@@ -174,7 +184,9 @@ pub(super) async fn demand_token(State(api): State<Api>, mut request: Request, n
 fn token_in(headers: &HeaderMap) -> Option<&str> {
     if let Some(value) = headers.get(header::AUTHORIZATION) {
         let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
-        return scheme.eq_ignore_ascii_case("bearer").then_some(token.trim());
+        return scheme
+            .eq_ignore_ascii_case("bearer")
+            .then_some(token.trim());
     }
     let offered = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL);
     offered
@@ -222,9 +234,22 @@ mod tests {
         let token = Access::Token(tokens);
         let wrong = headers(header::AUTHORIZATION, "Bearer nonsense");
         assert!(local.admit(&wrong).is_err() && token.admit(&wrong).is_err());
-        assert_eq!(local.admit(&HeaderMap::new()).expect("admitted").name(), "local");
-        assert_eq!(token.admit(&HeaderMap::new()).expect_err("refused").0.status, 401);
-        let right = headers(header::SEC_WEBSOCKET_PROTOCOL, &format!("godwit, godwit.token.{}", made.expect("made")));
+        assert_eq!(
+            local.admit(&HeaderMap::new()).expect("admitted").name(),
+            "local"
+        );
+        assert_eq!(
+            token
+                .admit(&HeaderMap::new())
+                .expect_err("refused")
+                .0
+                .status,
+            401
+        );
+        let right = headers(
+            header::SEC_WEBSOCKET_PROTOCOL,
+            &format!("godwit, godwit.token.{}", made.expect("made")),
+        );
         assert_eq!(token.admit(&right).expect("admitted").name(), "admin");
     }
 }

@@ -20,30 +20,58 @@ struct File {
 static BY_PATH: LazyLock<BTreeMap<&'static str, File>> = LazyLock::new(|| {
     let file = |content: &'static [u8], path: &str| {
         let digest = ring::digest::digest(&ring::digest::SHA256, content);
-        let hex: String = digest.as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+        let hex: String = digest.as_ref()[..16]
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let etag = HeaderValue::from_str(&format!("\"{hex}\"")).expect("hex digits in quotes");
-        File { content, kind: content_type(path), etag }
+        File {
+            content,
+            kind: content_type(path),
+            etag,
+        }
     };
-    FILES.iter().map(|(path, content)| (*path, file(content, path))).collect()
+    FILES
+        .iter()
+        .map(|(path, content)| (*path, file(content, path)))
+        .collect()
 });
 
 pub(super) fn router() -> Router<Api> {
     let mut router = Router::new();
     for path in BY_PATH.keys() {
-        router = router.route(&format!("/{path}"), get(move |headers: HeaderMap| async move { serve(path, &headers) }));
+        router = router.route(
+            &format!("/{path}"),
+            get(move |headers: HeaderMap| async move { serve(path, &headers) }),
+        );
     }
-    router.route("/", get(|headers: HeaderMap| async move { serve("index.html", &headers) }))
+    router.route(
+        "/",
+        get(|headers: HeaderMap| async move { serve("index.html", &headers) }),
+    )
 }
 
 fn serve(path: &str, headers: &HeaderMap) -> Response {
     let Some(file) = BY_PATH.get(path) else {
-        return (StatusCode::NOT_FOUND, "This build of godwit has no web console.\n").into_response();
+        return (
+            StatusCode::NOT_FOUND,
+            "This build of godwit has no web console.\n",
+        )
+            .into_response();
     };
-    let known = headers.get(header::IF_NONE_MATCH).and_then(|tags| tags.to_str().ok()).is_some_and(|tags| {
-        let etag = file.etag.to_str().unwrap_or_default();
-        tags.split(',').any(|tag| tag.trim().trim_start_matches("W/") == etag)
-    });
-    let mut response = if known { StatusCode::NOT_MODIFIED.into_response() } else { file.content.into_response() };
+    let known = headers
+        .get(header::IF_NONE_MATCH)
+        .and_then(|tags| tags.to_str().ok())
+        .is_some_and(|tags| {
+            let etag = file.etag.to_str().unwrap_or_default();
+            tags.split(',')
+                .any(|tag| tag.trim().trim_start_matches("W/") == etag)
+        });
+    let mut response = if known {
+        StatusCode::NOT_MODIFIED.into_response()
+    } else {
+        file.content.into_response()
+    };
     let headers = response.headers_mut();
     headers.insert(header::ETAG, file.etag.clone());
     // Asked for again each time, answered with 304: a new version of the program shows at once.

@@ -36,12 +36,17 @@ pub(super) fn vm(view: &View, vm: &model::Vm) -> api::Vm {
         },
         maintenance_policy: match vm.maintenance_policy {
             model::MaintenancePolicy::Migrate => api::VmMaintenancePolicy::Migrate,
-            model::MaintenancePolicy::RestartElsewhere => api::VmMaintenancePolicy::RestartElsewhere,
+            model::MaintenancePolicy::RestartElsewhere => {
+                api::VmMaintenancePolicy::RestartElsewhere
+            }
             model::MaintenancePolicy::StopAndReturn => api::VmMaintenancePolicy::StopAndReturn,
             model::MaintenancePolicy::Block => api::VmMaintenancePolicy::Block,
         },
         usage: vm_usage(view.vm_usage(vm)),
-        migration: vm.migration.and_then(|id| view.migrations.get(&id)).map(|record| migration(view, record)),
+        migration: vm
+            .migration
+            .and_then(|id| view.migrations.get(&id))
+            .map(|record| migration(view, record)),
         operation: vm.operation.map(|id| id.0),
         created_at: vm.created_at,
         changed_at: vm.changed_at,
@@ -87,7 +92,11 @@ fn spec(spec: &MachineSpec) -> api::MachineSpec {
         memory_mib: spec.memory_mib.0,
         boot: match &spec.boot {
             Boot::Pilot => api::Boot::Pilot,
-            Boot::Linux { kernel, initrd, cmdline } => api::Boot::Linux {
+            Boot::Linux {
+                kernel,
+                initrd,
+                cmdline,
+            } => api::Boot::Linux {
                 kernel: path(kernel),
                 initrd: initrd.as_ref().map(path),
                 cmdline: cmdline.clone(),
@@ -107,9 +116,15 @@ pub(super) fn machine(spec: api::MachineSpec) -> MachineSpec {
         memory_mib: Mib(spec.memory_mib),
         boot: match spec.boot {
             api::Boot::Pilot => Boot::Pilot,
-            api::Boot::Linux { kernel, initrd, cmdline } => {
-                Boot::Linux { kernel: kernel.into(), initrd: initrd.map(PathBuf::from), cmdline }
-            }
+            api::Boot::Linux {
+                kernel,
+                initrd,
+                cmdline,
+            } => Boot::Linux {
+                kernel: kernel.into(),
+                initrd: initrd.map(PathBuf::from),
+                cmdline,
+            },
         },
         cpu: match spec.cpu {
             api::CpuBaseline::V2 => CpuBaseline::V2,
@@ -170,20 +185,30 @@ pub(super) fn host(view: &View, host: &model::Host) -> api::Host {
             boot_id: facts.boot_id,
         },
         usage: host_usage(view.host_usage(host.id)),
-        capacity: api::Capacity { cores: facts.cores, guest_memory_mib: facts.guest_memory_mib.0 },
+        capacity: api::Capacity {
+            cores: facts.cores,
+            guest_memory_mib: facts.guest_memory_mib.0,
+        },
         committed: api::Committed {
             vcpus: committed.vcpus,
             memory_mib: committed.memory_mib.0,
             vms: u32::try_from(committed.vms).unwrap_or(u32::MAX),
         },
         maintenance: host.maintenance.map(|id| id.0),
-        last_seen: view.observed.get(&host.id).and_then(|observed| observed.heard_at),
+        last_seen: view
+            .observed
+            .get(&host.id)
+            .and_then(|observed| observed.heard_at),
         version: facts.version.clone(),
     }
 }
 
 fn cpu(cpu: &CpuFacts) -> api::CpuFacts {
-    api::CpuFacts { level: baseline(cpu.level), signature: cpu.signature.clone(), model: cpu.model.clone() }
+    api::CpuFacts {
+        level: baseline(cpu.level),
+        signature: cpu.signature.clone(),
+        model: cpu.model.clone(),
+    }
 }
 
 fn host_usage(usage: HostUsage) -> api::HostUsage {
@@ -272,7 +297,8 @@ pub(super) fn operation(view: &View, operation: &model::Operation) -> api::Opera
 
 /// The operation with this id, if it is still kept.
 pub(super) fn operation_of(view: &View, id: Option<OperationId>) -> Option<api::Operation> {
-    id.and_then(|id| view.operations.get(&id)).map(|record| operation(view, record))
+    id.and_then(|id| view.operations.get(&id))
+        .map(|record| operation(view, record))
 }
 
 fn step(step: &model::Step) -> api::Step {

@@ -66,20 +66,35 @@ async fn list_or_follow(
     headers: HeaderMap,
     QueryArgs(query): QueryArgs<EventsQuery>,
 ) -> Result<Response, Refusal> {
-    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|accept| accept.to_str().ok())
+        .unwrap_or_default();
     if accept.contains("text/event-stream") {
-        let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()?.parse().ok());
+        let last = headers
+            .get(LAST_EVENT_ID)
+            .and_then(|id| id.to_str().ok()?.parse().ok());
         return Ok(follow(&api, last.or(query.after)));
     }
     let limit = limit(query.limit)?;
     let revision = api.controller.view().event_revision;
     let latest = revision.saturating_sub(limit as u64);
-    let mut events = api.controller.events_after(query.after.unwrap_or(latest), limit + 1)?;
+    let mut events = api
+        .controller
+        .events_after(query.after.unwrap_or(latest), limit + 1)?;
     let more = events.len() > limit;
     events.truncate(limit);
     let items: Vec<Event> = events.iter().map(|event| convert::event(event)).collect();
-    let next = items.last().filter(|_| more).map(|event| event.revision.to_string());
-    Ok(Json(List { items, next, revision }).into_response())
+    let next = items
+        .last()
+        .filter(|_| more)
+        .map(|event| event.revision.to_string());
+    Ok(Json(List {
+        items,
+        next,
+        revision,
+    })
+    .into_response())
 }
 
 fn follow(api: &Api, after: Option<u64>) -> Response {
@@ -88,7 +103,10 @@ fn follow(api: &Api, after: Option<u64>) -> Response {
     let body = Body::from_stream(blocks(subscription, api.shutdown.clone()));
     let mut response = Response::new(body);
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/event-stream"),
+    );
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
     // Proxies that buffer would hold events back.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -104,27 +122,38 @@ fn blocks(
     subscription: Subscription,
     shutdown: CancellationToken,
 ) -> impl Stream<Item = Result<Bytes, Infallible>> {
-    stream::unfold(Following::Live(Box::new(subscription), shutdown), |following| async move {
-        let Following::Live(mut subscription, shutdown) = following else { return None };
-        let first = std::mem::take(&mut subscription.first);
-        if !first.is_empty() {
-            return Some((Ok(first), Following::Live(subscription, shutdown)));
-        }
-        let received = tokio::select! {
-            received = tokio::time::timeout(KEEP_ALIVE, subscription.following.recv()) => received,
-            () = shutdown.cancelled() => Ok(Err(RecvError::Closed)),
-        };
-        match received {
-            Ok(Ok(block)) => Some((Ok(block), Following::Live(subscription, shutdown))),
-            Err(_) => Some((Ok(Bytes::from_static(b": alive\n\n")), Following::Live(subscription, shutdown))),
-            Ok(Err(error)) => {
-                let reason = match error {
-                    RecvError::Lagged(_) => "this reader is too slow; resume with the last id",
-                    RecvError::Closed => "the server shuts down",
-                };
-                let end = format!("event: end\ndata: {}\n\n", serde_json::json!({ "reason": reason }));
-                Some((Ok(end.into()), Following::Over))
+    stream::unfold(
+        Following::Live(Box::new(subscription), shutdown),
+        |following| async move {
+            let Following::Live(mut subscription, shutdown) = following else {
+                return None;
+            };
+            let first = std::mem::take(&mut subscription.first);
+            if !first.is_empty() {
+                return Some((Ok(first), Following::Live(subscription, shutdown)));
             }
-        }
-    })
+            let received = tokio::select! {
+                received = tokio::time::timeout(KEEP_ALIVE, subscription.following.recv()) => received,
+                () = shutdown.cancelled() => Ok(Err(RecvError::Closed)),
+            };
+            match received {
+                Ok(Ok(block)) => Some((Ok(block), Following::Live(subscription, shutdown))),
+                Err(_) => Some((
+                    Ok(Bytes::from_static(b": alive\n\n")),
+                    Following::Live(subscription, shutdown),
+                )),
+                Ok(Err(error)) => {
+                    let reason = match error {
+                        RecvError::Lagged(_) => "this reader is too slow; resume with the last id",
+                        RecvError::Closed => "the server shuts down",
+                    };
+                    let end = format!(
+                        "event: end\ndata: {}\n\n",
+                        serde_json::json!({ "reason": reason })
+                    );
+                    Some((Ok(end.into()), Following::Over))
+                }
+            }
+        },
+    )
 }

@@ -56,11 +56,15 @@ where
     type Rejection = Response;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Self::Rejection> {
-        let bytes = Bytes::from_request(request, state).await.map_err(IntoResponse::into_response)?;
+        let bytes = Bytes::from_request(request, state)
+            .await
+            .map_err(IntoResponse::into_response)?;
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(Self(T::default()));
         }
-        parse_json(&bytes).map(Self).map_err(|problem| Refusal(problem).into_response())
+        parse_json(&bytes)
+            .map(Self)
+            .map_err(|problem| Refusal(problem).into_response())
     }
 }
 
@@ -74,7 +78,9 @@ impl<S: Send + Sync> FromRequestParts<S> for By {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Self::Rejection> {
         match parts.extensions.get::<Caller>() {
             Some(caller) => Ok(Self(Actor::new(caller.name()))),
-            None => Err(Refusal(Problem::internal("a route was reached without passing the access check"))),
+            None => Err(Refusal(Problem::internal(
+                "a route was reached without passing the access check",
+            ))),
         }
     }
 }
@@ -82,30 +88,46 @@ impl<S: Send + Sync> FromRequestParts<S> for By {
 /// The VM a path names.
 pub(super) fn vm_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Vm>, Refusal> {
     view.find_vm(name).ok_or_else(|| {
-        Refusal(Problem::not_found("VM", name).with_remedy("`godwit vm list` shows the VMs there are"))
+        Refusal(
+            Problem::not_found("VM", name).with_remedy("`godwit vm list` shows the VMs there are"),
+        )
     })
 }
 
 /// The host a path names.
 pub(super) fn host_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Host>, Refusal> {
     view.find_host(name).ok_or_else(|| {
-        Refusal(Problem::not_found("host", name).with_remedy("`godwit host list` shows the hosts there are"))
+        Refusal(
+            Problem::not_found("host", name)
+                .with_remedy("`godwit host list` shows the hosts there are"),
+        )
     })
 }
 
 /// The maintenance a path names.
-pub(super) fn maintenance_named<'v>(view: &'v View, id: &str) -> Result<&'v Arc<Maintenance>, Refusal> {
-    id.parse().ok().and_then(|id: MaintenanceId| view.maintenances.get(&id)).ok_or_else(|| {
-        Refusal(
-            Problem::not_found("maintenance", id).with_remedy("`godwit maintenance list` shows the maintenances there are"),
-        )
-    })
+pub(super) fn maintenance_named<'v>(
+    view: &'v View,
+    id: &str,
+) -> Result<&'v Arc<Maintenance>, Refusal> {
+    id.parse()
+        .ok()
+        .and_then(|id: MaintenanceId| view.maintenances.get(&id))
+        .ok_or_else(|| {
+            Refusal(
+                Problem::not_found("maintenance", id)
+                    .with_remedy("`godwit maintenance list` shows the maintenances there are"),
+            )
+        })
 }
 
 /// Something a field of a body names and that does not exist: the body is at fault, not the path.
 pub(super) fn unknown_in_field(field: &str, what: &str, name: &str) -> Refusal {
     let remedy = format!("`godwit {what} list` shows what there is");
-    Refusal(Problem::invalid(vec![FieldProblem::new(field, format!("there is no {what} {name}"), remedy)]))
+    Refusal(Problem::invalid(vec![FieldProblem::new(
+        field,
+        format!("there is no {what} {name}"),
+        remedy,
+    )]))
 }
 
 /// What became of an intent.
@@ -117,16 +139,30 @@ pub(super) enum Outcome {
 }
 
 /// Hands an intent to the controller, or asks what it would do.
-pub(super) async fn submit(api: &Api, By(actor): &By, query: ChangeQuery, intent: Intent) -> Result<Outcome, Refusal> {
+pub(super) async fn submit(
+    api: &Api,
+    By(actor): &By,
+    query: ChangeQuery,
+    intent: Intent,
+) -> Result<Outcome, Refusal> {
     if query.dry_run {
         let preview = api.controller.preview(&intent)?;
-        return Ok(Outcome::DryRun(Json(convert::dry_run(preview)).into_response()));
+        return Ok(Outcome::DryRun(
+            Json(convert::dry_run(preview)).into_response(),
+        ));
     }
-    Ok(Outcome::Accepted(api.controller.submit(intent, actor).await?))
+    Ok(Outcome::Accepted(
+        api.controller.submit(intent, actor).await?,
+    ))
 }
 
 /// Hands an intent to the controller and answers with the resource it changed: 202 with an operation, else 200.
-pub(super) async fn carry_out(api: &Api, by: &By, query: ChangeQuery, intent: Intent) -> Result<Response, Refusal> {
+pub(super) async fn carry_out(
+    api: &Api,
+    by: &By,
+    query: ChangeQuery,
+    intent: Intent,
+) -> Result<Response, Refusal> {
     match submit(api, by, query, intent).await? {
         Outcome::DryRun(response) => Ok(response),
         Outcome::Accepted(accepted) => Ok(answer(api, accepted, StatusCode::OK)),
@@ -140,27 +176,52 @@ pub(super) fn answer(api: &Api, accepted: Accepted, at_once: StatusCode) -> Resp
     let (path, body) = match accepted.resource {
         Resource::Vm(id) => {
             let vm = view.vms.get(&id).map(|vm| convert::vm(&view, vm));
-            (format!("/v1/vms/{id}"), vm.map(|vm| Json(VmAccepted { operation: operation.clone(), vm }).into_response()))
+            (
+                format!("/v1/vms/{id}"),
+                vm.map(|vm| {
+                    Json(VmAccepted {
+                        operation: operation.clone(),
+                        vm,
+                    })
+                    .into_response()
+                }),
+            )
         }
         Resource::Host(id) => {
             let host = view.hosts.get(&id).map(|host| convert::host(&view, host));
-            let body = host.map(|host| Json(HostAccepted { operation: operation.clone(), host }).into_response());
+            let body = host.map(|host| {
+                Json(HostAccepted {
+                    operation: operation.clone(),
+                    host,
+                })
+                .into_response()
+            });
             (format!("/v1/hosts/{id}"), body)
         }
         Resource::Maintenance(id) => {
-            let maintenance = view.maintenances.get(&id).map(|record| convert::maintenance(record));
+            let maintenance = view
+                .maintenances
+                .get(&id)
+                .map(|record| convert::maintenance(record));
             let body = maintenance.map(|maintenance| {
-                Json(MaintenanceAccepted { operation: operation.clone(), maintenance }).into_response()
+                Json(MaintenanceAccepted {
+                    operation: operation.clone(),
+                    maintenance,
+                })
+                .into_response()
             });
             (format!("/v1/maintenances/{id}"), body)
         }
         Resource::Operation(id) => {
-            let body = convert::operation_of(&view, Some(id)).map(|operation| Json(operation).into_response());
+            let body = convert::operation_of(&view, Some(id))
+                .map(|operation| Json(operation).into_response());
             (format!("/v1/operations/{id}"), body)
         }
     };
     // The resource may be gone by now: a removed host, or a VM that was off when it was deleted.
-    let Some(mut response) = body else { return StatusCode::NO_CONTENT.into_response() };
+    let Some(mut response) = body else {
+        return StatusCode::NO_CONTENT.into_response();
+    };
     let location = match accepted.operation {
         Some(id) => {
             *response.status_mut() = StatusCode::ACCEPTED;

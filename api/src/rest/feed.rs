@@ -90,7 +90,11 @@ impl Feed {
     /// Starts the task; it ends with the controller or at shutdown.
     pub(super) fn start(controller: Controller, shutdown: CancellationToken) -> Self {
         let (blocks, _) = broadcast::channel(BLOCKS_KEPT);
-        let feed = Self { controller, memory: Arc::default(), blocks };
+        let feed = Self {
+            controller,
+            memory: Arc::default(),
+            blocks,
+        };
         let view = feed.controller.view();
         {
             let mut memory = feed.memory();
@@ -123,19 +127,34 @@ impl Feed {
         let mut block = Block::default();
         if after < memory.deletions_since || after > memory.revision {
             // What was deleted meanwhile is not known any more, or the revision is of another store.
-            block.message(None, "reset", &serde_json::json!({ "revision": memory.revision }));
+            block.message(
+                None,
+                "reset",
+                &serde_json::json!({ "revision": memory.revision }),
+            );
         }
         for event in self.events_between(after, memory.revision, usize::MAX) {
             block.message(Some(event.revision), "event", &event);
         }
-        for (_, key) in memory.deletions.iter().filter(|(revision, _)| *revision >= after) {
+        for (_, key) in memory
+            .deletions
+            .iter()
+            .filter(|(revision, _)| *revision >= after)
+        {
             block.deleted(key);
         }
-        for ((kind, _), told) in memory.resources.iter().filter(|(_, told)| told.changed_at >= after) {
+        for ((kind, _), told) in memory
+            .resources
+            .iter()
+            .filter(|(_, told)| told.changed_at >= after)
+        {
             block.raw(None, kind.name(), &told.json);
         }
         // Subscribed before the memory is let go: the next block is the first that is not in this one.
-        Subscription { first: block.finish(), following: self.blocks.subscribe() }
+        Subscription {
+            first: block.finish(),
+            following: self.blocks.subscribe(),
+        }
     }
 
     fn tell(&self) {
@@ -163,7 +182,11 @@ impl Feed {
             return Vec::new();
         }
         match self.controller.events_after(after, limit) {
-            Ok(events) => events.iter().filter(|event| event.revision <= until).map(|event| convert::event(event)).collect(),
+            Ok(events) => events
+                .iter()
+                .filter(|event| event.revision <= until)
+                .map(|event| convert::event(event))
+                .collect(),
             Err(problem) => {
                 tracing::debug!(%problem, after, "events are gone");
                 Vec::new()
@@ -193,11 +216,20 @@ impl Memory {
             match self.resources.get_mut(&key) {
                 Some(told) if told.json == json => {}
                 Some(told) => {
-                    *told = Told { json: json.clone(), changed_at: revision };
+                    *told = Told {
+                        json: json.clone(),
+                        changed_at: revision,
+                    };
                     changes.push(Change::Put(key.0, json));
                 }
                 None => {
-                    self.resources.insert(key, Told { json: json.clone(), changed_at: revision });
+                    self.resources.insert(
+                        key,
+                        Told {
+                            json: json.clone(),
+                            changed_at: revision,
+                        },
+                    );
                     changes.push(Change::Put(key.0, json));
                 }
             }
@@ -209,15 +241,29 @@ impl Memory {
             put((Kind::Vm, id.0), json(&convert::vm(view, vm)));
         }
         for (id, migration) in view.migrations.iter() {
-            put((Kind::Migration, id.0), json(&convert::migration(view, migration)));
+            put(
+                (Kind::Migration, id.0),
+                json(&convert::migration(view, migration)),
+            );
         }
         for (id, operation) in view.operations.iter() {
-            put((Kind::Operation, id.0), json(&convert::operation(view, operation)));
+            put(
+                (Kind::Operation, id.0),
+                json(&convert::operation(view, operation)),
+            );
         }
         for (id, maintenance) in view.maintenances.iter() {
-            put((Kind::Maintenance, id.0), json(&convert::maintenance(maintenance)));
+            put(
+                (Kind::Maintenance, id.0),
+                json(&convert::maintenance(maintenance)),
+            );
         }
-        let gone: Vec<Key> = self.resources.keys().filter(|key| !seen.contains(key)).copied().collect();
+        let gone: Vec<Key> = self
+            .resources
+            .keys()
+            .filter(|key| !seen.contains(key))
+            .copied()
+            .collect();
         for key in gone {
             self.resources.remove(&key);
             self.deletions.push_back((revision, key));
@@ -248,7 +294,14 @@ impl Block {
     }
 
     fn deleted(&mut self, (kind, id): &Key) {
-        self.message(None, "deleted", &Deleted { kind: kind.name().to_owned(), id: id.to_string() });
+        self.message(
+            None,
+            "deleted",
+            &Deleted {
+                kind: kind.name().to_owned(),
+                id: id.to_string(),
+            },
+        );
     }
 
     /// `json` is in one line, as serde_json writes it.

@@ -18,7 +18,11 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'self'; style-src 'self' 'uns
     object-src 'none'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
 
 /// Middleware: refuses requests that another site made a browser send.
-pub(super) async fn refuse_other_sites(State(api): State<Api>, request: Request, next: Next) -> Response {
+pub(super) async fn refuse_other_sites(
+    State(api): State<Api>,
+    request: Request,
+    next: Next,
+) -> Response {
     match judge(request.headers(), api.access.is_local()) {
         Ok(()) => next.run(request).await,
         Err(problem) => Refusal(problem).into_response(),
@@ -29,9 +33,18 @@ pub(super) async fn refuse_other_sites(State(api): State<Api>, request: Request,
 pub(super) async fn add_safety_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(CONTENT_SECURITY_POLICY));
-    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
-    headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    headers.insert(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(CONTENT_SECURITY_POLICY),
+    );
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    headers.insert(
+        header::REFERRER_POLICY,
+        HeaderValue::from_static("no-referrer"),
+    );
     response
 }
 
@@ -46,7 +59,9 @@ fn judge(headers: &HeaderMap, is_local: bool) -> Result<(), Problem> {
         ));
     }
     if let Some(origin) = text(header::ORIGIN) {
-        let same = origin.split_once("://").is_some_and(|(_, authority)| authority.eq_ignore_ascii_case(host));
+        let same = origin
+            .split_once("://")
+            .is_some_and(|(_, authority)| authority.eq_ignore_ascii_case(host));
         if !same {
             return Err(foreign(
                 format!("a page of {origin} made this request to {host}"),
@@ -58,14 +73,28 @@ fn judge(headers: &HeaderMap, is_local: bool) -> Result<(), Problem> {
 }
 
 fn names_this_machine(host: &str) -> bool {
-    let Ok(authority) = host.parse::<Authority>() else { return false };
+    let Ok(authority) = host.parse::<Authority>() else {
+        return false;
+    };
     let name = authority.host();
-    let name = name.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(name);
-    name.eq_ignore_ascii_case("localhost") || name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+    let name = name
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'))
+        .unwrap_or(name);
+    name.eq_ignore_ascii_case("localhost")
+        || name
+            .parse()
+            .is_ok_and(|address: IpAddr| address.is_loopback())
 }
 
 fn foreign(detail: String, remedy: &str) -> Problem {
-    Problem::new(403, "foreign-site", "Requests from other sites are refused", detail).with_remedy(remedy)
+    Problem::new(
+        403,
+        "foreign-site",
+        "Requests from other sites are refused",
+        detail,
+    )
+    .with_remedy(remedy)
 }
 
 #[cfg(test)]
@@ -83,10 +112,22 @@ mod tests {
 
     #[test]
     fn a_rebound_name_is_refused_on_loopback() {
-        for good in ["localhost:7070", "127.0.0.1:7070", "127.0.0.2", "[::1]:7070", "LOCALHOST"] {
+        for good in [
+            "localhost:7070",
+            "127.0.0.1:7070",
+            "127.0.0.2",
+            "[::1]:7070",
+            "LOCALHOST",
+        ] {
             assert_eq!(judge(&request(good, None), true), Ok(()), "{good}");
         }
-        for bad in ["evil.example:7070", "127.0.0.1.evil.example", "", "10.0.0.1:7070", "localhost@evil.example"] {
+        for bad in [
+            "evil.example:7070",
+            "127.0.0.1.evil.example",
+            "",
+            "10.0.0.1:7070",
+            "localhost@evil.example",
+        ] {
             let refused = judge(&request(bad, None), true).map_err(|problem| problem.status);
             assert_eq!(refused, Err(403), "{bad}");
         }
@@ -97,8 +138,16 @@ mod tests {
     fn another_sites_page_is_refused_whatever_it_asks_for() {
         let own = request("127.0.0.1:7070", Some("http://127.0.0.1:7070"));
         assert_eq!(judge(&own, true), Ok(()));
-        for origin in ["http://evil.example", "null", "http://127.0.0.1:8080", "http://localhost:7070"] {
-            assert!(judge(&request("127.0.0.1:7070", Some(origin)), true).is_err(), "{origin}");
+        for origin in [
+            "http://evil.example",
+            "null",
+            "http://127.0.0.1:8080",
+            "http://localhost:7070",
+        ] {
+            assert!(
+                judge(&request("127.0.0.1:7070", Some(origin)), true).is_err(),
+                "{origin}"
+            );
         }
     }
 }

@@ -12,7 +12,9 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 pub(super) fn routes() -> OpenApiRouter<Api> {
-    OpenApiRouter::new().routes(routes!(health)).routes(routes!(show_metrics))
+    OpenApiRouter::new()
+        .routes(routes!(health))
+        .routes(routes!(show_metrics))
 }
 
 /// The server works.
@@ -30,7 +32,11 @@ struct Health {
 #[utoipa::path(get, path = "/healthz", tag = "server", responses((status = 200, body = Health), Refused))]
 async fn health(State(api): State<Api>) -> Result<Json<Health>, Refusal> {
     let revision = api.controller.view().event_revision;
-    Ok(Json(Health { status: "ok", version: env!("CARGO_PKG_VERSION"), revision }))
+    Ok(Json(Health {
+        status: "ok",
+        version: env!("CARGO_PKG_VERSION"),
+        revision,
+    }))
 }
 
 /// Figures in the text format of OpenMetrics.

@@ -33,14 +33,23 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
 
 /// Lists hosts.
 #[utoipa::path(get, path = "/v1/hosts", tag = "hosts", params(PageQuery), responses((status = 200, body = List<Host>), Refused))]
-async fn list(State(api): State<Api>, QueryArgs(query): QueryArgs<PageQuery>) -> Result<Json<List<Host>>, Refusal> {
+async fn list(
+    State(api): State<Api>,
+    QueryArgs(query): QueryArgs<PageQuery>,
+) -> Result<Json<List<Host>>, Refusal> {
     let view = api.controller.view();
-    page(&query, &view, &view.hosts, |host| convert::host(&view, host)).map(Json)
+    page(&query, &view, &view.hosts, |host| {
+        convert::host(&view, host)
+    })
+    .map(Json)
 }
 
 /// Shows a host.
 #[utoipa::path(get, path = "/v1/hosts/{host}", tag = "hosts", params(("host" = String, Path, description = "Id or name")), responses((status = 200, body = Host), Refused))]
-async fn show(State(api): State<Api>, PathArgs(name): PathArgs<String>) -> Result<Json<Host>, Refusal> {
+async fn show(
+    State(api): State<Api>,
+    PathArgs(name): PathArgs<String>,
+) -> Result<Json<Host>, Refusal> {
     let view = api.controller.view();
     Ok(Json(convert::host(&view, host_named(&view, &name)?)))
 }
@@ -73,7 +82,16 @@ async fn cordon(
     OptionalBody(body): OptionalBody<HostReason>,
 ) -> Result<Response, Refusal> {
     let host = id(&api, &name)?;
-    carry_out(&api, &by, query, Intent::CordonHost { host, reason: body.reason }).await
+    carry_out(
+        &api,
+        &by,
+        query,
+        Intent::CordonHost {
+            host,
+            reason: body.reason,
+        },
+    )
+    .await
 }
 
 /// Lets VMs be placed on a host again.
@@ -105,7 +123,16 @@ async fn evacuate(
     OptionalBody(body): OptionalBody<HostReason>,
 ) -> Result<Response, Refusal> {
     let host = id(&api, &name)?;
-    carry_out(&api, &by, query, Intent::EvacuateHost { host, reason: body.reason }).await
+    carry_out(
+        &api,
+        &by,
+        query,
+        Intent::EvacuateHost {
+            host,
+            reason: body.reason,
+        },
+    )
+    .await
 }
 
 /// Makes a one-time token with which a host can join.
@@ -126,10 +153,21 @@ async fn create_join_token(
             "choose a life of at most 30 days",
         )])));
     }
-    let made = api.controller.create_join_token(Duration::from_secs(ttl_s), &actor).await?;
+    let made = api
+        .controller
+        .create_join_token(Duration::from_secs(ttl_s), &actor)
+        .await?;
     let server = format!("https://{}", api.agents_address);
     let command = format!("godwit host run --server {server} --join {}", made.token);
-    Ok((StatusCode::CREATED, Json(JoinToken { token: made.token, server, command, expires_at: made.expires_at })))
+    Ok((
+        StatusCode::CREATED,
+        Json(JoinToken {
+            token: made.token,
+            server,
+            command,
+            expires_at: made.expires_at,
+        }),
+    ))
 }
 
 fn id(api: &Api, name: &str) -> Result<HostId, Refusal> {

@@ -1,13 +1,14 @@
 //! `/v1/maintenances`.
 
 use super::extract::{
-    By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named, maintenance_named, submit, unknown_in_field,
-    vm_named,
+    By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named,
+    maintenance_named, submit, unknown_in_field, vm_named,
 };
 use super::page::{PageQuery, page};
 use super::{Api, convert};
 use crate::resource::{
-    CancelMaintenance, CreateMaintenance, DryRun, List, Maintenance, MaintenanceAccepted, ReturnPolicy,
+    CancelMaintenance, CreateMaintenance, DryRun, List, Maintenance, MaintenanceAccepted,
+    ReturnPolicy,
 };
 use axum::Json;
 use axum::extract::State;
@@ -56,11 +57,15 @@ async fn create(
     JsonBody(body): JsonBody<CreateMaintenance>,
 ) -> Result<Response, Refusal> {
     let view = api.controller.view();
-    let host = host_named(&view, &body.host).map_err(|_| unknown_in_field("host", "host", &body.host))?.id;
+    let host = host_named(&view, &body.host)
+        .map_err(|_| unknown_in_field("host", "host", &body.host))?
+        .id;
     let mut overrides = BTreeMap::new();
     for (index, other) in body.overrides.iter().enumerate() {
         let field = format!("overrides[{index}].vm");
-        let vm = vm_named(&view, &other.vm).map_err(|_| unknown_in_field(&field, "vm", &other.vm))?.id;
+        let vm = vm_named(&view, &other.vm)
+            .map_err(|_| unknown_in_field(&field, "vm", &other.vm))?
+            .id;
         overrides.insert(vm, convert::maintenance_policy(other.policy));
     }
     let return_policy = match body.returning {
@@ -68,7 +73,12 @@ async fn create(
         ReturnPolicy::Rebalance => model::ReturnPolicy::Rebalance,
         ReturnPolicy::None => model::ReturnPolicy::None,
     };
-    let intent = Intent::CreateMaintenance(NewMaintenance { host, reason: body.reason, return_policy, overrides });
+    let intent = Intent::CreateMaintenance(NewMaintenance {
+        host,
+        reason: body.reason,
+        return_policy,
+        overrides,
+    });
     match submit(&api, &by, query, intent).await? {
         Outcome::DryRun(response) => Ok(response),
         Outcome::Accepted(accepted) => Ok(answer(&api, accepted, StatusCode::CREATED)),
@@ -77,7 +87,10 @@ async fn create(
 
 /// Shows a maintenance with its plan.
 #[utoipa::path(get, path = "/v1/maintenances/{maintenance}", tag = "maintenances", params(("maintenance" = String, Path)), responses((status = 200, body = Maintenance), Refused))]
-async fn show(State(api): State<Api>, PathArgs(id): PathArgs<String>) -> Result<Json<Maintenance>, Refusal> {
+async fn show(
+    State(api): State<Api>,
+    PathArgs(id): PathArgs<String>,
+) -> Result<Json<Maintenance>, Refusal> {
     let view = api.controller.view();
     Ok(Json(convert::maintenance(maintenance_named(&view, &id)?)))
 }
@@ -111,8 +124,21 @@ async fn cancel(
     OptionalBody(body): OptionalBody<CancelMaintenance>,
 ) -> Result<Response, Refusal> {
     let maintenance = id(&api, &maintenance)?;
-    let restore = if body.restore { model::RestoreOnCancel::Restore } else { model::RestoreOnCancel::Stay };
-    carry_out(&api, &by, query, Intent::CancelMaintenance { maintenance, restore }).await
+    let restore = if body.restore {
+        model::RestoreOnCancel::Restore
+    } else {
+        model::RestoreOnCancel::Stay
+    };
+    carry_out(
+        &api,
+        &by,
+        query,
+        Intent::CancelMaintenance {
+            maintenance,
+            restore,
+        },
+    )
+    .await
 }
 
 /// The work is over: checks the host and brings VMs home.

@@ -52,7 +52,9 @@ pub(super) struct Metrics {
 impl Metrics {
     pub(super) fn new() -> Self {
         let histogram: fn() -> Histogram = || Histogram::new(DURATION_BUCKETS_S);
-        Self { durations: Family::new_with_constructor(histogram) }
+        Self {
+            durations: Family::new_with_constructor(histogram),
+        }
     }
 
     /// Everything in the text format of OpenMetrics.
@@ -64,14 +66,50 @@ impl Metrics {
             Unit::Seconds,
             self.durations.clone(),
         );
-        count(&mut registry, "hosts", "Hosts by state", view.hosts.values().map(|host| convert::host(view, host).state));
-        count(&mut registry, "vms", "VMs by state", view.vms.values().map(|vm| convert::vm(view, vm).state));
-        let operations = view.operations.values().map(|operation| convert::operation(view, operation).state);
-        count(&mut registry, "operations", "Remembered operations by state", operations);
-        let migrations = view.migrations.values().map(|migration| convert::migration(view, migration).state);
-        count(&mut registry, "migrations", "Remembered migrations by state", migrations);
-        let maintenances = view.maintenances.values().map(|record| convert::maintenance(record).state);
-        count(&mut registry, "maintenances", "Remembered maintenances by state", maintenances);
+        count(
+            &mut registry,
+            "hosts",
+            "Hosts by state",
+            view.hosts
+                .values()
+                .map(|host| convert::host(view, host).state),
+        );
+        count(
+            &mut registry,
+            "vms",
+            "VMs by state",
+            view.vms.values().map(|vm| convert::vm(view, vm).state),
+        );
+        let operations = view
+            .operations
+            .values()
+            .map(|operation| convert::operation(view, operation).state);
+        count(
+            &mut registry,
+            "operations",
+            "Remembered operations by state",
+            operations,
+        );
+        let migrations = view
+            .migrations
+            .values()
+            .map(|migration| convert::migration(view, migration).state);
+        count(
+            &mut registry,
+            "migrations",
+            "Remembered migrations by state",
+            migrations,
+        );
+        let maintenances = view
+            .maintenances
+            .values()
+            .map(|record| convert::maintenance(record).state);
+        count(
+            &mut registry,
+            "maintenances",
+            "Remembered maintenances by state",
+            maintenances,
+        );
         let cpu = Family::<HostLabel, Gauge<f64, AtomicU64>>::default();
         let memory = Family::<HostLabel, Gauge>::default();
         let committed = Family::<HostLabel, Gauge>::default();
@@ -79,23 +117,46 @@ impl Metrics {
             let host = convert::host(view, record);
             let label = HostLabel { host: host.name };
             cpu.get_or_create(&label).set(host.usage.cpu_percent);
-            memory.get_or_create(&label).set(signed(host.usage.memory_used_bytes));
-            committed.get_or_create(&label).set(signed(host.committed.memory_mib.saturating_mul(1 << 20)));
+            memory
+                .get_or_create(&label)
+                .set(signed(host.usage.memory_used_bytes));
+            committed
+                .get_or_create(&label)
+                .set(signed(host.committed.memory_mib.saturating_mul(1 << 20)));
         }
         registry.register("host_cpu_percent", "Busy share of a host's cores", cpu);
-        registry.register("host_memory_used_bytes", "Memory of a host that is not available to new work", memory);
-        registry.register("host_memory_committed_bytes", "Memory of a host promised to VMs", committed);
+        registry.register(
+            "host_memory_used_bytes",
+            "Memory of a host that is not available to new work",
+            memory,
+        );
+        registry.register(
+            "host_memory_committed_bytes",
+            "Memory of a host promised to VMs",
+            committed,
+        );
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
     }
 }
 
-fn count(registry: &mut Registry, name: &str, help: &str, states: impl Iterator<Item = impl Serialize>) {
+fn count(
+    registry: &mut Registry,
+    name: &str,
+    help: &str,
+    states: impl Iterator<Item = impl Serialize>,
+) {
     let family = Family::<StateLabel, Gauge>::default();
     for state in states {
-        let state = serde_json::to_value(state).ok().and_then(|state| state.as_str().map(str::to_owned));
-        family.get_or_create(&StateLabel { state: state.unwrap_or_default() }).inc();
+        let state = serde_json::to_value(state)
+            .ok()
+            .and_then(|state| state.as_str().map(str::to_owned));
+        family
+            .get_or_create(&StateLabel {
+                state: state.unwrap_or_default(),
+            })
+            .inc();
     }
     registry.register(name, help, family);
 }
@@ -109,7 +170,10 @@ pub(super) async fn watch(State(api): State<Api>, request: Request, next: Next) 
     let id = request_id(&request);
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
-    let matched = request.extensions().get::<MatchedPath>().map(|matched| matched.as_str().to_owned());
+    let matched = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map(|matched| matched.as_str().to_owned());
     let span = tracing::info_span!("request", id, %method, path);
     let began = Instant::now();
     let mut response = next.run(request).instrument(span.clone()).await;
@@ -117,15 +181,30 @@ pub(super) async fn watch(State(api): State<Api>, request: Request, next: Next) 
     let status = response.status();
     span.in_scope(|| {
         if status.is_server_error() {
-            tracing::error!(status = status.as_u16(), took_us = took.as_micros() as u64, "answered");
+            tracing::error!(
+                status = status.as_u16(),
+                took_us = took.as_micros() as u64,
+                "answered"
+            );
         } else {
-            tracing::debug!(status = status.as_u16(), took_us = took.as_micros() as u64, "answered");
+            tracing::debug!(
+                status = status.as_u16(),
+                took_us = took.as_micros() as u64,
+                "answered"
+            );
         }
     });
     // Only known paths: a stranger must not be able to grow the table.
     if let Some(path) = matched {
-        let labels = RequestLabels { method: method.to_string(), path, status: status.as_u16() };
-        api.metrics.durations.get_or_create(&labels).observe(took.as_secs_f64());
+        let labels = RequestLabels {
+            method: method.to_string(),
+            path,
+            status: status.as_u16(),
+        };
+        api.metrics
+            .durations
+            .get_or_create(&labels)
+            .observe(took.as_secs_f64());
     }
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, id);
@@ -137,9 +216,15 @@ fn request_id(request: &Request) -> String {
     let plain = |id: &&str| {
         !id.is_empty()
             && id.len() <= MAX_REQUEST_ID_BYTES
-            && id.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && id
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
     };
-    let given = request.headers().get(REQUEST_ID).and_then(|id| id.to_str().ok()).filter(plain);
+    let given = request
+        .headers()
+        .get(REQUEST_ID)
+        .and_then(|id| id.to_str().ok())
+        .filter(plain);
     given.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned)
 }
 
@@ -151,7 +236,9 @@ pub(super) fn answer(api: &Api) -> Response {
             ([(header::CONTENT_TYPE, kind)], text).into_response()
         }
         Err(error) => {
-            let problem = godwit_wire::problem::Problem::internal(format!("metrics cannot be written: {error}"));
+            let problem = godwit_wire::problem::Problem::internal(format!(
+                "metrics cannot be written: {error}"
+            ));
             godwit_channel::problem::Refusal(problem).into_response()
         }
     }

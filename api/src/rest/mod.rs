@@ -41,6 +41,9 @@ mod console;
 
 mod openapi;
 
+#[cfg(test)]
+mod tests;
+
 pub use access::{Access, ApiTokens, TokenError};
 pub use openapi::openapi_json;
 

@@ -35,11 +35,17 @@ struct Token;
 
 impl Modify for Token {
     fn modify(&self, openapi: &mut utoipa::openapi::OpenApi) {
-        let scheme = SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
-        openapi.components.get_or_insert_default().add_security_scheme("token", scheme);
+        let scheme =
+            SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build());
+        openapi
+            .components
+            .get_or_insert_default()
+            .add_security_scheme("token", scheme);
         // Not demanded on loopback.
-        openapi.security =
-            Some(vec![SecurityRequirement::default(), SecurityRequirement::new("token", Vec::<String>::new())]);
+        openapi.security = Some(vec![
+            SecurityRequirement::default(),
+            SecurityRequirement::new("token", Vec::<String>::new()),
+        ]);
     }
 }
 
@@ -58,11 +64,19 @@ pub(super) fn described() -> OpenApiRouter<Api> {
 /// The OpenAPI document.
 pub fn openapi_json() -> String {
     let (_, document) = described().split_for_parts();
-    document.to_pretty_json().expect("the description has string keys only")
+    document
+        .to_pretty_json()
+        .expect("the description has string keys only")
 }
 
 pub(super) fn router() -> Router<Api> {
     static DOCUMENT: LazyLock<String> = LazyLock::new(openapi_json);
-    let show = || async { ([(header::CONTENT_TYPE, "application/json")], DOCUMENT.as_str()).into_response() };
+    let show = || async {
+        (
+            [(header::CONTENT_TYPE, "application/json")],
+            DOCUMENT.as_str(),
+        )
+            .into_response()
+    };
     Router::new().route("/openapi.json", get(show))
 }

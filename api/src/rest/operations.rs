@@ -45,7 +45,10 @@ async fn list(
     QueryArgs(query): QueryArgs<PageQuery>,
 ) -> Result<Json<List<Operation>>, Refusal> {
     let view = api.controller.view();
-    page(&query, &view, &view.operations, |operation| convert::operation(&view, operation)).map(Json)
+    page(&query, &view, &view.operations, |operation| {
+        convert::operation(&view, operation)
+    })
+    .map(Json)
 }
 
 /// Shows an operation, at once or when it has ended.
@@ -61,7 +64,10 @@ async fn show(
     loop {
         changed.mark_unchanged();
         let view = api.controller.view();
-        let record = view.operations.get(&id).ok_or_else(|| no_such_operation(&text))?;
+        let record = view
+            .operations
+            .get(&id)
+            .ok_or_else(|| no_such_operation(&text))?;
         if !record.state.is_final() {
             let waited = timeout_at(deadline, async {
                 tokio::select! {
@@ -99,7 +105,10 @@ async fn list_migrations(
     QueryArgs(query): QueryArgs<PageQuery>,
 ) -> Result<Json<List<Migration>>, Refusal> {
     let view = api.controller.view();
-    page(&query, &view, &view.migrations, |migration| convert::migration(&view, migration)).map(Json)
+    page(&query, &view, &view.migrations, |migration| {
+        convert::migration(&view, migration)
+    })
+    .map(Json)
 }
 
 /// Shows a migration.
@@ -109,12 +118,15 @@ async fn show_migration(
     PathArgs(text): PathArgs<String>,
 ) -> Result<Json<Migration>, Refusal> {
     let view = api.controller.view();
-    let migration = text.parse().ok().and_then(|id: MigrationId| view.migrations.get(&id)).ok_or_else(|| {
-        Refusal(
-            Problem::not_found("migration", &text)
-                .with_remedy("`godwit migration list` shows the migrations that are remembered"),
-        )
-    })?;
+    let migration =
+        text.parse()
+            .ok()
+            .and_then(|id: MigrationId| view.migrations.get(&id))
+            .ok_or_else(|| {
+                Refusal(Problem::not_found("migration", &text).with_remedy(
+                    "`godwit migration list` shows the migrations that are remembered",
+                ))
+            })?;
     Ok(Json(convert::migration(&view, migration)))
 }
 

@@ -63,7 +63,11 @@ where
         last = Some(*id);
     }
     let next = rest.next().and(last).map(|id| id.to_string());
-    Ok(List { items, next, revision: view.event_revision })
+    Ok(List {
+        items,
+        next,
+        revision: view.event_revision,
+    })
 }
 
 fn bad_cursor(cursor: &str) -> Refusal {

@@ -9,9 +9,9 @@
 //! It ends when the client leaves, the VM is deleted or the server shuts down. Each host first sends the output it
 //! has kept, so that after a move the client would see it twice: [`Replay`] takes out what it has had already.
 
+use super::Api;
 use super::access::WEBSOCKET_PROTOCOL;
 use super::extract::{Refused, vm_named};
-use super::Api;
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
@@ -59,14 +59,28 @@ async fn attach(
     let vm = vm_named(&api.controller.view(), &name)?.id;
     let upgrade = upgrade.map_err(|rejection| {
         Refusal(
-            Problem::new(426, "websocket-needed", "A WebSocket is needed", rejection.body_text())
-                .with_remedy("use `godwit vm console`, the web console or another WebSocket client"),
+            Problem::new(
+                426,
+                "websocket-needed",
+                "A WebSocket is needed",
+                rejection.body_text(),
+            )
+            .with_remedy("use `godwit vm console`, the web console or another WebSocket client"),
         )
     })?;
     Ok(upgrade
         .protocols([WEBSOCKET_PROTOCOL])
         .max_message_size(MAX_MESSAGE_BYTES)
-        .on_upgrade(move |socket| async move { Bridge { api, vm, socket, waiting: VecDeque::new() }.run().await }))
+        .on_upgrade(move |socket| async move {
+            Bridge {
+                api,
+                vm,
+                socket,
+                waiting: VecDeque::new(),
+            }
+            .run()
+            .await
+        }))
 }
 
 struct Bridge {
@@ -102,7 +116,10 @@ impl Bridge {
             End::VmDeleted => (close_code::NORMAL, "the VM was deleted"),
             End::ShuttingDown => (close_code::AWAY, "the server shuts down"),
         };
-        let frame = CloseFrame { code, reason: reason.into() };
+        let frame = CloseFrame {
+            code,
+            reason: reason.into(),
+        };
         // The client may be gone meanwhile, which is the same to us.
         let _ = self.socket.send(Message::Close(Some(frame))).await;
     }
@@ -114,11 +131,15 @@ impl Bridge {
         loop {
             changed.mark_unchanged();
             let view = self.api.controller.view();
-            let Some(vm) = view.vms.get(&self.vm) else { return Err(End::VmDeleted) };
+            let Some(vm) = view.vms.get(&self.vm) else {
+                return Err(End::VmDeleted);
+            };
             if vm.owner.is_some() {
                 match self.api.controller.serial(self.vm).await {
                     Ok(host) => return Ok(host),
-                    Err(problem) => tracing::debug!(vm = %self.vm, %problem, "serial console not open yet"),
+                    Err(problem) => {
+                        tracing::debug!(vm = %self.vm, %problem, "serial console not open yet")
+                    }
                 }
             }
             let retry = tokio::time::sleep(RETRY);
@@ -140,7 +161,10 @@ impl Bridge {
             self.waiting.push_back(bytes);
             let mut kept: usize = self.waiting.iter().map(Bytes::len).sum();
             while kept > MAX_WAITING_BYTES {
-                kept -= self.waiting.pop_front().map_or(kept, |dropped| dropped.len());
+                kept -= self
+                    .waiting
+                    .pop_front()
+                    .map_or(kept, |dropped| dropped.len());
             }
         }
         Ok(())
@@ -161,7 +185,11 @@ impl Bridge {
             if to_guest.flush().await.is_err() {
                 return Ok(());
             }
-            let pause = if replay.is_expected() { REPLAY_PAUSE } else { PING_EVERY };
+            let pause = if replay.is_expected() {
+                REPLAY_PAUSE
+            } else {
+                PING_EVERY
+            };
             tokio::select! {
                 read = tokio::time::timeout(pause, from_guest.read(&mut buffer)) => {
                     let fresh = match read {
@@ -186,7 +214,11 @@ impl Bridge {
 
     async fn tell(&mut self, output: Option<Bytes>) -> Result<(), End> {
         match output {
-            Some(bytes) => self.socket.send(Message::Binary(bytes)).await.map_err(|_| End::ClientGone),
+            Some(bytes) => self
+                .socket
+                .send(Message::Binary(bytes))
+                .await
+                .map_err(|_| End::ClientGone),
             None => Ok(()),
         }
     }
@@ -228,7 +260,11 @@ impl Replay {
             Some(held) => {
                 held.extend_from_slice(bytes);
                 // More than any host keeps: nothing older can follow.
-                if held.len() > REMEMBERED_BYTES { self.settle() } else { None }
+                if held.len() > REMEMBERED_BYTES {
+                    self.settle()
+                } else {
+                    None
+                }
             }
         }
     }
@@ -270,7 +306,11 @@ fn overlap(told: &[u8], sent: &[u8]) -> usize {
         }
         matched += usize::from(sent.first().is_some_and(|_| *byte == sent[matched]));
     }
-    if matched == told.len() || matched >= LEAST_OVERLAP_BYTES { matched } else { 0 }
+    if matched == told.len() || matched >= LEAST_OVERLAP_BYTES {
+        matched
+    } else {
+        0
+    }
 }
 
 #[cfg(test)]
@@ -286,7 +326,13 @@ mod tests {
     #[test]
     fn output_kept_by_the_new_host_is_not_told_twice() {
         let mut replay = Replay::default();
-        assert_eq!(passed(&mut replay, "ok ticks=1 cpu=0 gap=2\nok ticks=2 cpu=0 gap=2\n"), "ok ticks=1 cpu=0 gap=2\nok ticks=2 cpu=0 gap=2\n");
+        assert_eq!(
+            passed(
+                &mut replay,
+                "ok ticks=1 cpu=0 gap=2\nok ticks=2 cpu=0 gap=2\n"
+            ),
+            "ok ticks=1 cpu=0 gap=2\nok ticks=2 cpu=0 gap=2\n"
+        );
         replay.expect();
         let kept = "ok ticks=1 cpu=0 gap=2\nok ticks=2 cpu=0 gap=2\nok ticks=3\n";
         assert_eq!(passed(&mut replay, kept), "ok ticks=3\n");
@@ -297,7 +343,11 @@ mod tests {
         let mut replay = Replay::default();
         passed(&mut replay, "pilot> ticks\nok ticks=1\npilot> ");
         replay.expect();
-        assert_eq!(passed(&mut replay, "pilot> again\n"), "pilot> again\n", "a prompt is no overlap");
+        assert_eq!(
+            passed(&mut replay, "pilot> again\n"),
+            "pilot> again\n",
+            "a prompt is no overlap"
+        );
     }
 
     #[test]

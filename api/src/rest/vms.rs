@@ -1,11 +1,14 @@
 //! `/v1/vms`.
 
-use super::extract::{By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named, submit, unknown_in_field, vm_named};
+use super::extract::{
+    By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named, submit,
+    unknown_in_field, vm_named,
+};
 use super::page::{PageQuery, page};
 use super::{Api, convert};
 use crate::resource::{
-    Boot, ChangeVm, CreateVm, DryRun, List, MachineSpec, MachineType, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify,
-    Vm, VmAccepted, VmTemplate,
+    Boot, ChangeVm, CreateVm, DryRun, List, MachineSpec, MachineType, MigrateVm, MigrationPolicy,
+    StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmTemplate,
 };
 use axum::Json;
 use axum::extract::State;
@@ -41,7 +44,10 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
 
 /// Lists VMs.
 #[utoipa::path(get, path = "/v1/vms", tag = "vms", params(PageQuery), responses((status = 200, body = List<Vm>), Refused))]
-async fn list(State(api): State<Api>, QueryArgs(query): QueryArgs<PageQuery>) -> Result<Json<List<Vm>>, Refusal> {
+async fn list(
+    State(api): State<Api>,
+    QueryArgs(query): QueryArgs<PageQuery>,
+) -> Result<Json<List<Vm>>, Refusal> {
     let view = api.controller.view();
     page(&query, &view, &view.vms, |vm| convert::vm(&view, vm)).map(Json)
 }
@@ -67,17 +73,29 @@ async fn create(
         (None, Some(VmTemplate::Pilot)) => pilot_template(),
         (spec, _) => {
             let (problem, remedy) = match spec {
-                Some(_) => ("both `spec` and `template` are given", "leave one of them out"),
-                None => ("neither `spec` nor `template` is given", "describe the machine, or name a template"),
+                Some(_) => (
+                    "both `spec` and `template` are given",
+                    "leave one of them out",
+                ),
+                None => (
+                    "neither `spec` nor `template` is given",
+                    "describe the machine, or name a template",
+                ),
             };
-            return Err(Refusal(Problem::invalid(vec![FieldProblem::new("spec", problem, remedy)])));
+            return Err(Refusal(Problem::invalid(vec![FieldProblem::new(
+                "spec", problem, remedy,
+            )])));
         }
     };
     let view = api.controller.view();
     let intent = Intent::CreateVm(NewVm {
         name: body.name,
         spec: convert::machine(spec),
-        intent: if body.start { PowerIntent::Running } else { PowerIntent::Stopped },
+        intent: if body.start {
+            PowerIntent::Running
+        } else {
+            PowerIntent::Stopped
+        },
         host: host_in_field(&view, "host", body.host.as_deref())?,
         lease: convert::lease(body.lease),
         maintenance_policy: convert::maintenance_policy(body.maintenance_policy),
@@ -110,7 +128,10 @@ fn host_in_field(view: &View, field: &str, name: Option<&str>) -> Result<Option<
 
 /// Shows a VM.
 #[utoipa::path(get, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Id or name")), responses((status = 200, body = Vm), Refused))]
-async fn show(State(api): State<Api>, PathArgs(name): PathArgs<String>) -> Result<Json<Vm>, Refusal> {
+async fn show(
+    State(api): State<Api>,
+    PathArgs(name): PathArgs<String>,
+) -> Result<Json<Vm>, Refusal> {
     let view = api.controller.view();
     Ok(Json(convert::vm(&view, vm_named(&view, &name)?)))
 }
@@ -189,7 +210,16 @@ async fn stop(
     OptionalBody(body): OptionalBody<StopVm>,
 ) -> Result<Response, Refusal> {
     let vm = id(&api, &name)?;
-    carry_out(&api, &by, query, Intent::StopVm { vm, mode: stop_mode(body)? }).await
+    carry_out(
+        &api,
+        &by,
+        query,
+        Intent::StopVm {
+            vm,
+            mode: stop_mode(body)?,
+        },
+    )
+    .await
 }
 
 /// Stops a VM and starts it again on the same host.
@@ -206,7 +236,16 @@ async fn reboot(
     OptionalBody(body): OptionalBody<StopVm>,
 ) -> Result<Response, Refusal> {
     let vm = id(&api, &name)?;
-    carry_out(&api, &by, query, Intent::RebootVm { vm, mode: stop_mode(body)? }).await
+    carry_out(
+        &api,
+        &by,
+        query,
+        Intent::RebootVm {
+            vm,
+            mode: stop_mode(body)?,
+        },
+    )
+    .await
 }
 
 fn stop_mode(body: StopVm) -> Result<host_api::StopMode, Refusal> {

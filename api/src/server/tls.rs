@@ -28,7 +28,11 @@ pub(super) struct TlsListener {
 
 impl TlsListener {
     /// Accepts until `shutdown`.
-    pub(super) fn new(listener: TcpListener, acceptor: TlsAcceptor, shutdown: CancellationToken) -> io::Result<Self> {
+    pub(super) fn new(
+        listener: TcpListener,
+        acceptor: TlsAcceptor,
+        shutdown: CancellationToken,
+    ) -> io::Result<Self> {
         let address = listener.local_addr()?;
         let (sender, ready) = mpsc::channel(MAX_HANDSHAKES);
         tokio::spawn(async move {
@@ -44,7 +48,9 @@ impl TlsListener {
 async fn accept(listener: TcpListener, acceptor: TlsAcceptor, sender: mpsc::Sender<Ready>) {
     let places = Arc::new(Semaphore::new(MAX_HANDSHAKES));
     loop {
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Ok(place) = places.clone().acquire_owned().await else {
+            return;
+        };
         let (stream, peer) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {

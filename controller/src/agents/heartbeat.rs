@@ -16,19 +16,33 @@ use jiff::Timestamp;
 use std::collections::BTreeMap;
 use tokio::time::Instant;
 
-pub(super) async fn answer(core: &Core, id: HostId, beat: Heartbeat) -> Result<HeartbeatReply, Problem> {
+pub(super) async fn answer(
+    core: &Core,
+    id: HostId,
+    beat: Heartbeat,
+) -> Result<HeartbeatReply, Problem> {
     let now = Instant::now();
     if beat.host != id {
         return Err(not_the_caller(beat.host, id));
     }
     if beat.report.vms.len() > MAX_VMS_PER_HOST {
-        return Err(Problem::new(413, "too-many-vms", "The report is too long", "a host has at most 1024 VMs"));
+        return Err(Problem::new(
+            413,
+            "too-many-vms",
+            "The report is too long",
+            "a host has at most 1024 VMs",
+        ));
     }
     let view = core.view();
-    let Some(host) = view.hosts.get(&id) else { return Err(removed(id)) };
+    let Some(host) = view.hosts.get(&id) else {
+        return Err(removed(id));
+    };
     let heard = core.pulses.hear(id, now, beat.incarnation, beat.sequence);
     if heard == Heard::OutOfOrder {
-        return Err(Problem::conflict("stale-heartbeat", "a later heartbeat of this agent has come already"));
+        return Err(Problem::conflict(
+            "stale-heartbeat",
+            "a later heartbeat of this agent has come already",
+        ));
     }
     let returning = heard == Heard::GivenUp;
     let news = returning
@@ -45,11 +59,18 @@ pub(super) async fn answer(core: &Core, id: HostId, beat: Heartbeat) -> Result<H
         .await?;
         core.pulses.revive(&turn, id, now);
         observe(core, id, &beat);
-        let standing = if returning { Standing::Returning } else { Standing::Steady };
+        let standing = if returning {
+            Standing::Returning
+        } else {
+            Standing::Steady
+        };
         (look(core, id, &beat.report, standing), standing)
     } else {
         observe(core, id, &beat);
-        (look(core, id, &beat.report, Standing::Steady), Standing::Steady)
+        (
+            look(core, id, &beat.report, Standing::Steady),
+            Standing::Steady,
+        )
     };
     if !judgement.orders.is_empty() || standing == Standing::Returning {
         tracing::info!(host = host.name(), orders = ?judgement.orders, ?standing, "orders for a host");
@@ -60,11 +81,16 @@ pub(super) async fn answer(core: &Core, id: HostId, beat: Heartbeat) -> Result<H
             "the host has a VM that the store does not know or knows an older epoch of; it is left alone"
         );
     }
-    Ok(HeartbeatReply { lease_ms: LEASE_DURATION.as_millis() as u64, orders: judgement.orders })
+    Ok(HeartbeatReply {
+        lease_ms: LEASE_DURATION.as_millis() as u64,
+        orders: judgement.orders,
+    })
 }
 
 fn look(core: &Core, id: HostId, report: &HostReport, standing: Standing) -> Judgement {
-    judge(&core.view(), id, &report.vms, standing, |vm| core.ledger.deleted(vm))
+    judge(&core.view(), id, &report.vms, standing, |vm| {
+        core.ledger.deleted(vm)
+    })
 }
 
 fn differs(host: &Host, report: &HostReport) -> bool {
@@ -75,7 +101,9 @@ fn differs(host: &Host, report: &HostReport) -> bool {
 
 /// What a heartbeat changes in the records: facts, the first word, a return, the end of everything by a reboot.
 fn note_news(view: &View, draft: &mut Draft<'_>, id: HostId, report: &HostReport) {
-    let Some(before) = view.hosts.get(&id) else { return };
+    let Some(before) = view.hosts.get(&id) else {
+        return;
+    };
     let mut host = before.as_ref().clone();
     let (actor, subject) = (Actor::controller(), Subject::host(id, host.name()));
     let name = host.name().to_owned();
@@ -85,19 +113,39 @@ fn note_news(view: &View, draft: &mut Draft<'_>, id: HostId, report: &HostReport
     host.facts.name.clone_from(&name);
     if host.first_heard_at.is_none() {
         host.first_heard_at = Some(draft.now());
-        draft.info("host.up", subject.clone(), &actor, format!("{name} is part of the pool"));
+        draft.info(
+            "host.up",
+            subject.clone(),
+            &actor,
+            format!("{name} is part of the pool"),
+        );
     } else if view.liveness(id).is_silent() {
-        draft.info("host.returned", subject.clone(), &actor, format!("{name} is back"));
+        draft.info(
+            "host.returned",
+            subject.clone(),
+            &actor,
+            format!("{name} is back"),
+        );
     }
     if rebooted {
-        draft.warning("host.rebooted", subject, &actor, format!("{name} has booted anew"));
+        draft.warning(
+            "host.rebooted",
+            subject,
+            &actor,
+            format!("{name} has booted anew"),
+        );
         for vm in view.vms_of(id).filter(|vm| vm.operation.is_none()) {
             // Whatever it reports was started after the boot and is no proof of an end.
             if report.vms.iter().all(|reported| reported.vm != vm.id) {
                 let mut vm = vm.as_ref().clone();
                 vm.owner = None;
                 let message = format!("{} ended with the reboot of {name}", vm.name);
-                draft.warning("vm.lost_host", Subject::vm(vm.id, &vm.name), &actor, message);
+                draft.warning(
+                    "vm.lost_host",
+                    Subject::vm(vm.id, &vm.name),
+                    &actor,
+                    message,
+                );
                 draft.put_vm(vm);
             }
         }
@@ -116,7 +164,12 @@ fn note_news(view: &View, draft: &mut Draft<'_>, id: HostId, report: &HostReport
 
 fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
     let view = core.view();
-    let vms: BTreeMap<VmId, VmReport> = beat.report.vms.iter().map(|vm| (vm.vm, vm.clone())).collect();
+    let vms: BTreeMap<VmId, VmReport> = beat
+        .report
+        .vms
+        .iter()
+        .map(|vm| (vm.vm, vm.clone()))
+        .collect();
     core.ledger.observe(id, |observed| {
         let missing = missing(&view, id, observed, &vms);
         *observed = Observed {
@@ -139,8 +192,20 @@ fn missing(
     before: &Observed,
     vms: &BTreeMap<VmId, VmReport>,
 ) -> BTreeMap<VmId, u32> {
-    let count = |vm: VmId| before.missing.get(&vm).copied().unwrap_or(0).saturating_add(1).min(MISSING_HEARTBEATS);
-    let settled = |vm: &Vm| match vm.operation.and_then(|id| view.operations.get(&id)).map(|op| &op.work) {
+    let count = |vm: VmId| {
+        before
+            .missing
+            .get(&vm)
+            .copied()
+            .unwrap_or(0)
+            .saturating_add(1)
+            .min(MISSING_HEARTBEATS)
+    };
+    let settled = |vm: &Vm| match vm
+        .operation
+        .and_then(|id| view.operations.get(&id))
+        .map(|op| &op.work)
+    {
         None | Some(Work::Migrate { .. } | Work::Start { placed: None, .. }) => true,
         Some(_) => false,
     };

@@ -20,23 +20,51 @@ pub(super) async fn answer(agents: &Agents, request: JoinRequest) -> Result<Join
     let fresh = HostId::fresh();
     // Signed first: a request that cannot be signed must not use the token up.
     let sign = |host| {
-        authority.sign_host(&request.csr_pem, host).map_err(|error| {
-            Problem::new(422, "bad-request-for-certificate", "The certificate request is unusable", error.to_string())
-        })
+        authority
+            .sign_host(&request.csr_pem, host)
+            .map_err(|error| {
+                Problem::new(
+                    422,
+                    "bad-request-for-certificate",
+                    "The certificate request is unusable",
+                    error.to_string(),
+                )
+            })
     };
     let signed_fresh = sign(fresh)?;
-    let host = agents.core.ledger.change(|view, draft| admit(view, draft, &request, fresh)).await?;
-    let certificate_pem = if host == fresh { signed_fresh } else { sign(host)? };
-    Ok(JoinReply { host, certificate_pem, ca_pem: authority.certificate_pem().to_owned() })
+    let host = agents
+        .core
+        .ledger
+        .change(|view, draft| admit(view, draft, &request, fresh))
+        .await?;
+    let certificate_pem = if host == fresh {
+        signed_fresh
+    } else {
+        sign(host)?
+    };
+    Ok(JoinReply {
+        host,
+        certificate_pem,
+        ca_pem: authority.certificate_pem().to_owned(),
+    })
 }
 
-fn admit(view: &View, draft: &mut Draft<'_>, request: &JoinRequest, fresh: HostId) -> Result<HostId, Problem> {
+fn admit(
+    view: &View,
+    draft: &mut Draft<'_>,
+    request: &JoinRequest,
+    fresh: HostId,
+) -> Result<HostId, Problem> {
     let denied = |detail: &str| {
-        Err(Problem::new(403, "bad-token", "The join token is not valid", detail)
-            .with_remedy("make a new token with `godwit host token` and use it at once"))
+        Err(
+            Problem::new(403, "bad-token", "The join token is not valid", detail)
+                .with_remedy("make a new token with `godwit host token` and use it at once"),
+        )
     };
     let digest = secret_digest(&request.token);
-    let Some(token) = draft.token(&digest) else { return denied("the token is unknown") };
+    let Some(token) = draft.token(&digest) else {
+        return denied("the token is unknown");
+    };
     if token.expires_at < draft.now() {
         return denied("the token has expired");
     }
@@ -50,15 +78,23 @@ fn admit(view: &View, draft: &mut Draft<'_>, request: &JoinRequest, fresh: HostI
     }
     let name = &request.facts.name;
     if view.find_host(name).is_some() {
-        return Err(Problem::conflict("name-taken", format!("the pool has a host {name} already"))
-            .with_remedy("choose another name, or remove that host first"));
+        return Err(
+            Problem::conflict("name-taken", format!("the pool has a host {name} already"))
+                .with_remedy("choose another name, or remove that host first"),
+        );
     }
     if view.hosts.len() >= MAX_HOSTS {
-        return Err(Problem::conflict("pool-full", format!("a pool has at most {MAX_HOSTS} hosts")));
+        return Err(Problem::conflict(
+            "pool-full",
+            format!("a pool has at most {MAX_HOSTS} hosts"),
+        ));
     }
     let mut token = token.clone();
     let actor: Actor = token.actor.clone();
-    token.used = Some(TokenUse { host: fresh, csr_sha256 });
+    token.used = Some(TokenUse {
+        host: fresh,
+        csr_sha256,
+    });
     draft.put_token(digest, token);
     draft.put_host(Host {
         id: fresh,
@@ -68,6 +104,11 @@ fn admit(view: &View, draft: &mut Draft<'_>, request: &JoinRequest, fresh: HostI
         joined_at: draft.now(),
         first_heard_at: None,
     });
-    draft.info("host.joined", Subject::host(fresh, name), &actor, format!("{name} joined with a token of {actor}"));
+    draft.info(
+        "host.joined",
+        Subject::host(fresh, name),
+        &actor,
+        format!("{name} joined with a token of {actor}"),
+    );
     Ok(fresh)
 }

@@ -20,7 +20,9 @@ pub(super) async fn commit(
     if request.host != host {
         return Err(not_the_caller(request.host, host));
     }
-    core.ledger.change(|view, draft| decide(core, view, draft, id, request)).await
+    core.ledger
+        .change(|view, draft| decide(core, view, draft, id, request))
+        .await
 }
 
 fn decide(
@@ -30,10 +32,19 @@ fn decide(
     id: MigrationId,
     request: CommitRequest,
 ) -> Result<CommitReply, Problem> {
-    let refused = |reason: &str| Ok(CommitReply::Refused { reason: reason.to_owned() });
-    let Some(migration) = view.migrations.get(&id) else { return refused("there is no such migration") };
+    let refused = |reason: &str| {
+        Ok(CommitReply::Refused {
+            reason: reason.to_owned(),
+        })
+    };
+    let Some(migration) = view.migrations.get(&id) else {
+        return refused("there is no such migration");
+    };
     if migration.target != request.host || migration.vm != request.vm {
-        return Err(Problem::conflict("wrong-migration", "the migration is of another VM or to another host"));
+        return Err(Problem::conflict(
+            "wrong-migration",
+            "the migration is of another VM or to another host",
+        ));
     }
     match &migration.state {
         MigrationState::Committed { epoch } => return Ok(CommitReply::Granted { epoch: *epoch }),
@@ -43,7 +54,9 @@ fn decide(
     let mut migration = migration.as_ref().clone();
     let vm = view.vms.get(&migration.vm);
     let as_begun = vm.filter(|vm| {
-        vm.owner == Some(migration.source) && vm.epoch == migration.epoch && vm.epoch == request.epoch
+        vm.owner == Some(migration.source)
+            && vm.epoch == migration.epoch
+            && vm.epoch == request.epoch
     });
     let Some(vm) = as_begun else {
         let reason = "the VM is not the source's any more";
@@ -58,7 +71,13 @@ fn decide(
     let mut vm = vm.as_ref().clone();
     vm.give_to(migration.target);
     let operation = view.operations.get(&migration.operation);
-    if matches!(operation.map(|op| &op.work), Some(Work::Migrate { cause: MigrateCause::ByHand, .. })) {
+    if matches!(
+        operation.map(|op| &op.work),
+        Some(Work::Migrate {
+            cause: MigrateCause::ByHand,
+            ..
+        })
+    ) {
         vm.home = Some(migration.target);
     }
     let epoch = vm.epoch;
@@ -85,28 +104,40 @@ pub(super) async fn resolve(
     }
     core.ledger
         .change(|view, draft| {
-            let owned = view
-                .vms
-                .get(&request.vm)
-                .is_some_and(|vm| vm.owner == Some(host) && (request.role == MigrationRole::Target || vm.epoch == request.epoch));
+            let owned = view.vms.get(&request.vm).is_some_and(|vm| {
+                vm.owner == Some(host)
+                    && (request.role == MigrationRole::Target || vm.epoch == request.epoch)
+            });
             let migration = view.migrations.get(&id);
             Ok(match (request.role, migration.map(|m| &m.state)) {
                 (MigrationRole::Source, Some(MigrationState::Open)) if owned => {
-                    if let Some(migration) = migration.filter(|m| m.source == host && m.vm == request.vm) {
-                        
-                        Resolution::RunHere { epoch: request.epoch }
+                    if let Some(migration) =
+                        migration.filter(|m| m.source == host && m.vm == request.vm)
+                    {
+                        void(
+                            draft,
+                            migration.as_ref().clone(),
+                            "the source lost the target before the commit",
+                        );
+                        Resolution::RunHere {
+                            epoch: request.epoch,
+                        }
                     } else {
                         Resolution::End
                     }
                 }
                 // Void, or so long ago that it is forgotten: the owner runs.
                 (MigrationRole::Source, Some(MigrationState::Void { .. }) | None) if owned => {
-                    Resolution::RunHere { epoch: request.epoch }
+                    Resolution::RunHere {
+                        epoch: request.epoch,
+                    }
                 }
                 (MigrationRole::Source, _) => Resolution::End,
                 (MigrationRole::Target, Some(MigrationState::Open)) => Resolution::Open,
                 // It asks for the commit again and is told the epoch.
-                (MigrationRole::Target, Some(MigrationState::Committed { .. })) if owned => Resolution::Open,
+                (MigrationRole::Target, Some(MigrationState::Committed { .. })) if owned => {
+                    Resolution::Open
+                }
                 (MigrationRole::Target, _) => Resolution::End,
             })
         })
@@ -120,7 +151,9 @@ fn void(draft: &mut Draft<'_>, mut migration: Migration, reason: &str) {
         migration.vm_name, migration.source_name, migration.target_name
     );
     draft.warning("migration.failed", subject, &Actor::controller(), message);
-    migration.state = MigrationState::Void { reason: reason.to_owned() };
+    migration.state = MigrationState::Void {
+        reason: reason.to_owned(),
+    };
     migration.ended_at = Some(draft.now());
     draft.put_migration(migration);
 }

@@ -4,7 +4,8 @@ use super::Decision;
 use crate::intent::Resource;
 use crate::ledger::Draft;
 use crate::model::{
-    Actor, Cordon, Host, MaintenancePlan, MaintenancePolicy, MoveAction, MoveState, MoveTask, Subject, Work,
+    Actor, Cordon, Host, MaintenancePlan, MaintenancePolicy, MoveAction, MoveState, MoveTask,
+    Subject, Work,
 };
 use crate::operation::fresh;
 use crate::plan::maintenance::{DrainInput, plan_drain};
@@ -16,7 +17,10 @@ use godwit_wire::problem::{FieldProblem, Problem};
 pub(super) const MAX_REASON_BYTES: usize = 1_000;
 
 pub(super) fn find_host(view: &View, id: HostId) -> Result<Host, Problem> {
-    view.hosts.get(&id).map(|host| host.as_ref().clone()).ok_or_else(|| Problem::not_found("host", id))
+    view.hosts
+        .get(&id)
+        .map(|host| host.as_ref().clone())
+        .ok_or_else(|| Problem::not_found("host", id))
 }
 
 pub(super) fn check_reason(reason: &str) -> Result<(), Problem> {
@@ -24,7 +28,11 @@ pub(super) fn check_reason(reason: &str) -> Result<(), Problem> {
         return Ok(());
     }
     let problem = format!("{} bytes are more than {MAX_REASON_BYTES}", reason.len());
-    Err(Problem::invalid(vec![FieldProblem::new("reason", problem, "make it shorter")]))
+    Err(Problem::invalid(vec![FieldProblem::new(
+        "reason",
+        problem,
+        "make it shorter",
+    )]))
 }
 
 fn not_in_maintenance(host: &Host) -> Result<(), Problem> {
@@ -32,7 +40,8 @@ fn not_in_maintenance(host: &Host) -> Result<(), Problem> {
         None => Ok(()),
         Some(id) => {
             let detail = format!("{} is in maintenance {id}", host.name());
-            Err(Problem::conflict("in-maintenance", detail).with_remedy("finish or cancel that maintenance first"))
+            Err(Problem::conflict("in-maintenance", detail)
+                .with_remedy("finish or cancel that maintenance first"))
         }
     }
 }
@@ -47,24 +56,51 @@ pub(super) fn cordon(
     check_reason(reason)?;
     let mut host = find_host(view, id)?;
     if host.cordon.is_some() {
-        return Ok(Decision::new(Resource::Host(id), None, format!("{} is cordoned already", host.name())));
+        return Ok(Decision::new(
+            Resource::Host(id),
+            None,
+            format!("{} is cordoned already", host.name()),
+        ));
     }
     let effect = format!("{} takes no new VMs", host.name());
-    host.cordon = Some(Cordon { reason: reason.into(), actor: actor.clone(), at: draft.now() });
+    host.cordon = Some(Cordon {
+        reason: reason.into(),
+        actor: actor.clone(),
+        at: draft.now(),
+    });
     let message = format!("{} cordoned: {reason}", host.name());
-    draft.info("host.cordoned", Subject::host(id, host.name()), actor, message);
+    draft.info(
+        "host.cordoned",
+        Subject::host(id, host.name()),
+        actor,
+        message,
+    );
     draft.put_host(host);
     Ok(Decision::new(Resource::Host(id), None, effect))
 }
 
-pub(super) fn uncordon(view: &View, draft: &mut Draft<'_>, id: HostId, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn uncordon(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: HostId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let mut host = find_host(view, id)?;
     not_in_maintenance(&host)?;
     if host.cordon.take().is_none() {
-        return Ok(Decision::new(Resource::Host(id), None, format!("{} is not cordoned", host.name())));
+        return Ok(Decision::new(
+            Resource::Host(id),
+            None,
+            format!("{} is not cordoned", host.name()),
+        ));
     }
     let effect = format!("{} takes new VMs again", host.name());
-    draft.info("host.uncordoned", Subject::host(id, host.name()), actor, format!("{} uncordoned", host.name()));
+    draft.info(
+        "host.uncordoned",
+        Subject::host(id, host.name()),
+        actor,
+        format!("{} uncordoned", host.name()),
+    );
     draft.put_host(host);
     Ok(Decision::new(Resource::Host(id), None, effect))
 }
@@ -100,7 +136,9 @@ pub(super) fn evacuate(
         .find(|op| matches!(op.work, Work::Evacuate { host, .. } if host == id));
     if let Some(operation) = under_way {
         let detail = format!("{} is being evacuated by {}", host.name(), operation.id);
-        return Err(Problem::conflict("busy", detail).with_remedy("wait until it ends, or cancel it"));
+        return Err(
+            Problem::conflict("busy", detail).with_remedy("wait until it ends, or cancel it")
+        );
     }
     if view.liveness(id).is_silent() {
         let detail = format!("{} is silent, so nothing can be moved off it", host.name());
@@ -118,11 +156,30 @@ pub(super) fn evacuate(
         state: MoveState::Waiting,
     });
     let moves: Vec<MoveTask> = moves.collect();
-    let effect = format!("{} is cordoned and {} VMs are moved off it", host.name(), moves.len());
-    host.cordon.get_or_insert_with(|| Cordon { reason: reason.into(), actor: actor.clone(), at: draft.now() });
+    let effect = format!(
+        "{} is cordoned and {} VMs are moved off it",
+        host.name(),
+        moves.len()
+    );
+    host.cordon.get_or_insert_with(|| Cordon {
+        reason: reason.into(),
+        actor: actor.clone(),
+        at: draft.now(),
+    });
     let subject = Subject::host(id, host.name());
-    draft.warning("host.evacuating", subject.clone(), actor, format!("{} is being evacuated: {reason}", host.name()));
-    let operation = fresh(Work::Evacuate { host: id, moves }, subject, actor, None, draft.now());
+    draft.warning(
+        "host.evacuating",
+        subject.clone(),
+        actor,
+        format!("{} is being evacuated: {reason}", host.name()),
+    );
+    let operation = fresh(
+        Work::Evacuate { host: id, moves },
+        subject,
+        actor,
+        None,
+        draft.now(),
+    );
     let mut decision = Decision::new(Resource::Host(id), Some(operation.id), effect);
     decision.preview.plan = Some(plan);
     draft.put_operation(operation);
@@ -130,7 +187,12 @@ pub(super) fn evacuate(
     Ok(decision)
 }
 
-pub(super) fn remove(view: &View, draft: &mut Draft<'_>, id: HostId, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn remove(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: HostId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let host = find_host(view, id)?;
     let vms = view.vms_of(id).count();
     if vms > 0 {
@@ -139,15 +201,25 @@ pub(super) fn remove(view: &View, draft: &mut Draft<'_>, id: HostId, actor: &Act
     }
     not_in_maintenance(&host)?;
     let part = |m: &crate::model::Migration| m.source == id || m.target == id;
-    let migrating = view.vms.values().filter_map(|vm| view.migrations.get(&vm.migration?)).any(|m| part(m));
-    let evacuating =
-        view.active_operations().any(|op| matches!(op.work, Work::Evacuate { host, .. } if host == id));
+    let migrating = view
+        .vms
+        .values()
+        .filter_map(|vm| view.migrations.get(&vm.migration?))
+        .any(|m| part(m));
+    let evacuating = view
+        .active_operations()
+        .any(|op| matches!(op.work, Work::Evacuate { host, .. } if host == id));
     if migrating || evacuating {
         let detail = format!("a migration or an evacuation involves {}", host.name());
         return Err(Problem::conflict("busy", detail).with_remedy("wait until it ends"));
     }
     let effect = format!("{} is no longer part of the pool", host.name());
-    draft.info("host.removed", Subject::host(id, host.name()), actor, &effect);
+    draft.info(
+        "host.removed",
+        Subject::host(id, host.name()),
+        actor,
+        &effect,
+    );
     draft.delete_host(&host);
     Ok(Decision::new(Resource::Host(id), None, effect))
 }

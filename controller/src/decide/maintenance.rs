@@ -6,7 +6,8 @@ use crate::intent::{NewMaintenance, Resource};
 use crate::ledger::Draft;
 use crate::maintenance::begin_restore;
 use crate::model::{
-    Actor, Maintenance, MaintenancePlan, MaintenanceState, MoveState, MoveTask, RestoreOnCancel, Subject, Work,
+    Actor, Maintenance, MaintenancePlan, MaintenanceState, MoveState, MoveTask, RestoreOnCancel,
+    Subject, Work,
 };
 use crate::operation::fresh;
 use crate::plan::maintenance::{DrainInput, plan_drain};
@@ -15,19 +16,35 @@ use godwit_wire::id::MaintenanceId;
 use godwit_wire::problem::{FieldProblem, Problem};
 
 fn find(view: &View, id: MaintenanceId) -> Result<Maintenance, Problem> {
-    view.maintenances.get(&id).map(|m| m.as_ref().clone()).ok_or_else(|| Problem::not_found("maintenance", id))
+    view.maintenances
+        .get(&id)
+        .map(|m| m.as_ref().clone())
+        .ok_or_else(|| Problem::not_found("maintenance", id))
 }
 
 fn plan(view: &View, record: &Maintenance) -> MaintenancePlan {
-    plan_drain(&DrainInput::of(view, record.host, Some(record.id), &record.overrides))
+    plan_drain(&DrainInput::of(
+        view,
+        record.host,
+        Some(record.id),
+        &record.overrides,
+    ))
 }
 
 fn planned_state(plan: &MaintenancePlan) -> MaintenanceState {
-    if plan.blockers.is_empty() { MaintenanceState::Ready } else { MaintenanceState::Blocked }
+    if plan.blockers.is_empty() {
+        MaintenanceState::Ready
+    } else {
+        MaintenanceState::Blocked
+    }
 }
 
 fn wrong_state(record: &Maintenance, verb: &str) -> Problem {
-    let detail = format!("the maintenance of {} is {}; it cannot be {verb}", record.host_name, record.state.name());
+    let detail = format!(
+        "the maintenance of {} is {}; it cannot be {verb}",
+        record.host_name,
+        record.state.name()
+    );
     Problem::conflict("wrong-state", detail)
 }
 
@@ -44,10 +61,19 @@ pub(super) fn create(
         let problem = FieldProblem::new(field, "there is no such VM", "name VMs of the host");
         return Err(Problem::invalid(vec![problem]));
     }
-    let other = view.maintenances.values().find(|m| m.host == new.host && !m.state.is_final());
+    let other = view
+        .maintenances
+        .values()
+        .find(|m| m.host == new.host && !m.state.is_final());
     if let Some(other) = other {
-        let detail = format!("{} has the maintenance {} ({})", host.name(), other.id, other.state.name());
-        return Err(Problem::conflict("in-maintenance", detail).with_remedy("use it, finish it or cancel it"));
+        let detail = format!(
+            "{} has the maintenance {} ({})",
+            host.name(),
+            other.id,
+            other.state.name()
+        );
+        return Err(Problem::conflict("in-maintenance", detail)
+            .with_remedy("use it, finish it or cancel it"));
     }
     let mut record = Maintenance {
         id: MaintenanceId::fresh(),
@@ -76,7 +102,12 @@ pub(super) fn create(
         record.plan.blockers.len(),
         record.reason
     );
-    draft.info("maintenance.planned", Subject::maintenance(record.id, &record.host_name), actor, &message);
+    draft.info(
+        "maintenance.planned",
+        Subject::maintenance(record.id, &record.host_name),
+        actor,
+        &message,
+    );
     let mut decision = Decision::new(Resource::Maintenance(record.id), None, message);
     decision.preview.plan = Some(record.plan.clone());
     draft.put_maintenance(record);
@@ -85,14 +116,27 @@ pub(super) fn create(
 
 fn blocked(record: &Maintenance, plan: &MaintenancePlan) -> Problem {
     let named = |name: &Option<String>| name.clone().unwrap_or_else(|| record.host_name.clone());
-    let list: Vec<String> =
-        plan.blockers.iter().map(|b| format!("{}: {}", named(&b.vm_name), b.detail)).collect();
-    let detail = format!("the maintenance of {} is blocked: {}", record.host_name, list.join("; "));
+    let list: Vec<String> = plan
+        .blockers
+        .iter()
+        .map(|b| format!("{}: {}", named(&b.vm_name), b.detail))
+        .collect();
+    let detail = format!(
+        "the maintenance of {} is blocked: {}",
+        record.host_name,
+        list.join("; ")
+    );
     let mut problem = Problem::conflict("maintenance-blocked", detail);
     problem.fields = plan
         .blockers
         .iter()
-        .map(|b| FieldProblem::new(named(&b.vm_name), format!("{}: {}", b.kind.name(), b.detail), b.remedy.clone()))
+        .map(|b| {
+            FieldProblem::new(
+                named(&b.vm_name),
+                format!("{}: {}", b.kind.name(), b.detail),
+                b.remedy.clone(),
+            )
+        })
         .collect();
     problem.with_remedy("deal with each blocker as it says, then start again")
 }
@@ -113,7 +157,10 @@ pub(super) fn start(
     }
     let mut host = find_host(view, record.host)?;
     if let Some(other) = host.maintenance.filter(|other| *other != id) {
-        return Err(Problem::conflict("in-maintenance", format!("{} is in maintenance {other}", host.name())));
+        return Err(Problem::conflict(
+            "in-maintenance",
+            format!("{} is in maintenance {other}", host.name()),
+        ));
     }
     host.maintenance = Some(id);
     let moves = plan.moves.iter().map(|planned| MoveTask {
@@ -124,11 +171,24 @@ pub(super) fn start(
         attempts: 0,
         state: MoveState::Waiting,
     });
-    let work = Work::Drain { maintenance: id, host: record.host, moves: moves.collect() };
+    let work = Work::Drain {
+        maintenance: id,
+        host: record.host,
+        moves: moves.collect(),
+    };
     let subject = Subject::maintenance(id, &record.host_name);
     let operation = fresh(work, subject.clone(), actor, None, draft.now());
-    let effect = format!("{} is cordoned and {} VMs leave it", record.host_name, plan.moves.len());
-    draft.info("maintenance.started", subject, actor, format!("{effect}: {}", record.reason));
+    let effect = format!(
+        "{} is cordoned and {} VMs leave it",
+        record.host_name,
+        plan.moves.len()
+    );
+    draft.info(
+        "maintenance.started",
+        subject,
+        actor,
+        format!("{effect}: {}", record.reason),
+    );
     record.state = MaintenanceState::Cordoned;
     record.detail = None;
     record.plan = plan.clone();
@@ -177,7 +237,9 @@ pub(super) fn cancel(
     record.on_cancel = Some(restore);
     let effect = match restore {
         RestoreOnCancel::Restore => format!("{name} takes VMs again and those that left come back"),
-        RestoreOnCancel::Stay => format!("{name} takes VMs again and those that left stay where they are"),
+        RestoreOnCancel::Stay => {
+            format!("{name} takes VMs again and those that left stay where they are")
+        }
     };
     let operation = match draining {
         Some(mut drain) => {
@@ -194,9 +256,18 @@ pub(super) fn cancel(
             restore_id
         }
     };
-    draft.info("maintenance.cancelling", subject, actor, format!("the maintenance of {name} is called off: {effect}"));
+    draft.info(
+        "maintenance.cancelling",
+        subject,
+        actor,
+        format!("the maintenance of {name} is called off: {effect}"),
+    );
     draft.put_maintenance(record);
-    Ok(Decision::new(Resource::Maintenance(id), Some(operation), effect))
+    Ok(Decision::new(
+        Resource::Maintenance(id),
+        Some(operation),
+        effect,
+    ))
 }
 
 pub(super) fn finish(
@@ -206,17 +277,30 @@ pub(super) fn finish(
     actor: &Actor,
 ) -> Result<Decision, Problem> {
     let mut record = find(view, id)?;
-    if !matches!(record.state, MaintenanceState::Drained | MaintenanceState::Working) {
-        return Err(wrong_state(&record, "finished").with_remedy(match record.state {
-            state if state.is_only_a_plan() => "start it, or cancel it",
-            MaintenanceState::Failed => "start it again, or cancel it",
-            _ => "wait until the host is drained",
-        }));
+    if !matches!(
+        record.state,
+        MaintenanceState::Drained | MaintenanceState::Working
+    ) {
+        return Err(
+            wrong_state(&record, "finished").with_remedy(match record.state {
+                state if state.is_only_a_plan() => "start it, or cancel it",
+                MaintenanceState::Failed => "start it again, or cancel it",
+                _ => "wait until the host is drained",
+            }),
+        );
     }
     let operation = begin_restore(view, &mut record, actor, draft.now());
-    let effect = format!("{} is checked, takes VMs again, and VMs return: {:?}", record.host_name, record.return_policy)
-        .to_lowercase();
-    draft.info("maintenance.finishing", Subject::maintenance(id, &record.host_name), actor, &effect);
+    let effect = format!(
+        "{} is checked, takes VMs again, and VMs return: {:?}",
+        record.host_name, record.return_policy
+    )
+    .to_lowercase();
+    draft.info(
+        "maintenance.finishing",
+        Subject::maintenance(id, &record.host_name),
+        actor,
+        &effect,
+    );
     let decision = Decision::new(Resource::Maintenance(id), Some(operation.id), effect);
     draft.put_operation(operation);
     draft.put_maintenance(record);

@@ -5,11 +5,13 @@ use crate::intent::{NewVm, Placement, Resource, VmChange};
 use crate::ledger::Draft;
 use crate::model::limits::MAX_VMS;
 use crate::model::rejection::{remedies, summary};
-use crate::model::{Actor, MigrateCause, PowerIntent, StartCause, Subject, Vm, VmState, Work, name};
+use crate::model::{
+    Actor, MigrateCause, PowerIntent, StartCause, Subject, Vm, VmState, Work, name,
+};
 use crate::operation::fresh;
+use crate::plan::estimate;
 use crate::plan::picture::{self, Demand};
 use crate::plan::placement::{Among, choose};
-use crate::plan::estimate;
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
@@ -32,7 +34,11 @@ fn place(view: &View, demand: &Demand, only: Option<HostId>) -> Result<Placement
             rejections: choice.rejections,
         }),
         None => {
-            let detail = format!("no host takes {}: {}", demand.name, summary(&choice.rejections));
+            let detail = format!(
+                "no host takes {}: {}",
+                demand.name,
+                summary(&choice.rejections)
+            );
             Err(Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections)))
         }
     }
@@ -50,28 +56,48 @@ fn begin(draft: &mut Draft<'_>, vm: &mut Vm, work: Work, actor: &Actor) -> Opera
 fn name_is_free(view: &View, name: &str) -> Result<(), Problem> {
     match view.find_vm(name) {
         None => Ok(()),
-        Some(_) => Err(Problem::conflict("name-taken", format!("there is a VM {name} already"))
-            .with_remedy("choose another name, or delete that VM first")),
+        Some(_) => Err(
+            Problem::conflict("name-taken", format!("there is a VM {name} already"))
+                .with_remedy("choose another name, or delete that VM first"),
+        ),
     }
 }
 
 fn start_work(vm: VmId, wanted: Option<HostId>) -> Work {
-    Work::Start { vm, wanted, cause: StartCause::Asked, tried: Vec::new(), placed: None }
+    Work::Start {
+        vm,
+        wanted,
+        cause: StartCause::Asked,
+        tried: Vec::new(),
+        placed: None,
+    }
 }
 
-pub(super) fn create(view: &View, draft: &mut Draft<'_>, new: &NewVm, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn create(
+    view: &View,
+    draft: &mut Draft<'_>,
+    new: &NewVm,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let mut problems = new.spec.problems("spec");
     problems.extend(name::problem("name", &new.name));
     if new.intent == PowerIntent::Paused {
         let remedy = "create it running or stopped, then pause it";
-        problems.push(FieldProblem::new("start", "a VM cannot be created paused", remedy));
+        problems.push(FieldProblem::new(
+            "start",
+            "a VM cannot be created paused",
+            remedy,
+        ));
     }
     if !problems.is_empty() {
         return Err(Problem::invalid(problems));
     }
     name_is_free(view, &new.name)?;
     if view.vms.len() >= MAX_VMS {
-        return Err(Problem::conflict("pool-full", format!("a pool has at most {MAX_VMS} VMs")));
+        return Err(Problem::conflict(
+            "pool-full",
+            format!("a pool has at most {MAX_VMS} VMs"),
+        ));
     }
     let mut vm = Vm {
         id: VmId::fresh(),
@@ -102,7 +128,10 @@ pub(super) fn create(view: &View, draft: &mut Draft<'_>, new: &NewVm, actor: &Ac
         _ => (None, None),
     };
     let effect = match &placement {
-        Some(placement) => format!("{} is created and started on {}", vm.name, placement.host_name),
+        Some(placement) => format!(
+            "{} is created and started on {}",
+            vm.name, placement.host_name
+        ),
         None => format!("{} is created; it stays off", vm.name),
     };
     draft.info("vm.created", subject, actor, format!("{} created", vm.name));
@@ -120,13 +149,25 @@ pub(super) fn change(
     actor: &Actor,
 ) -> Result<Decision, Problem> {
     let mut vm = idle_vm(view, id)?;
-    let mut problems: Vec<FieldProblem> = change.spec.iter().flat_map(|spec| spec.problems("spec")).collect();
-    problems.extend(change.name.as_deref().and_then(|new| name::problem("name", new)));
+    let mut problems: Vec<FieldProblem> = change
+        .spec
+        .iter()
+        .flat_map(|spec| spec.problems("spec"))
+        .collect();
+    problems.extend(
+        change
+            .name
+            .as_deref()
+            .and_then(|new| name::problem("name", new)),
+    );
     if !problems.is_empty() {
         return Err(Problem::invalid(problems));
     }
     if vm.owner.is_some() && (change.spec.is_some() || change.lease.is_some()) {
-        let detail = format!("{} is not off; its machine and its lease policy cannot change now", vm.name);
+        let detail = format!(
+            "{} is not off; its machine and its lease policy cannot change now",
+            vm.name
+        );
         return Err(Problem::conflict("not-stopped", detail).with_remedy("stop the VM first"));
     }
     let mut changed = Vec::new();
@@ -143,7 +184,10 @@ pub(super) fn change(
         changed.push(format!("lease to {lease:?}").to_lowercase());
         vm.lease = lease;
     }
-    if let Some(policy) = change.maintenance_policy.filter(|policy| *policy != vm.maintenance_policy) {
+    if let Some(policy) = change
+        .maintenance_policy
+        .filter(|policy| *policy != vm.maintenance_policy)
+    {
         changed.push(format!("maintenance policy to {policy:?}").to_lowercase());
         vm.maintenance_policy = policy;
     }
@@ -156,10 +200,19 @@ pub(super) fn change(
     Ok(Decision::new(Resource::Vm(id), None, effect))
 }
 
-pub(super) fn delete(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn delete(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let mut vm = idle_vm(view, id)?;
     let effect = match vm.owner {
-        Some(owner) => format!("{} is killed on {} and deleted", vm.name, view.host_name(owner)),
+        Some(owner) => format!(
+            "{} is killed on {} and deleted",
+            vm.name,
+            view.host_name(owner)
+        ),
         None => format!("{} is deleted", vm.name),
     };
     vm.intent = PowerIntent::Stopped;
@@ -179,13 +232,20 @@ pub(super) fn start(
     if vm.owner.is_some() {
         let state = view.vm_status(&vm).state;
         return match state {
-            VmState::Running | VmState::Starting => {
-                Ok(Decision::new(Resource::Vm(id), None, format!("{} runs already", vm.name)))
-            }
-            VmState::Paused => Err(Problem::conflict("paused", format!("{} is paused", vm.name))
-                .with_remedy("resume it")),
-            _ => Err(Problem::conflict("not-stopped", format!("{} is not off: it is {state:?}", vm.name).to_lowercase())
-                .with_remedy("stop it first")),
+            VmState::Running | VmState::Starting => Ok(Decision::new(
+                Resource::Vm(id),
+                None,
+                format!("{} runs already", vm.name),
+            )),
+            VmState::Paused => Err(
+                Problem::conflict("paused", format!("{} is paused", vm.name))
+                    .with_remedy("resume it"),
+            ),
+            _ => Err(Problem::conflict(
+                "not-stopped",
+                format!("{} is not off: it is {state:?}", vm.name).to_lowercase(),
+            )
+            .with_remedy("stop it first")),
         };
     }
     let placement = place(view, &picture::booting(&vm), host)?;
@@ -204,7 +264,11 @@ fn check_mode(mode: StopMode) -> Result<(), Problem> {
     match mode {
         StopMode::Graceful { timeout_ms } if timeout_ms > MAX_STOP_PATIENCE_MS => {
             let problem = format!("{timeout_ms} ms is more than {MAX_STOP_PATIENCE_MS}");
-            Err(Problem::invalid(vec![FieldProblem::new("timeout_ms", problem, "give it less time, then kill it")]))
+            Err(Problem::invalid(vec![FieldProblem::new(
+                "timeout_ms",
+                problem,
+                "give it less time, then kill it",
+            )]))
         }
         _ => Ok(()),
     }
@@ -233,12 +297,26 @@ pub(super) fn stop(
     if was_off {
         let effect = format!("{} stays off", vm.name);
         if was != PowerIntent::Stopped {
-            draft.info("vm.stopped", Subject::vm(id, &vm.name), actor, format!("{} is not wanted any more", vm.name));
+            draft.info(
+                "vm.stopped",
+                Subject::vm(id, &vm.name),
+                actor,
+                format!("{} is not wanted any more", vm.name),
+            );
         }
         draft.put_vm(vm);
         return Ok(Decision::new(Resource::Vm(id), None, effect));
     }
-    let operation = begin(draft, &mut vm, Work::Stop { vm: id, mode, sent: None }, actor);
+    let operation = begin(
+        draft,
+        &mut vm,
+        Work::Stop {
+            vm: id,
+            mode,
+            sent: None,
+        },
+        actor,
+    );
     let effect = format!("{} is {}", vm.name, manner(mode));
     draft.put_vm(vm);
     Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
@@ -248,7 +326,9 @@ pub(super) fn stop(
 fn running_vm(view: &View, id: VmId) -> Result<(Vm, HostId), Problem> {
     let vm = idle_vm(view, id)?;
     let Some(owner) = vm.owner else {
-        return Err(Problem::conflict("not-running", format!("{} is off", vm.name)).with_remedy("start it"));
+        return Err(
+            Problem::conflict("not-running", format!("{} is off", vm.name)).with_remedy("start it"),
+        );
     };
     if view.liveness(owner).is_silent() {
         let detail = format!("{} of {} is silent", view.host_name(owner), vm.name);
@@ -268,16 +348,40 @@ pub(super) fn reboot(
     check_mode(mode)?;
     let (mut vm, target) = running_vm(view, id)?;
     vm.intent = PowerIntent::Running;
-    let operation = begin(draft, &mut vm, Work::Restart { vm: id, mode, target, sent: None }, actor);
-    let effect = format!("{} is {}, then started on {}", vm.name, manner(mode), view.host_name(target));
+    let operation = begin(
+        draft,
+        &mut vm,
+        Work::Restart {
+            vm: id,
+            mode,
+            target,
+            sent: None,
+        },
+        actor,
+    );
+    let effect = format!(
+        "{} is {}, then started on {}",
+        vm.name,
+        manner(mode),
+        view.host_name(target)
+    );
     draft.put_vm(vm);
     Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
 }
 
-pub(super) fn pause(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn pause(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let (mut vm, _) = running_vm(view, id)?;
     if vm.intent == PowerIntent::Paused && view.vm_status(&vm).state == VmState::Paused {
-        return Ok(Decision::new(Resource::Vm(id), None, format!("{} is paused already", vm.name)));
+        return Ok(Decision::new(
+            Resource::Vm(id),
+            None,
+            format!("{} is paused already", vm.name),
+        ));
     }
     vm.intent = PowerIntent::Paused;
     let operation = begin(draft, &mut vm, Work::Pause { vm: id, sent: None }, actor);
@@ -286,10 +390,19 @@ pub(super) fn pause(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor)
     Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
 }
 
-pub(super) fn resume(view: &View, draft: &mut Draft<'_>, id: VmId, actor: &Actor) -> Result<Decision, Problem> {
+pub(super) fn resume(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: VmId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
     let (mut vm, _) = running_vm(view, id)?;
     if vm.intent == PowerIntent::Running && view.vm_status(&vm).state == VmState::Running {
-        return Ok(Decision::new(Resource::Vm(id), None, format!("{} runs already", vm.name)));
+        return Ok(Decision::new(
+            Resource::Vm(id),
+            None,
+            format!("{} runs already", vm.name),
+        ));
     }
     vm.intent = PowerIntent::Running;
     let operation = begin(draft, &mut vm, Work::Resume { vm: id, sent: None }, actor);
@@ -313,11 +426,26 @@ pub(super) fn migrate(
         return Err(Problem::conflict("not-running", detail));
     }
     let placement = place(view, &picture::moving(view, &vm), target)?;
-    let work = Work::Migrate { vm: id, wanted: target, policy: policy.clone(), cause: MigrateCause::ByHand, migration: None };
+    let work = Work::Migrate {
+        vm: id,
+        wanted: target,
+        policy: policy.clone(),
+        cause: MigrateCause::ByHand,
+        migration: None,
+    };
     let operation = begin(draft, &mut vm, work, actor);
     let usage = view.vm_usage(find_vm(view, id).as_ref().unwrap_or(&vm));
-    let resident = if usage.rss_bytes.0 > 0 { usage.rss_bytes } else { vm.spec.memory_mib.bytes() };
-    let cost = estimate::live(resident, usage.dirty_bytes_per_s, estimate::bandwidth(view), policy.downtime_limit_ms);
+    let resident = if usage.rss_bytes.0 > 0 {
+        usage.rss_bytes
+    } else {
+        vm.spec.memory_mib.bytes()
+    };
+    let cost = estimate::live(
+        resident,
+        usage.dirty_bytes_per_s,
+        estimate::bandwidth(view),
+        policy.downtime_limit_ms,
+    );
     let effect = format!(
         "{} moves from {} to {} in about {:.1} s, {} on the wire, blackout about {} ms",
         vm.name,

@@ -28,16 +28,36 @@ pub struct HostAddress {
 #[async_trait]
 pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
     /// Starts a VM.
-    async fn start_vm(&self, to: HostAddress, vm: VmId, command: &StartVm) -> Result<VmReport, CallError>;
+    async fn start_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StartVm,
+    ) -> Result<VmReport, CallError>;
 
     /// Stops a VM; answers when it has stopped.
-    async fn stop_vm(&self, to: HostAddress, vm: VmId, command: &StopVm) -> Result<VmReport, CallError>;
+    async fn stop_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StopVm,
+    ) -> Result<VmReport, CallError>;
 
     /// Pauses a VM.
-    async fn pause_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError>;
+    async fn pause_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError>;
 
     /// Lets a paused VM run.
-    async fn resume_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError>;
+    async fn resume_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError>;
 
     /// Makes a host ready to receive a VM.
     async fn prepare_incoming(

@@ -43,7 +43,10 @@ pub(crate) struct Pulses {
 
 impl Pulses {
     pub(crate) fn new(waits: Waits) -> Self {
-        Self { waits, by_host: Mutex::default() }
+        Self {
+            waits,
+            by_host: Mutex::default(),
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<HostId, Pulse>> {
@@ -52,10 +55,23 @@ impl Pulses {
     }
 
     /// Notes a heartbeat.
-    pub(crate) fn hear(&self, host: HostId, now: Instant, incarnation: Uuid, sequence: u64) -> Heard {
+    pub(crate) fn hear(
+        &self,
+        host: HostId,
+        now: Instant,
+        incarnation: Uuid,
+        sequence: u64,
+    ) -> Heard {
         let mut pulses = self.lock();
-        let pulse = pulses.entry(host).or_insert(Pulse { heard: now, given_up: false, latest: None });
-        if pulse.latest.is_some_and(|(known, latest)| known == incarnation && sequence <= latest) {
+        let pulse = pulses.entry(host).or_insert(Pulse {
+            heard: now,
+            given_up: false,
+            latest: None,
+        });
+        if pulse
+            .latest
+            .is_some_and(|(known, latest)| known == incarnation && sequence <= latest)
+        {
             return Heard::OutOfOrder;
         }
         pulse.latest = Some((incarnation, sequence));
@@ -78,9 +94,16 @@ impl Pulses {
     /// host a full wait.
     pub(crate) fn judge(&self, host: HostId, now: Instant) -> Verdict {
         let mut pulses = self.lock();
-        let pulse = pulses.entry(host).or_insert(Pulse { heard: now, given_up: false, latest: None });
+        let pulse = pulses.entry(host).or_insert(Pulse {
+            heard: now,
+            given_up: false,
+            latest: None,
+        });
         if pulse.given_up {
-            return Verdict { liveness: Liveness::RestartAllowed, next: None };
+            return Verdict {
+                liveness: Liveness::RestartAllowed,
+                next: None,
+            };
         }
         detector::judge(pulse.heard, now, &self.waits)
     }
@@ -88,7 +111,9 @@ impl Pulses {
     /// Gives a host up if it still is silent; tells whether it is given up now.
     pub(crate) fn give_up(&self, _turn: &Turn<'_>, host: HostId, now: Instant) -> bool {
         let mut pulses = self.lock();
-        let Some(pulse) = pulses.get_mut(&host) else { return false };
+        let Some(pulse) = pulses.get_mut(&host) else {
+            return false;
+        };
         let verdict = detector::judge(pulse.heard, now, &self.waits);
         pulse.given_up |= verdict.liveness == Liveness::RestartAllowed;
         pulse.given_up

@@ -8,7 +8,8 @@ use godwit_channel::client::NO_BODY;
 use godwit_channel::pki::Identity;
 use godwit_channel::tls::{self, TlsClient, TlsError};
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm, VmCommand, VmReport,
+    CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm,
+    VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::vmm_api::IncomingReady;
@@ -39,7 +40,10 @@ impl fmt::Debug for TlsDriver {
 impl TlsDriver {
     /// A driver that shows the server's certificate.
     pub fn new(identity: &Identity) -> Result<Self, TlsError> {
-        Ok(Self { config: tls::client(identity)?, clients: Mutex::default() })
+        Ok(Self {
+            config: tls::client(identity)?,
+            clients: Mutex::default(),
+        })
     }
 
     fn client(&self, to: HostAddress) -> TlsClient {
@@ -58,30 +62,80 @@ impl TlsDriver {
         path: String,
         body: &impl Serialize,
     ) -> Result<T, CallError> {
-        self.client(to).request_within(within, method, &path, Some(body)).await
+        self.client(to)
+            .request_within(within, method, &path, Some(body))
+            .await
     }
 }
 
 #[async_trait]
 impl HostDriver for TlsDriver {
-    async fn start_vm(&self, to: HostAddress, vm: VmId, command: &StartVm) -> Result<VmReport, CallError> {
-        self.send(to, SPAWN_TIME, Method::PUT, format!("/v1/vms/{vm}"), command).await
+    async fn start_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StartVm,
+    ) -> Result<VmReport, CallError> {
+        self.send(
+            to,
+            SPAWN_TIME,
+            Method::PUT,
+            format!("/v1/vms/{vm}"),
+            command,
+        )
+        .await
     }
 
-    async fn stop_vm(&self, to: HostAddress, vm: VmId, command: &StopVm) -> Result<VmReport, CallError> {
+    async fn stop_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StopVm,
+    ) -> Result<VmReport, CallError> {
         let patience = match command.mode {
             StopMode::Graceful { timeout_ms } => Duration::from_millis(timeout_ms),
             StopMode::Kill => Duration::ZERO,
         };
-        self.send(to, COMMAND_TIME + patience, Method::POST, format!("/v1/vms/{vm}/stop"), command).await
+        self.send(
+            to,
+            COMMAND_TIME + patience,
+            Method::POST,
+            format!("/v1/vms/{vm}/stop"),
+            command,
+        )
+        .await
     }
 
-    async fn pause_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
-        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/pause"), command).await
+    async fn pause_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError> {
+        self.send(
+            to,
+            COMMAND_TIME,
+            Method::POST,
+            format!("/v1/vms/{vm}/pause"),
+            command,
+        )
+        .await
     }
 
-    async fn resume_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
-        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/resume"), command).await
+    async fn resume_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError> {
+        self.send(
+            to,
+            COMMAND_TIME,
+            Method::POST,
+            format!("/v1/vms/{vm}/resume"),
+            command,
+        )
+        .await
     }
 
     async fn prepare_incoming(
@@ -90,7 +144,14 @@ impl HostDriver for TlsDriver {
         vm: VmId,
         command: &PrepareIncoming,
     ) -> Result<IncomingReady, CallError> {
-        self.send(to, SPAWN_TIME, Method::PUT, format!("/v1/vms/{vm}/incoming"), command).await
+        self.send(
+            to,
+            SPAWN_TIME,
+            Method::PUT,
+            format!("/v1/vms/{vm}/incoming"),
+            command,
+        )
+        .await
     }
 
     async fn start_outgoing(
@@ -99,7 +160,14 @@ impl HostDriver for TlsDriver {
         vm: VmId,
         command: &StartOutgoing,
     ) -> Result<VmReport, CallError> {
-        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/outgoing"), command).await
+        self.send(
+            to,
+            COMMAND_TIME,
+            Method::POST,
+            format!("/v1/vms/{vm}/outgoing"),
+            command,
+        )
+        .await
     }
 
     async fn cancel_migration(
@@ -108,16 +176,28 @@ impl HostDriver for TlsDriver {
         vm: VmId,
         command: &CancelMigration,
     ) -> Result<VmReport, CallError> {
-        self.send(to, COMMAND_TIME, Method::POST, format!("/v1/vms/{vm}/migration/cancel"), command).await
+        self.send(
+            to,
+            COMMAND_TIME,
+            Method::POST,
+            format!("/v1/vms/{vm}/migration/cancel"),
+            command,
+        )
+        .await
     }
 
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError> {
         let path = format!("/v1/vms/{vm}?epoch={epoch}");
-        self.client(to).request_within(COMMAND_TIME, Method::DELETE, &path, NO_BODY).await
+        self.client(to)
+            .request_within(COMMAND_TIME, Method::DELETE, &path, NO_BODY)
+            .await
     }
 
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {
-        let stream = self.client(to).upgrade(&format!("/v1/vms/{vm}/serial"), SERIAL_UPGRADE).await?;
+        let stream = self
+            .client(to)
+            .upgrade(&format!("/v1/vms/{vm}/serial"), SERIAL_UPGRADE)
+            .await?;
         Ok(Box::new(stream))
     }
 }

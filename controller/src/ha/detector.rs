@@ -30,7 +30,9 @@ impl Waits {
     pub const STANDARD: Self = Self {
         suspect: Duration::from_millis(HEARTBEAT_MS * 5 / 2),
         unreachable: LEASE_DURATION,
-        restart: LEASE_DURATION.saturating_add(STOP_TIME).saturating_add(CLOCK_MARGIN),
+        restart: LEASE_DURATION
+            .saturating_add(STOP_TIME)
+            .saturating_add(CLOCK_MARGIN),
     };
 }
 
@@ -55,7 +57,10 @@ pub fn judge(heard: Instant, now: Instant, waits: &Waits) -> Verdict {
     } else {
         (Liveness::Up, Some(waits.suspect))
     };
-    Verdict { liveness, next: next.map(|wait| heard + wait) }
+    Verdict {
+        liveness,
+        next: next.map(|wait| heard + wait),
+    }
 }
 
 #[cfg(test)]

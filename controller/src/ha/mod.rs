@@ -2,5 +2,4 @@
 
 pub mod detector;
 
-
 pub mod orders;

@@ -75,7 +75,10 @@ fn about(
     }
     let migration = vm.migration.and_then(|id| view.migrations.get(&id));
     if vm.owner == Some(host) {
-        let expired = report.state == Some(VmmState::Paused { reason: PauseReason::LeaseExpired });
+        let expired = report.state
+            == Some(VmmState::Paused {
+                reason: PauseReason::LeaseExpired,
+            });
         // While a migration is undecided or being cleaned up, its own protocol decides who runs.
         return match expired && report.epoch == vm.epoch && migration.is_none() {
             true => Verdict::Resume,
@@ -85,7 +88,9 @@ fn about(
     match migration {
         Some(migration) if migration.is_open() && migration.target == host => Verdict::Leave,
         // Its executor collects the source's figures, then releases it.
-        Some(migration) if migration.source == host && standing == Standing::Steady => Verdict::Leave,
+        Some(migration) if migration.source == host && standing == Standing::Steady => {
+            Verdict::Leave
+        }
         _ => Verdict::Destroy,
     }
 }

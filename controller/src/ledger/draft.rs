@@ -3,7 +3,8 @@
 use super::Books;
 use crate::model::limits::MAX_EVENTS;
 use crate::model::{
-    Actor, DeletedVm, Event, Host, JoinToken, Maintenance, Migration, Operation, Severity, Subject, Vm,
+    Actor, DeletedVm, Event, Host, JoinToken, Maintenance, Migration, Operation, Severity, Subject,
+    Vm,
 };
 use crate::store::{Compare, Revision, Txn, Write};
 use crate::view::View;
@@ -132,7 +133,10 @@ impl<'a> Draft<'a> {
     pub(crate) fn delete_vm(&mut self, vm: &Vm) {
         self.raw.insert(key::of(key::VM, vm.id), None);
         self.raw.insert(key::vm_name(&vm.name), None);
-        let deleted = DeletedVm { vm: vm.id, epoch: vm.epoch };
+        let deleted = DeletedVm {
+            vm: vm.id,
+            epoch: vm.epoch,
+        };
         self.put_raw(key::of(key::DELETED_VM, vm.id), &deleted);
         self.deleted.push(deleted);
         self.records.vms.insert(vm.id, None);
@@ -167,7 +171,9 @@ impl<'a> Draft<'a> {
     /// Writes an operation.
     pub(crate) fn put_operation(&mut self, operation: Operation) {
         self.put_raw(key::of(key::OPERATION, operation.id), &operation);
-        self.records.operations.insert(operation.id, Some(Arc::new(operation)));
+        self.records
+            .operations
+            .insert(operation.id, Some(Arc::new(operation)));
     }
 
     /// Forgets an operation.
@@ -180,7 +186,9 @@ impl<'a> Draft<'a> {
     pub(crate) fn put_maintenance(&mut self, mut maintenance: Maintenance) {
         maintenance.changed_at = self.now;
         self.put_raw(key::of(key::MAINTENANCE, maintenance.id), &maintenance);
-        self.records.maintenances.insert(maintenance.id, Some(Arc::new(maintenance)));
+        self.records
+            .maintenances
+            .insert(maintenance.id, Some(Arc::new(maintenance)));
     }
 
     /// Forgets a maintenance.
@@ -192,7 +200,9 @@ impl<'a> Draft<'a> {
     /// Writes a migration.
     pub(crate) fn put_migration(&mut self, migration: Migration) {
         self.put_raw(key::of(key::MIGRATION, migration.id), &migration);
-        self.records.migrations.insert(migration.id, Some(Arc::new(migration)));
+        self.records
+            .migrations
+            .insert(migration.id, Some(Arc::new(migration)));
     }
 
     /// Forgets a migration.
@@ -252,17 +262,35 @@ impl<'a> Draft<'a> {
     }
 
     /// Tells that all is well.
-    pub(crate) fn info(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn info(
+        &mut self,
+        kind: &str,
+        subject: Subject,
+        actor: &Actor,
+        message: impl Into<String>,
+    ) {
         self.event(Severity::Info, kind, subject, actor, message);
     }
 
     /// Tells that someone should look by day.
-    pub(crate) fn warning(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn warning(
+        &mut self,
+        kind: &str,
+        subject: Subject,
+        actor: &Actor,
+        message: impl Into<String>,
+    ) {
         self.event(Severity::Warning, kind, subject, actor, message);
     }
 
     /// Tells that someone should look now.
-    pub(crate) fn error(&mut self, kind: &str, subject: Subject, actor: &Actor, message: impl Into<String>) {
+    pub(crate) fn error(
+        &mut self,
+        kind: &str,
+        subject: Subject,
+        actor: &Actor,
+        message: impl Into<String>,
+    ) {
         self.event(Severity::Error, kind, subject, actor, message);
     }
 
@@ -275,7 +303,10 @@ impl<'a> Draft<'a> {
             return Err(error);
         }
         let compare = |key: &String| match self.books.revisions.get(key) {
-            Some(revision) => Compare::Unchanged { key: key.clone(), revision: *revision },
+            Some(revision) => Compare::Unchanged {
+                key: key.clone(),
+                revision: *revision,
+            },
             None => Compare::Absent { key: key.clone() },
         };
         let compares = self.raw.keys().map(compare).collect();
@@ -284,7 +315,10 @@ impl<'a> Draft<'a> {
             None => Write::Delete { key },
         });
         Ok(Written {
-            txn: Txn { compares, writes: writes.collect() },
+            txn: Txn {
+                compares,
+                writes: writes.collect(),
+            },
             records: self.records,
             tokens: self.tokens,
             deleted: self.deleted,
@@ -295,7 +329,11 @@ impl<'a> Draft<'a> {
 }
 
 impl Written {
-    pub(super) fn note_revisions(&self, revisions: &mut BTreeMap<String, Revision>, revision: Revision) {
+    pub(super) fn note_revisions(
+        &self,
+        revisions: &mut BTreeMap<String, Revision>,
+        revision: Revision,
+    ) {
         for write in &self.txn.writes {
             match write {
                 Write::Put { key, .. } => drop(revisions.insert(key.clone(), revision)),

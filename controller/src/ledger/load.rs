@@ -21,14 +21,21 @@ pub(super) struct Loaded {
 fn parse<T: DeserializeOwned>(entry: &Entry) -> Result<T, StoreError> {
     serde_json::from_slice(&entry.value).map_err(|error| {
         tracing::error!(key = entry.key, %error, "a record cannot be read");
-        StoreError::Engine { action: "understand a record", source: Box::new(error) }
+        StoreError::Engine {
+            action: "understand a record",
+            source: Box::new(error),
+        }
     })
 }
 
 /// One consistent picture: everything is read with one call.
 pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     let (entries, revision) = store.list("")?;
-    let mut view = View { version: 1, revision, ..View::default() };
+    let mut view = View {
+        version: 1,
+        revision,
+        ..View::default()
+    };
     let mut books = Books::default();
     let mut events = VecDeque::new();
     let mut deleted = BTreeMap::new();
@@ -68,5 +75,10 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     view.migrations = Arc::new(migrations);
     view.event_revision = events.back().map_or(0, |event: &Arc<Event>| event.revision);
     view.index = Arc::new(Index::of(&view));
-    Ok(Loaded { view, books, events, deleted })
+    Ok(Loaded {
+        view,
+        books,
+        events,
+        deleted,
+    })
 }

@@ -16,7 +16,10 @@ impl Actor {
     pub fn new(name: impl Into<String>) -> Self {
         let mut name = name.into();
         if name.len() > Self::MAX_BYTES {
-            let cut = (0..=Self::MAX_BYTES).rev().find(|at| name.is_char_boundary(*at)).unwrap_or(0);
+            let cut = (0..=Self::MAX_BYTES)
+                .rev()
+                .find(|at| name.is_char_boundary(*at))
+                .unwrap_or(0);
             name.truncate(cut);
         }
         Self(name)

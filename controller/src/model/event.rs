@@ -68,27 +68,47 @@ pub enum SubjectKind {
 impl Subject {
     /// A VM.
     pub fn vm(id: VmId, name: impl Into<String>) -> Self {
-        Self { kind: SubjectKind::Vm, id: id.0, name: name.into() }
+        Self {
+            kind: SubjectKind::Vm,
+            id: id.0,
+            name: name.into(),
+        }
     }
 
     /// A host.
     pub fn host(id: HostId, name: impl Into<String>) -> Self {
-        Self { kind: SubjectKind::Host, id: id.0, name: name.into() }
+        Self {
+            kind: SubjectKind::Host,
+            id: id.0,
+            name: name.into(),
+        }
     }
 
     /// A maintenance; called by its host's name.
     pub fn maintenance(id: MaintenanceId, host_name: impl Into<String>) -> Self {
-        Self { kind: SubjectKind::Maintenance, id: id.0, name: host_name.into() }
+        Self {
+            kind: SubjectKind::Maintenance,
+            id: id.0,
+            name: host_name.into(),
+        }
     }
 
     /// An operation; called by its kind.
     pub fn operation(id: OperationId, kind: impl Into<String>) -> Self {
-        Self { kind: SubjectKind::Operation, id: id.0, name: kind.into() }
+        Self {
+            kind: SubjectKind::Operation,
+            id: id.0,
+            name: kind.into(),
+        }
     }
 
     /// The pool as a whole.
     pub fn pool() -> Self {
-        Self { kind: SubjectKind::Pool, id: Uuid::nil(), name: "pool".into() }
+        Self {
+            kind: SubjectKind::Pool,
+            id: Uuid::nil(),
+            name: "pool".into(),
+        }
     }
 }
 

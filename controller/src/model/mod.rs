@@ -27,12 +27,13 @@ pub use actor::Actor;
 pub use event::{Event, Severity, Subject, SubjectKind};
 pub use host::{Cordon, DeletedVm, Host, HostState, JoinToken, Liveness, TokenUse};
 pub use maintenance::{
-    Blocker, BlockerKind, Maintenance, MaintenancePlan, MaintenanceState, MoveAction, MovedState, MovedVm,
-    PlannedMove, RestoreOnCancel, ReturnPolicy,
+    Blocker, BlockerKind, Maintenance, MaintenancePlan, MaintenanceState, MoveAction, MovedState,
+    MovedVm, PlannedMove, RestoreOnCancel, ReturnPolicy,
 };
 pub use migration::{Migration, MigrationState};
 pub use operation::{
-    MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, StartCause, Step, StepState, Work,
+    MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, StartCause, Step,
+    StepState, Work,
 };
 pub use rejection::{HostRejection, Rejection};
 pub use vm::{MaintenancePolicy, PowerIntent, Retry, Trouble, Vm, VmState};

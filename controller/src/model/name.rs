@@ -11,7 +11,9 @@ pub fn problem(field: &str, name: &str) -> Option<FieldProblem> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let well_formed = name.len() <= MAX_NAME_BYTES
         && name.bytes().next().is_some_and(plain)
-        && name.bytes().all(|byte| plain(byte) || byte == b'.' || byte == b'-');
+        && name
+            .bytes()
+            .all(|byte| plain(byte) || byte == b'.' || byte == b'-');
     if !well_formed {
         return Some(FieldProblem::new(
             field,
@@ -20,7 +22,11 @@ pub fn problem(field: &str, name: &str) -> Option<FieldProblem> {
         ));
     }
     uuid::Uuid::parse_str(name).ok().map(|_| {
-        FieldProblem::new(field, format!("{name} reads like an id"), "choose a name that is not a UUID")
+        FieldProblem::new(
+            field,
+            format!("{name} reads like an id"),
+            "choose a name that is not a UUID",
+        )
     })
 }
 
@@ -35,7 +41,17 @@ mod tests {
             assert!(problem("name", good).is_none(), "{good}");
         }
         let too_long = "a".repeat(64);
-        for bad in ["", "-a", ".a", "A", "a_b", "ä", "a b", &too_long, "0192f0c1-7a0e-7000-8000-000000000000"] {
+        for bad in [
+            "",
+            "-a",
+            ".a",
+            "A",
+            "a_b",
+            "ä",
+            "a b",
+            &too_long,
+            "0192f0c1-7a0e-7000-8000-000000000000",
+        ] {
             assert!(problem("name", bad).is_some(), "{bad}");
         }
     }

@@ -193,8 +193,14 @@ impl Work {
     /// Stable name for the API.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Start { cause: StartCause::Asked, .. } => "start",
-            Self::Start { cause: StartCause::Rebooted { .. }, .. } => "reboot",
+            Self::Start {
+                cause: StartCause::Asked,
+                ..
+            } => "start",
+            Self::Start {
+                cause: StartCause::Rebooted { .. },
+                ..
+            } => "reboot",
             Self::Start { .. } => "restart",
             Self::Stop { .. } => "stop",
             Self::Restart { .. } => "reboot",
@@ -225,7 +231,9 @@ impl Work {
     /// Its moves, if it consists of some.
     pub fn moves(&self) -> &[MoveTask] {
         match self {
-            Self::Evacuate { moves, .. } | Self::Drain { moves, .. } | Self::Restore { moves, .. } => moves,
+            Self::Evacuate { moves, .. }
+            | Self::Drain { moves, .. }
+            | Self::Restore { moves, .. } => moves,
             _ => &[],
         }
     }
@@ -233,7 +241,9 @@ impl Work {
     /// Its moves, to change them.
     pub fn moves_mut(&mut self) -> Option<&mut Vec<MoveTask>> {
         match self {
-            Self::Evacuate { moves, .. } | Self::Drain { moves, .. } | Self::Restore { moves, .. } => Some(moves),
+            Self::Evacuate { moves, .. }
+            | Self::Drain { moves, .. }
+            | Self::Restore { moves, .. } => Some(moves),
             _ => None,
         }
     }
@@ -330,13 +340,21 @@ pub enum MoveState {
 impl MoveState {
     /// Whether nothing will change any more.
     pub const fn is_final(&self) -> bool {
-        matches!(self, Self::Done | Self::Skipped { .. } | Self::Failed { .. })
+        matches!(
+            self,
+            Self::Done | Self::Skipped { .. } | Self::Failed { .. }
+        )
     }
 }
 
 impl Operation {
     /// Records a step that is about to be taken. A resumed executor finds it running and does not record it twice.
-    pub fn begin_step(&mut self, name: impl Into<String>, detail: impl Into<String>, now: Timestamp) {
+    pub fn begin_step(
+        &mut self,
+        name: impl Into<String>,
+        detail: impl Into<String>,
+        now: Timestamp,
+    ) {
         let (name, detail) = (name.into(), detail.into());
         if let Some(last) = self.steps.last()
             && last.state == StepState::Running
@@ -348,7 +366,13 @@ impl Operation {
         if self.steps.len() >= MAX_STEPS {
             self.steps.remove(0);
         }
-        self.steps.push(Step { name, state: StepState::Running, detail, started_at: now, ended_at: None });
+        self.steps.push(Step {
+            name,
+            state: StepState::Running,
+            detail,
+            started_at: now,
+            ended_at: None,
+        });
     }
 
     /// Records how the running step ended; nothing happens when there is none.

@@ -104,7 +104,11 @@ pub fn summary(rejections: &[HostRejection]) -> String {
     if rejections.is_empty() {
         return "the pool has no hosts".into();
     }
-    rejections.iter().map(|r| format!("{}: {}", r.host_name, r.rejection)).collect::<Vec<_>>().join("; ")
+    rejections
+        .iter()
+        .map(|r| format!("{}: {}", r.host_name, r.rejection))
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 /// The remedies, each once.

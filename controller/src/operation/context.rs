@@ -61,7 +61,11 @@ impl<'a> Context<'a> {
 
     /// The operation's record; an executor's operation cannot vanish before it has ended.
     pub(super) fn operation(&self) -> Result<Arc<Operation>, Ended> {
-        self.view().operations.get(&self.id).cloned().ok_or(Ended::GaveUp)
+        self.view()
+            .operations
+            .get(&self.id)
+            .cloned()
+            .ok_or(Ended::GaveUp)
     }
 
     /// Changes the operation and whatever belongs to it in one transaction; `decide` sees the latest records.
@@ -81,7 +85,10 @@ impl<'a> Context<'a> {
     ) -> Result<T, Ended> {
         let changed = turn
             .change(|view, draft| {
-                let before = view.operations.get(&self.id).filter(|op| !op.state.is_final());
+                let before = view
+                    .operations
+                    .get(&self.id)
+                    .filter(|op| !op.state.is_final());
                 let before = before.ok_or_else(|| Problem::not_found("operation", self.id))?;
                 let mut operation = before.as_ref().clone();
                 if operation.state == OperationState::Pending {
@@ -117,9 +124,13 @@ impl<'a> Context<'a> {
     {
         let mut pause = FIRST_PAUSE;
         loop {
-            let Some(address) = self.core.address(host) else { return Sent::HostLost };
+            let Some(address) = self.core.address(host) else {
+                return Sent::HostLost;
+            };
             let stopped = self.core.until(|view| {
-                if view.liveness(host) == Liveness::RestartAllowed || !view.hosts.contains_key(&host) {
+                if view.liveness(host) == Liveness::RestartAllowed
+                    || !view.hosts.contains_key(&host)
+                {
                     return Some(Sent::HostLost);
                 }
                 interrupted(view).then_some(Sent::Interrupted)

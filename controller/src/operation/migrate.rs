@@ -14,9 +14,7 @@ use super::Ended;
 use super::context::{Conclusion, Context, Sent};
 use crate::ledger::Draft;
 use crate::model::rejection::{remedies, summary};
-use crate::model::{
-    Liveness, Migration, MigrationState, Operation, Subject, Vm, Work,
-};
+use crate::model::{Liveness, Migration, MigrationState, Operation, Subject, Vm, Work};
 use crate::plan::picture;
 use crate::plan::placement::{Among, choose};
 use crate::plan::reconcile::MISSING_HEARTBEATS;
@@ -43,7 +41,9 @@ pub(super) async fn run(context: &Context<'_>) -> Ended {
 }
 
 async fn migrate(context: &Context<'_>) -> Result<(), Ended> {
-    let Some(id) = begin(context).await? else { return Ok(()) };
+    let Some(id) = begin(context).await? else {
+        return Ok(());
+    };
     let migration = record(context, id)?;
     if migration.is_open()
         && let Err(why) = drive(context, &migration).await
@@ -57,7 +57,12 @@ async fn migrate(context: &Context<'_>) -> Result<(), Ended> {
 }
 
 fn record(context: &Context<'_>, id: MigrationId) -> Result<Arc<Migration>, Ended> {
-    context.view().migrations.get(&id).cloned().ok_or(Ended::GaveUp)
+    context
+        .view()
+        .migrations
+        .get(&id)
+        .cloned()
+        .ok_or(Ended::GaveUp)
 }
 
 enum Begun {
@@ -70,26 +75,49 @@ enum Begun {
 async fn begin(context: &Context<'_>) -> Result<Option<MigrationId>, Ended> {
     loop {
         let limit = context.core.settings.migrations_per_host;
-        match context.change(|view, draft, operation| begin_in_turn(view, draft, operation, limit)).await? {
+        match context
+            .change(|view, draft, operation| begin_in_turn(view, draft, operation, limit))
+            .await?
+        {
             Begun::Migration(id) => return Ok(Some(id)),
             Begun::Ended => return Ok(None),
             Begun::Wait => {
                 let version = context.view().version;
-                context.core.until(|view| (view.version > version).then_some(())).await;
+                context
+                    .core
+                    .until(|view| (view.version > version).then_some(()))
+                    .await;
             }
         }
     }
 }
 
-fn begin_in_turn(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, limit: usize) -> Begun {
-    let Work::Migrate { vm: id, wanted, policy, cause, migration } = operation.work.clone() else {
+fn begin_in_turn(
+    view: &View,
+    draft: &mut Draft<'_>,
+    operation: &mut Operation,
+    limit: usize,
+) -> Begun {
+    let Work::Migrate {
+        vm: id,
+        wanted,
+        policy,
+        cause,
+        migration,
+    } = operation.work.clone()
+    else {
         return Begun::Ended;
     };
     if let Some(migration) = migration {
         return Begun::Migration(migration);
     }
     let Some(mut vm) = Context::vm(view, id) else {
-        Context::conclude(draft, operation, None, Conclusion::Failed(Problem::not_found("VM", id)));
+        Context::conclude(
+            draft,
+            operation,
+            None,
+            Conclusion::Failed(Problem::not_found("VM", id)),
+        );
         return Begun::Ended;
     };
     if let Some(actor) = &operation.cancel {
@@ -103,15 +131,27 @@ fn begin_in_turn(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, 
         return Begun::Ended;
     };
     if view.liveness(source).is_silent() {
-        let detail = format!("{} is silent, so {} cannot move live", view.host_name(source), vm.name);
+        let detail = format!(
+            "{} is silent, so {} cannot move live",
+            view.host_name(source),
+            vm.name
+        );
         let problem = Problem::conflict("host-silent", detail);
         Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
         return Begun::Ended;
     }
-    let choice = choose(&picture::hosts(view), &picture::moving(view, &vm), Among { only: wanted, failed: &[] });
+    let choice = choose(
+        &picture::hosts(view),
+        &picture::moving(view, &vm),
+        Among {
+            only: wanted,
+            failed: &[],
+        },
+    );
     let Some((target, _)) = choice.best else {
         let detail = format!("no host takes {}: {}", vm.name, summary(&choice.rejections));
-        let problem = Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections));
+        let problem =
+            Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections));
         Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
         return Begun::Ended;
     };
@@ -145,9 +185,18 @@ fn begin_in_turn(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, 
         started_at: draft.now(),
         ended_at: None,
     };
-    let detail = format!("from {} to {}", migration.source_name, migration.target_name);
+    let detail = format!(
+        "from {} to {}",
+        migration.source_name, migration.target_name
+    );
     operation.begin_step("prepare the target", detail, draft.now());
-    operation.work = Work::Migrate { vm: id, wanted, policy, cause, migration: Some(migration.id) };
+    operation.work = Work::Migrate {
+        vm: id,
+        wanted,
+        policy,
+        cause,
+        migration: Some(migration.id),
+    };
     vm.migration = Some(migration.id);
     let started = Begun::Migration(migration.id);
     draft.put_migration(migration);
@@ -165,14 +214,19 @@ struct Why {
 
 impl Why {
     fn failed(reason: impl Into<String>) -> Self {
-        Self { reason: reason.into(), cancelled: false }
+        Self {
+            reason: reason.into(),
+            cancelled: false,
+        }
     }
 }
 
 /// Brings the migration about and watches it until it is decided. An error asks for it to be voided.
 async fn drive(context: &Context<'_>, migration: &Migration) -> Result<(), Why> {
     let view = context.view();
-    let Some(vm) = view.vms.get(&migration.vm) else { return Err(Why::failed("the VM is gone")) };
+    let Some(vm) = view.vms.get(&migration.vm) else {
+        return Err(Why::failed("the VM is gone"));
+    };
     let prepare = PrepareIncoming {
         name: vm.name.clone(),
         epoch: migration.epoch,
@@ -184,13 +238,27 @@ async fn drive(context: &Context<'_>, migration: &Migration) -> Result<(), Why> 
     let driver = &context.core.driver;
     let own = context.id;
     let over = |view: &View| {
-        !view.migrations.get(&migration.id).is_some_and(|m| m.is_open())
-            || view.operations.get(&own).is_some_and(|op| op.cancel.is_some())
+        !view
+            .migrations
+            .get(&migration.id)
+            .is_some_and(|m| m.is_open())
+            || view
+                .operations
+                .get(&own)
+                .is_some_and(|op| op.cancel.is_some())
             || view.liveness(migration.source) == Liveness::RestartAllowed
             || view.liveness(migration.target) == Liveness::RestartAllowed
     };
-    let prepared = context.send(migration.target, |to| driver.prepare_incoming(to, vm.id, &prepare), over).await;
-    let Some(ready) = answer(prepared, &migration.target_name)? else { return watch(context, migration, None).await };
+    let prepared = context
+        .send(
+            migration.target,
+            |to| driver.prepare_incoming(to, vm.id, &prepare),
+            over,
+        )
+        .await;
+    let Some(ready) = answer(prepared, &migration.target_name)? else {
+        return watch(context, migration, None).await;
+    };
     let outgoing = StartOutgoing {
         epoch: migration.epoch,
         generation: migration.send_generation,
@@ -200,15 +268,30 @@ async fn drive(context: &Context<'_>, migration: &Migration) -> Result<(), Why> 
     };
     let noted = context
         .change(|_, draft, operation| {
-            operation.begin_step("copy", format!("to {} at {}", migration.target_name, ready.address), draft.now());
+            operation.begin_step(
+                "copy",
+                format!("to {} at {}", migration.target_name, ready.address),
+                draft.now(),
+            );
         })
         .await;
     if noted.is_err() {
         return Err(Why::failed("the store failed"));
     }
-    let told = context.send(migration.source, |to| driver.start_outgoing(to, vm.id, &outgoing), over).await;
+    let told = context
+        .send(
+            migration.source,
+            |to| driver.start_outgoing(to, vm.id, &outgoing),
+            over,
+        )
+        .await;
     answer(told, &migration.source_name)?;
-    watch(context, migration, Some(tokio::time::Instant::now() + MENTION_TIME)).await
+    watch(
+        context,
+        migration,
+        Some(tokio::time::Instant::now() + MENTION_TIME),
+    )
+    .await
 }
 
 /// `None` when a condition that [`watch`] will name came up first.
@@ -249,28 +332,49 @@ async fn watch(
 }
 
 fn status<'v>(view: &'v View, host: HostId, migration: &Migration) -> Option<&'v MigrationStatus> {
-    view.report_at(host, migration.vm)?.migration.as_ref().filter(|status| status.migration == migration.id)
+    view.report_at(host, migration.vm)?
+        .migration
+        .as_ref()
+        .filter(|status| status.migration == migration.id)
 }
 
 /// `None` while the migration goes its way.
 fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Result<(), Why>> {
-    if !view.migrations.get(&migration.id).is_some_and(|m| m.is_open()) {
+    if !view
+        .migrations
+        .get(&migration.id)
+        .is_some_and(|m| m.is_open())
+    {
         return Some(Ok(()));
     }
-    if let Some(actor) = view.operations.get(&context.id).and_then(|operation| operation.cancel.clone()) {
-        return Some(Err(Why { reason: format!("called off by {actor}"), cancelled: true }));
-    }
-    for (host, name) in
-        [(migration.source, &migration.source_name), (migration.target, &migration.target_name)]
+    if let Some(actor) = view
+        .operations
+        .get(&context.id)
+        .and_then(|operation| operation.cancel.clone())
     {
+        return Some(Err(Why {
+            reason: format!("called off by {actor}"),
+            cancelled: true,
+        }));
+    }
+    for (host, name) in [
+        (migration.source, &migration.source_name),
+        (migration.target, &migration.target_name),
+    ] {
         if view.liveness(host) == Liveness::RestartAllowed || !view.hosts.contains_key(&host) {
             return Some(Err(Why::failed(format!("{name} is silent"))));
         }
     }
     let said = |host, name: &str| {
         let status = status(view, host, migration)?;
-        let failed = matches!(status.phase, MigrationPhase::Failed | MigrationPhase::Cancelled);
-        let reason = status.reason.clone().unwrap_or_else(|| "no reason given".into());
+        let failed = matches!(
+            status.phase,
+            MigrationPhase::Failed | MigrationPhase::Cancelled
+        );
+        let reason = status
+            .reason
+            .clone()
+            .unwrap_or_else(|| "no reason given".into());
         failed.then(|| Err(Why::failed(format!("{name}: {reason}"))))
     };
     if let Some(failed) = said(migration.source, &migration.source_name) {
@@ -279,10 +383,16 @@ fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Re
     let source = view.observed.get(&migration.source)?;
     let gone = match source.vms.get(&migration.vm) {
         Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
-        None => source.missing.get(&migration.vm).is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
+        None => source
+            .missing
+            .get(&migration.vm)
+            .is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
     };
     if gone {
-        return Some(Err(Why::failed(format!("{} does not have the VM any more", migration.source_name))));
+        return Some(Err(Why::failed(format!(
+            "{} does not have the VM any more",
+            migration.source_name
+        ))));
     }
     said(migration.target, &migration.target_name)
 }
@@ -291,7 +401,10 @@ fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Re
 async fn void(context: &Context<'_>, id: MigrationId, why: Why) -> Result<(), Ended> {
     let migration = record(context, id)?;
     if migration.is_open() {
-        let command = CancelMigration { migration: id, epoch: migration.epoch };
+        let command = CancelMigration {
+            migration: id,
+            epoch: migration.epoch,
+        };
         let driver = &context.core.driver;
         if let Some(source) = context.core.address(migration.source) {
             // `too-late` and silence alike leave the decision to the record.
@@ -303,10 +416,14 @@ async fn void(context: &Context<'_>, id: MigrationId, why: Why) -> Result<(), En
     }
     context
         .change(|view, draft, operation| {
-            let Some(migration) = view.migrations.get(&id).filter(|m| m.is_open()) else { return };
+            let Some(migration) = view.migrations.get(&id).filter(|m| m.is_open()) else {
+                return;
+            };
             let mut migration = migration.as_ref().clone();
             let actor = operation.actor.clone();
-            migration.state = MigrationState::Void { reason: why.reason.clone() };
+            migration.state = MigrationState::Void {
+                reason: why.reason.clone(),
+            };
             migration.ended_at = Some(draft.now());
             let message = format!(
                 "the migration of {} from {} to {} is void: {}",
@@ -344,7 +461,10 @@ async fn clean_up(context: &Context<'_>, migration: &Migration) -> Result<(), En
         tracing::info!(migration = %migration.id, error, "the target did not destroy its copy yet");
     }
     if let Some(source) = context.core.address(migration.source) {
-        let command = CancelMigration { migration: migration.id, epoch: migration.epoch };
+        let command = CancelMigration {
+            migration: migration.id,
+            epoch: migration.epoch,
+        };
         // The source may still be waiting for a commit that will not come.
         let _ = bounded(driver.cancel_migration(source, vm, &command)).await;
     }
@@ -360,14 +480,19 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
         }
         let lost = |host| view.liveness(host) == Liveness::RestartAllowed;
         let source_done = lost(migration.source)
-            || figures.as_ref().is_some_and(|status| status.phase == MigrationPhase::Completed)
-            || view.report_at(migration.source, migration.vm).is_none_or(|report| {
-                matches!(report.state, None | Some(VmmState::Stopped { .. }))
-            });
+            || figures
+                .as_ref()
+                .is_some_and(|status| status.phase == MigrationPhase::Completed)
+            || view
+                .report_at(migration.source, migration.vm)
+                .is_none_or(|report| matches!(report.state, None | Some(VmmState::Stopped { .. })));
         let target_done = lost(migration.target)
             || view.vms.get(&migration.vm).is_none_or(|vm| {
                 view.report(vm).is_some_and(|report| {
-                    matches!(report.state, Some(VmmState::Running | VmmState::Paused { .. }))
+                    matches!(
+                        report.state,
+                        Some(VmmState::Running | VmmState::Paused { .. })
+                    )
                 })
             });
         (source_done && target_done).then_some(())
@@ -386,7 +511,8 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
             .change(|view, draft, _| {
                 if let Some(record) = view.migrations.get(&migration.id) {
                     let mut record = record.as_ref().clone();
-                    (record.phase, record.progress) = (Some(status.phase), Some(status.progress.clone()));
+                    (record.phase, record.progress) =
+                        (Some(status.phase), Some(status.progress.clone()));
                     draft.put_migration(record);
                 }
             })
@@ -398,10 +524,13 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
 async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
     context
         .change(|view, draft, operation| {
-            let Some(record) = view.migrations.get(&migration.id) else { return };
+            let Some(record) = view.migrations.get(&migration.id) else {
+                return;
+            };
             let mut record = record.as_ref().clone();
             if record.progress.is_none() {
-                let said = status(view, record.source, &record).filter(|s| s.role == MigrationRole::Source);
+                let said = status(view, record.source, &record)
+                    .filter(|s| s.role == MigrationRole::Source);
                 record.phase = said.map(|status| status.phase);
                 record.progress = said.map(|status| status.progress.clone());
             }
@@ -411,12 +540,19 @@ async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), En
                     arrived(draft, operation, &record, vm.as_ref());
                     Conclusion::Succeeded(format!("runs on {}", record.target_name))
                 }
-                MigrationState::Void { reason } if operation.cancel.is_some() => Conclusion::Cancelled(reason.clone()),
+                MigrationState::Void { reason } if operation.cancel.is_some() => {
+                    Conclusion::Cancelled(reason.clone())
+                }
                 MigrationState::Void { reason } => {
-                    let detail = format!("{} stays on {}: {reason}", record.vm_name, record.source_name);
+                    let detail = format!(
+                        "{} stays on {}: {reason}",
+                        record.vm_name, record.source_name
+                    );
                     Conclusion::Failed(Problem::conflict("migration-failed", detail))
                 }
-                MigrationState::Open => Conclusion::Failed(Problem::internal("an open migration was concluded")),
+                MigrationState::Open => {
+                    Conclusion::Failed(Problem::internal("an open migration was concluded"))
+                }
             };
             draft.put_migration(record);
             Context::conclude(draft, operation, vm, conclusion);
@@ -434,8 +570,13 @@ fn arrived(draft: &mut Draft<'_>, operation: &Operation, record: &Migration, vm:
         record.source_name,
         record.target_name,
         sent.unwrap_or_default(),
-        downtime.map(|us| format!(", downtime {:.1} ms", us as f64 / 1_000.0)).unwrap_or_default(),
+        downtime
+            .map(|us| format!(", downtime {:.1} ms", us as f64 / 1_000.0))
+            .unwrap_or_default(),
     );
-    let subject = vm.map_or_else(|| Subject::vm(record.vm, &record.vm_name), |vm| Subject::vm(vm.id, &vm.name));
+    let subject = vm.map_or_else(
+        || Subject::vm(record.vm, &record.vm_name),
+        |vm| Subject::vm(vm.id, &vm.name),
+    );
     draft.info("vm.migrated", subject, &operation.actor, message);
 }

@@ -12,8 +12,9 @@ use super::context::{Conclusion, Context};
 use crate::ledger::Draft;
 use crate::model::limits::MAX_MOVE_ATTEMPTS;
 use crate::model::{
-    Actor, Maintenance, MaintenanceState, MigrateCause, MoveAction, MoveState, MoveTask, MovedState, MovedVm, Operation,
-    OperationState, PowerIntent, RestoreOnCancel, ReturnPolicy, StartCause, Subject, Vm, Work,
+    Actor, Maintenance, MaintenanceState, MigrateCause, MoveAction, MoveState, MoveTask,
+    MovedState, MovedVm, Operation, OperationState, PowerIntent, RestoreOnCancel, ReturnPolicy,
+    StartCause, Subject, Vm, Work,
 };
 use crate::operation::fresh;
 use crate::plan::restore::plan_restore;
@@ -46,7 +47,9 @@ enum Round {
 }
 
 async fn moves(context: &Context<'_>) -> Result<(), Ended> {
-    if let Work::Restore { maintenance, host, .. } = context.operation()?.work
+    if let Work::Restore {
+        maintenance, host, ..
+    } = context.operation()?.work
         && !verify(context, maintenance, host).await?
     {
         return Ok(());
@@ -58,7 +61,9 @@ async fn moves(context: &Context<'_>) -> Result<(), Ended> {
         let parallel = context.core.settings.migrations_per_host;
         let now = Instant::now();
         let round = context
-            .change(|view, draft, operation| round(view, draft, operation, parallel, &mut not_before, now))
+            .change(|view, draft, operation| {
+                round(view, draft, operation, parallel, &mut not_before, now)
+            })
             .await?;
         if matches!(round, Round::Ended) {
             return Ok(());
@@ -85,8 +90,15 @@ async fn verify(
     maintenance: MaintenanceId,
     host: HostId,
 ) -> Result<bool, Ended> {
-    let state = context.view().maintenances.get(&maintenance).map(|m| m.state);
-    if !matches!(state, Some(MaintenanceState::Verifying | MaintenanceState::Cancelling)) {
+    let state = context
+        .view()
+        .maintenances
+        .get(&maintenance)
+        .map(|m| m.state);
+    if !matches!(
+        state,
+        Some(MaintenanceState::Verifying | MaintenanceState::Cancelling)
+    ) {
         return Ok(true);
     }
     let answers = context.core.until(|view| {
@@ -96,7 +108,9 @@ async fn verify(
     let heard = tokio::time::timeout(VERIFY_TIME, answers).await.is_ok();
     context
         .change(|view, draft, operation| {
-            let Some(record) = view.maintenances.get(&maintenance) else { return false };
+            let Some(record) = view.maintenances.get(&maintenance) else {
+                return false;
+            };
             let mut record = record.as_ref().clone();
             if !heard {
                 let detail = format!("{} does not answer", record.host_name);
@@ -104,7 +118,12 @@ async fn verify(
                 record.detail = Some(detail.clone());
                 record.on_cancel = None;
                 let subject = Subject::maintenance(record.id, &record.host_name);
-                draft.error("maintenance.not_verified", subject, &operation.actor, &detail);
+                draft.error(
+                    "maintenance.not_verified",
+                    subject,
+                    &operation.actor,
+                    &detail,
+                );
                 draft.put_maintenance(record);
                 let remedy = "bring the host back, then finish the maintenance again";
                 let problem = Problem::conflict("host-silent", detail).with_remedy(remedy);
@@ -121,7 +140,9 @@ async fn verify(
             record.detail = None;
             for moved in &mut record.moved {
                 if let Some(reason) = plan.stays.get(&moved.vm) {
-                    moved.state = MovedState::Stayed { reason: reason.clone() };
+                    moved.state = MovedState::Stayed {
+                        reason: reason.clone(),
+                    };
                 }
             }
             if let Some(host) = view.hosts.get(&host) {
@@ -129,9 +150,17 @@ async fn verify(
                 host.maintenance = None;
                 draft.put_host(host);
             }
-            let detail = format!("{} takes VMs again, {} come back", record.host_name, plan.tasks.len());
+            let detail = format!(
+                "{} takes VMs again, {} come back",
+                record.host_name,
+                plan.tasks.len()
+            );
             operation.begin_step("restore", detail, draft.now());
-            operation.work = Work::Restore { maintenance, host, moves: plan.tasks };
+            operation.work = Work::Restore {
+                maintenance,
+                host,
+                moves: plan.tasks,
+            };
             draft.put_maintenance(record);
             true
         })
@@ -147,29 +176,46 @@ fn round(
     now: Instant,
 ) -> Round {
     let mut maintenance = maintenance_of(view, &operation.work).cloned();
-    if let Some(record) = maintenance.as_mut().filter(|record| record.state == MaintenanceState::Cordoned) {
+    if let Some(record) = maintenance
+        .as_mut()
+        .filter(|record| record.state == MaintenanceState::Cordoned)
+    {
         record.state = MaintenanceState::Draining;
     }
     let leaving = match operation.work {
         Work::Evacuate { host, .. } | Work::Drain { host, .. } => Some(host),
         _ => None,
     };
-    let (id, actor, cancelled) = (operation.id, operation.actor.clone(), operation.cancel.is_some());
+    let (id, actor, cancelled) = (
+        operation.id,
+        operation.actor.clone(),
+        operation.cancel.is_some(),
+    );
     let stop_held_by = match operation.work {
         Work::Drain { maintenance, .. } => Some(maintenance),
         _ => None,
     };
-    let Some(tasks) = operation.work.moves_mut() else { return Round::Ended };
+    let Some(tasks) = operation.work.moves_mut() else {
+        return Round::Ended;
+    };
     if let Some(host) = leaving.filter(|_| !cancelled) {
         add_newcomers(view, host, tasks);
     }
     for task in tasks.iter_mut() {
         settle(view, task, leaving, maintenance.as_mut(), not_before, now);
     }
-    let mut running = tasks.iter().filter(|task| matches!(task.state, MoveState::Running { .. })).count();
-    for task in tasks.iter_mut().filter(|task| task.state == MoveState::Waiting) {
+    let mut running = tasks
+        .iter()
+        .filter(|task| matches!(task.state, MoveState::Running { .. }))
+        .count();
+    for task in tasks
+        .iter_mut()
+        .filter(|task| task.state == MoveState::Waiting)
+    {
         if cancelled {
-            task.state = MoveState::Skipped { reason: "called off".into() };
+            task.state = MoveState::Skipped {
+                reason: "called off".into(),
+            };
             continue;
         }
         let due = not_before.get(&task.vm).is_none_or(|due| *due <= now);
@@ -177,10 +223,16 @@ fn round(
             continue;
         }
         let Some(vm) = Context::vm(view, task.vm) else {
-            task.state = MoveState::Skipped { reason: "it was deleted".into() };
+            task.state = MoveState::Skipped {
+                reason: "it was deleted".into(),
+            };
             continue;
         };
-        if vm.operation.is_some() || vm.owner.is_some_and(|owner| view.liveness(owner).is_silent()) {
+        if vm.operation.is_some()
+            || vm
+                .owner
+                .is_some_and(|owner| view.liveness(owner).is_silent())
+        {
             continue;
         }
         if let Some(work) = child_work(task, &vm, leaving) {
@@ -194,7 +246,11 @@ fn round(
         draft.put_maintenance(record.clone());
         maintenance = Some(record);
     }
-    let all_final = operation.work.moves().iter().all(|task| task.state.is_final());
+    let all_final = operation
+        .work
+        .moves()
+        .iter()
+        .all(|task| task.state.is_final());
     if !all_final {
         return Round::Wait;
     }
@@ -215,7 +271,9 @@ fn maintenance_of<'v>(view: &'v View, work: &Work) -> Option<&'v Maintenance> {
 /// VMs that came to a leaving host after its moves were planned (a crashed one that was restarted in place).
 fn add_newcomers(view: &View, host: HostId, tasks: &mut Vec<MoveTask>) {
     for vm in view.vms_of(host) {
-        let known = tasks.iter().any(|task| task.vm == vm.id && task.state != MoveState::Done);
+        let known = tasks
+            .iter()
+            .any(|task| task.vm == vm.id && task.state != MoveState::Done);
         if !known {
             tasks.retain(|task| task.vm != vm.id);
             tasks.push(MoveTask {
@@ -242,13 +300,23 @@ fn settle(
     let vm = view.vms.get(&task.vm);
     match &task.state {
         MoveState::Waiting => {
-            let left = vm.is_none_or(|vm| leaving.is_some() && vm.owner != leaving && vm.operation.is_none());
+            let left = vm.is_none_or(|vm| {
+                leaving.is_some() && vm.owner != leaving && vm.operation.is_none()
+            });
             if left {
-                task.state = MoveState::Skipped { reason: "it is not there any more".into() };
+                task.state = MoveState::Skipped {
+                    reason: "it is not there any more".into(),
+                };
             }
         }
         MoveState::Running { operation } => {
-            let Some(child) = view.operations.get(operation).filter(|child| child.state.is_final()) else { return };
+            let Some(child) = view
+                .operations
+                .get(operation)
+                .filter(|child| child.state.is_final())
+            else {
+                return;
+            };
             match child.state {
                 OperationState::Succeeded => {
                     task.state = MoveState::Done;
@@ -257,14 +325,20 @@ fn settle(
                     }
                 }
                 OperationState::Cancelled => {
-                    task.state = MoveState::Failed { reason: "its operation was called off".into() };
+                    task.state = MoveState::Failed {
+                        reason: "its operation was called off".into(),
+                    };
                 }
                 _ => {
-                    let reason = child.error.as_ref().map_or("it failed".to_owned(), |error| error.detail.clone());
+                    let reason = child
+                        .error
+                        .as_ref()
+                        .map_or("it failed".to_owned(), |error| error.detail.clone());
                     if task.attempts >= MAX_MOVE_ATTEMPTS {
                         task.state = MoveState::Failed { reason };
                     } else {
-                        not_before.insert(task.vm, now + RETRY_PAUSE * 2u32.pow(task.attempts.min(8)));
+                        not_before
+                            .insert(task.vm, now + RETRY_PAUSE * 2u32.pow(task.attempts.min(8)));
                         // Placement looks for another target with fresh eyes, unless home is the point.
                         task.to = if leaving.is_some() { None } else { task.to };
                         task.state = MoveState::Waiting;
@@ -278,12 +352,17 @@ fn settle(
 
 fn note_move(maintenance: &mut Maintenance, task: &MoveTask, to: Option<HostId>) {
     let host = maintenance.host;
-    let known = maintenance.moved.iter_mut().find(|moved| moved.vm == task.vm);
+    let known = maintenance
+        .moved
+        .iter_mut()
+        .find(|moved| moved.vm == task.vm);
     match (known, maintenance.state) {
         (Some(moved), MaintenanceState::Restoring) => moved.state = MovedState::Returned,
         // A rebalance brings VMs that never were here.
         (None, MaintenanceState::Restoring) => {}
-        (Some(moved), _) => (moved.to, moved.action, moved.state) = (to, task.action, MovedState::Away),
+        (Some(moved), _) => {
+            (moved.to, moved.action, moved.state) = (to, task.action, MovedState::Away)
+        }
         (None, _) => maintenance.moved.push(MovedVm {
             vm: task.vm,
             vm_name: task.vm_name.clone(),
@@ -308,10 +387,19 @@ fn child_work(task: &MoveTask, vm: &Vm, leaving: Option<HostId>) -> Option<Work>
     Some(match (task.action, leaving) {
         (MoveAction::Migrate, _) => migrate(task.to),
         (MoveAction::RestartElsewhere, _) => match task.to {
-            Some(target) => Work::Restart { vm: id, mode: STOP_PATIENCE, target, sent: None },
+            Some(target) => Work::Restart {
+                vm: id,
+                mode: STOP_PATIENCE,
+                target,
+                sent: None,
+            },
             None => migrate(None),
         },
-        (MoveAction::StopAndReturn, Some(_)) => Work::Stop { vm: id, mode: STOP_PATIENCE, sent: None },
+        (MoveAction::StopAndReturn, Some(_)) => Work::Stop {
+            vm: id,
+            mode: STOP_PATIENCE,
+            sent: None,
+        },
         (MoveAction::StopAndReturn, None) => Work::Start {
             vm: id,
             // Home first; any host rather than none.
@@ -333,20 +421,35 @@ fn begin_child(
     stop_held_by: Option<MaintenanceId>,
 ) {
     match &work {
-        Work::Stop { .. } => vm.held_by = stop_held_by.filter(|_| vm.intent != PowerIntent::Stopped),
+        Work::Stop { .. } => {
+            vm.held_by = stop_held_by.filter(|_| vm.intent != PowerIntent::Stopped)
+        }
         Work::Start { .. } => vm.held_by = None,
         _ => {}
     }
-    let child = fresh(work, Subject::vm(vm.id, &vm.name), actor, Some(parent), draft.now());
+    let child = fresh(
+        work,
+        Subject::vm(vm.id, &vm.name),
+        actor,
+        Some(parent),
+        draft.now(),
+    );
     task.attempts += 1;
-    task.state = MoveState::Running { operation: child.id };
+    task.state = MoveState::Running {
+        operation: child.id,
+    };
     vm.operation = Some(child.id);
     draft.put_operation(child);
     draft.put_vm(vm);
 }
 
 /// All tasks are final: says so in the operation and in its maintenance.
-fn ended(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, maintenance: Option<Maintenance>) {
+fn ended(
+    view: &View,
+    draft: &mut Draft<'_>,
+    operation: &mut Operation,
+    maintenance: Option<Maintenance>,
+) {
     let failures: Vec<String> = operation
         .work
         .moves()
@@ -356,10 +459,17 @@ fn ended(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, maintena
             _ => None,
         })
         .collect();
-    let done = operation.work.moves().iter().filter(|task| task.state == MoveState::Done).count();
+    let done = operation
+        .work
+        .moves()
+        .iter()
+        .filter(|task| task.state == MoveState::Done)
+        .count();
     let actor = operation.actor.clone();
     let conclusion = match (&operation.cancel, failures.is_empty()) {
-        (Some(actor), _) => Conclusion::Cancelled(format!("called off by {actor} after {done} moves")),
+        (Some(actor), _) => {
+            Conclusion::Cancelled(format!("called off by {actor} after {done} moves"))
+        }
         (None, true) => Conclusion::Succeeded(format!("{done} VMs moved")),
         (None, false) => Conclusion::Failed(
             Problem::conflict("moves-failed", failures.join("; "))
@@ -372,14 +482,24 @@ fn ended(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, maintena
             let subject = Subject::host(host, &name);
             match &conclusion {
                 Conclusion::Succeeded(_) => {
-                    draft.info("host.evacuated", subject, &actor, format!("{name} is empty: {done} VMs moved off"));
+                    draft.info(
+                        "host.evacuated",
+                        subject,
+                        &actor,
+                        format!("{name} is empty: {done} VMs moved off"),
+                    );
                 }
                 Conclusion::Failed(problem) => {
                     let message = format!("{name} could not be emptied: {}", problem.detail);
                     draft.error("host.evacuation_failed", subject, &actor, message);
                 }
                 Conclusion::Cancelled(detail) => {
-                    draft.info("host.evacuation_cancelled", subject, &actor, format!("{name}: {detail}"));
+                    draft.info(
+                        "host.evacuation_cancelled",
+                        subject,
+                        &actor,
+                        format!("{name}: {detail}"),
+                    );
                 }
             }
         }
@@ -438,11 +558,18 @@ fn restored(draft: &mut Draft<'_>, mut record: Maintenance, operation: &Operatio
             moved.state = MovedState::Stayed { reason };
         }
     }
-    let back = record.moved.iter().filter(|moved| moved.state == MovedState::Returned).count();
+    let back = record
+        .moved
+        .iter()
+        .filter(|moved| moved.state == MovedState::Returned)
+        .count();
     let stayed = record.moved.len() - back;
     record.ended_at = Some(draft.now());
     let subject = Subject::maintenance(record.id, &record.host_name);
-    let message = format!("{} takes VMs again; {back} came back, {stayed} stay elsewhere", record.host_name);
+    let message = format!(
+        "{} takes VMs again; {back} came back, {stayed} stay elsewhere",
+        record.host_name
+    );
     if record.on_cancel.is_some() {
         record.state = MaintenanceState::Cancelled;
         draft.info("maintenance.cancelled", subject, &operation.actor, message);

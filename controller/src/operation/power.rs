@@ -56,15 +56,28 @@ async fn command(context: &Context<'_>) -> Result<(), Ended> {
         return conclude(context, id, power, Err(problem)).await;
     };
     let driver = &context.core.driver;
-    let command = VmCommand { epoch: sent.epoch, generation: sent.generation };
+    let command = VmCommand {
+        epoch: sent.epoch,
+        generation: sent.generation,
+    };
     let answer = match power {
-        Power::Pause => context.send(sent.host, |to| driver.pause_vm(to, id, &command), never).await,
-        Power::Resume => context.send(sent.host, |to| driver.resume_vm(to, id, &command), never).await,
+        Power::Pause => {
+            context
+                .send(sent.host, |to| driver.pause_vm(to, id, &command), never)
+                .await
+        }
+        Power::Resume => {
+            context
+                .send(sent.host, |to| driver.resume_vm(to, id, &command), never)
+                .await
+        }
     };
     let result = match answer {
         Sent::Answer(_) => Ok(()),
         Sent::Refused(problem) => Err(problem),
-        Sent::HostLost | Sent::Interrupted => Err(Problem::conflict("host-silent", "its host fell silent")),
+        Sent::HostLost | Sent::Interrupted => {
+            Err(Problem::conflict("host-silent", "its host fell silent"))
+        }
     };
     conclude(context, id, power, result).await
 }
@@ -73,12 +86,22 @@ async fn address(context: &Context<'_>, id: VmId, power: Power) -> Result<Option
     context
         .change(|view, draft, operation| {
             let mut vm = Context::vm(view, id)?;
-            let (Work::Pause { sent, .. } | Work::Resume { sent, .. }) = &mut operation.work else { return None };
+            let (Work::Pause { sent, .. } | Work::Resume { sent, .. }) = &mut operation.work else {
+                return None;
+            };
             if sent.is_none() {
                 let host = vm.owner?;
-                *sent = Some(Placed { host, epoch: vm.epoch, generation: vm.next_generation() });
+                *sent = Some(Placed {
+                    host,
+                    epoch: vm.epoch,
+                    generation: vm.next_generation(),
+                });
                 let placed = *sent;
-                operation.begin_step(power.step(), format!("on {}", view.host_name(host)), draft.now());
+                operation.begin_step(
+                    power.step(),
+                    format!("on {}", view.host_name(host)),
+                    draft.now(),
+                );
                 draft.put_vm(vm);
                 return placed;
             }
@@ -101,7 +124,12 @@ async fn conclude(
                     if let Some(vm) = &vm {
                         let (kind, word) = power.event();
                         let message = format!("{} {word}", vm.name);
-                        draft.info(kind, Subject::vm(vm.id, &vm.name), &operation.actor, message);
+                        draft.info(
+                            kind,
+                            Subject::vm(vm.id, &vm.name),
+                            &operation.actor,
+                            message,
+                        );
                     }
                     Conclusion::Succeeded(String::new())
                 }

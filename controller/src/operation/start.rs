@@ -14,7 +14,8 @@ use crate::ledger::Draft;
 use crate::model::limits::{MAX_AUTOMATIC_RESTARTS, MAX_START_ATTEMPTS};
 use crate::model::rejection::{remedies, summary};
 use crate::model::{
-    Liveness, Operation, Placed, PowerIntent, Retry, StartCause, StepState, Subject, Trouble, Vm, Work,
+    Liveness, Operation, Placed, PowerIntent, Retry, StartCause, StepState, Subject, Trouble, Vm,
+    Work,
 };
 use crate::plan::picture;
 use crate::plan::placement::{Among, choose};
@@ -43,7 +44,9 @@ enum Next {
 
 async fn step(context: &Context<'_>) -> Result<Next, Ended> {
     let operation = context.operation()?;
-    let Work::Start { vm, placed, .. } = &operation.work else { return Err(Ended::GaveUp) };
+    let Work::Start { vm, placed, .. } = &operation.work else {
+        return Err(Ended::GaveUp);
+    };
     match placed {
         None => place(context).await,
         Some(placed) => tell(context, *vm, *placed).await,
@@ -64,7 +67,9 @@ enum Taking {
 
 /// Called during a turn: what it finds holds until the turn ends.
 fn may_take(core: &Core, view: &View, vm: &Vm) -> Taking {
-    let Some(owner) = vm.owner else { return Taking::Allowed };
+    let Some(owner) = vm.owner else {
+        return Taking::Allowed;
+    };
     let name = view.host_name(owner);
     if core.pulses.is_given_up(owner) {
         return match vm.lease {
@@ -73,7 +78,9 @@ fn may_take(core: &Core, view: &View, vm: &Vm) -> Taking {
         };
     }
     match view.report(vm) {
-        Some(report) if matches!(report.state, None | Some(VmmState::Stopped { .. })) => Taking::Allowed,
+        Some(report) if matches!(report.state, None | Some(VmmState::Stopped { .. })) => {
+            Taking::Allowed
+        }
         Some(_) => Taking::Refused(format!("{name} has it")),
         None => {
             let observed = view.observed.get(&owner);
@@ -100,28 +107,57 @@ async fn place(context: &Context<'_>) -> Result<Next, Ended> {
         Placing::Ended => Ok(Next::Ended),
         Placing::Wait => {
             let version = context.view().version;
-            context.core.until(|view| (view.version > version).then_some(())).await;
+            context
+                .core
+                .until(|view| (view.version > version).then_some(()))
+                .await;
             Ok(Next::Again)
         }
     }
 }
 
-fn place_in_turn(core: &Core, view: &View, draft: &mut Draft<'_>, operation: &mut Operation) -> Placing {
-    let Work::Start { vm: id, wanted, cause, tried, .. } = operation.work.clone() else { return Placing::Ended };
+fn place_in_turn(
+    core: &Core,
+    view: &View,
+    draft: &mut Draft<'_>,
+    operation: &mut Operation,
+) -> Placing {
+    let Work::Start {
+        vm: id,
+        wanted,
+        cause,
+        tried,
+        ..
+    } = operation.work.clone()
+    else {
+        return Placing::Ended;
+    };
     let Some(mut vm) = Context::vm(view, id) else {
-        Context::conclude(draft, operation, None, Conclusion::Failed(Problem::not_found("VM", id)));
+        Context::conclude(
+            draft,
+            operation,
+            None,
+            Conclusion::Failed(Problem::not_found("VM", id)),
+        );
         return Placing::Ended;
     };
     if let Some(actor) = &operation.cancel {
         let detail = format!("called off by {actor}");
-        vm.intent = if vm.owner.is_none() { PowerIntent::Stopped } else { vm.intent };
+        vm.intent = if vm.owner.is_none() {
+            PowerIntent::Stopped
+        } else {
+            vm.intent
+        };
         Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled(detail));
         return Placing::Ended;
     }
     let only = match may_take(core, view, &vm) {
         Taking::Allowed => wanted,
         Taking::OnlyAt(owner) => Some(owner),
-        Taking::NotYet if !matches!(cause, StartCause::HostSilent { .. }) || vm.lease == LeasePolicy::Unwatched => {
+        Taking::NotYet
+            if !matches!(cause, StartCause::HostSilent { .. })
+                || vm.lease == LeasePolicy::Unwatched =>
+        {
             return Placing::Wait;
         }
         Taking::NotYet => {
@@ -136,18 +172,37 @@ fn place_in_turn(core: &Core, view: &View, draft: &mut Draft<'_>, operation: &mu
     };
     let hosts = picture::hosts(view);
     let demand = picture::booting(&vm);
-    let at_owner = vm.owner.filter(|owner| view.liveness(*owner) != Liveness::RestartAllowed);
+    let at_owner = vm
+        .owner
+        .filter(|owner| view.liveness(*owner) != Liveness::RestartAllowed);
     let preferred = match (&cause, at_owner) {
-        (_, Some(owner)) => place_after_crash(&hosts, &demand, owner).filter(|host| only.is_none_or(|o| o == *host)),
-        (StartCause::Rebooted { target }, None) if !tried.contains(target) => {
-            choose(&hosts, &demand, Among { only: Some(*target), failed: &tried }).best.map(|(host, _)| host)
+        (_, Some(owner)) => {
+            place_after_crash(&hosts, &demand, owner).filter(|host| only.is_none_or(|o| o == *host))
         }
+        (StartCause::Rebooted { target }, None) if !tried.contains(target) => choose(
+            &hosts,
+            &demand,
+            Among {
+                only: Some(*target),
+                failed: &tried,
+            },
+        )
+        .best
+        .map(|(host, _)| host),
         _ => None,
     };
     let in_place = only.filter(|only| vm.owner == Some(*only));
-    let choice = choose(&hosts, &demand, Among { only, failed: &tried });
+    let choice = choose(
+        &hosts,
+        &demand,
+        Among {
+            only,
+            failed: &tried,
+        },
+    );
     let target = in_place.or(preferred).or(choice.best.map(|(host, _)| host));
-    let Some((target, facts)) = target.and_then(|id| Some((id, &view.hosts.get(&id)?.facts))) else {
+    let Some((target, facts)) = target.and_then(|id| Some((id, &view.hosts.get(&id)?.facts)))
+    else {
         no_room(draft, operation, vm, &choice.rejections);
         return Placing::Ended;
     };
@@ -155,31 +210,62 @@ fn place_in_turn(core: &Core, view: &View, draft: &mut Draft<'_>, operation: &mu
     vm.give_to(target);
     vm.home.get_or_insert(target);
     vm.booted_on = Some(facts.cpu.signature.clone());
-    let placed = Placed { host: target, epoch: vm.epoch, generation: vm.next_generation() };
-    let from = before.filter(|before| *before != target).map(|host| format!(", taken from {}", view.host_name(host)));
-    let detail = format!("on {} under epoch {}{}", facts.name, vm.epoch, from.unwrap_or_default());
+    let placed = Placed {
+        host: target,
+        epoch: vm.epoch,
+        generation: vm.next_generation(),
+    };
+    let from = before
+        .filter(|before| *before != target)
+        .map(|host| format!(", taken from {}", view.host_name(host)));
+    let detail = format!(
+        "on {} under epoch {}{}",
+        facts.name,
+        vm.epoch,
+        from.unwrap_or_default()
+    );
     operation.begin_step("start", detail, draft.now());
-    operation.work = Work::Start { vm: id, wanted, cause, tried, placed: Some(placed) };
+    operation.work = Work::Start {
+        vm: id,
+        wanted,
+        cause,
+        tried,
+        placed: Some(placed),
+    };
     draft.put_vm(vm);
     Placing::Placed
 }
 
-fn no_room(draft: &mut Draft<'_>, operation: &mut Operation, mut vm: Vm, rejections: &[crate::model::HostRejection]) {
+fn no_room(
+    draft: &mut Draft<'_>,
+    operation: &mut Operation,
+    mut vm: Vm,
+    rejections: &[crate::model::HostRejection],
+) {
     let reason = summary(rejections);
     let problem = Problem::conflict("no-room", format!("no host takes {}: {reason}", vm.name))
         .with_remedy(remedies(rejections));
     let failed_before = matches!(vm.trouble, Some(Trouble::StartFailed { .. }));
     if !failed_before {
-        vm.trouble = Some(Trouble::NoRoom { reason: reason.clone() });
+        vm.trouble = Some(Trouble::NoRoom {
+            reason: reason.clone(),
+        });
     }
     let message = format!("{} cannot be started: no host takes it: {reason}", vm.name);
-    draft.error("vm.no_room", Subject::vm(vm.id, &vm.name), &operation.actor, message);
+    draft.error(
+        "vm.no_room",
+        Subject::vm(vm.id, &vm.name),
+        &operation.actor,
+        message,
+    );
     Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
 }
 
 async fn tell(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, Ended> {
     let view = context.view();
-    let Some(vm) = view.vms.get(&id) else { return Err(Ended::GaveUp) };
+    let Some(vm) = view.vms.get(&id) else {
+        return Err(Ended::GaveUp);
+    };
     let command = StartVm {
         name: vm.name.clone(),
         epoch: placed.epoch,
@@ -189,8 +275,19 @@ async fn tell(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, E
     };
     let driver = &context.core.driver;
     let own = context.id;
-    let called_off = |view: &View| view.operations.get(&own).is_some_and(|op| op.cancel.is_some());
-    match context.send(placed.host, |to| driver.start_vm(to, id, &command), called_off).await {
+    let called_off = |view: &View| {
+        view.operations
+            .get(&own)
+            .is_some_and(|op| op.cancel.is_some())
+    };
+    match context
+        .send(
+            placed.host,
+            |to| driver.start_vm(to, id, &command),
+            called_off,
+        )
+        .await
+    {
         Sent::Answer(_) => started(context, id, placed).await,
         Sent::Refused(problem) => refused(context, id, placed, problem).await,
         Sent::Interrupted => {
@@ -209,32 +306,58 @@ async fn started(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next
             if let Some(vm) = &mut vm {
                 vm.trouble = None;
                 let subject = Subject::vm(vm.id, &vm.name);
-                let Work::Start { cause, .. } = &operation.work else { return };
+                let Work::Start { cause, .. } = &operation.work else {
+                    return;
+                };
                 let actor = &operation.actor;
                 match cause {
                     StartCause::HostSilent { host: lost } => {
                         let lost = view.host_name(*lost);
-                        let message = format!("{} restarted on {host} because {lost} is silent", vm.name);
+                        let message =
+                            format!("{} restarted on {host} because {lost} is silent", vm.name);
                         draft.warning("vm.restarted", subject, actor, message);
                     }
                     StartCause::Crashed { .. } => {
-                        let message = format!("{} restarted on {host} because its VMM was gone", vm.name);
+                        let message =
+                            format!("{} restarted on {host} because its VMM was gone", vm.name);
                         draft.warning("vm.restarted", subject, actor, message);
                     }
-                    _ => draft.info("vm.started", subject, actor, format!("{} started on {host}", vm.name)),
+                    _ => draft.info(
+                        "vm.started",
+                        subject,
+                        actor,
+                        format!("{} started on {host}", vm.name),
+                    ),
                 }
             }
-            Context::conclude(draft, operation, vm, Conclusion::Succeeded(format!("runs on {host}")));
+            Context::conclude(
+                draft,
+                operation,
+                vm,
+                Conclusion::Succeeded(format!("runs on {host}")),
+            );
         })
         .await?;
     Ok(Next::Ended)
 }
 
 /// Undoes an attempt: nothing may be left at the host before the VM is let go.
-async fn refused(context: &Context<'_>, id: VmId, placed: Placed, problem: Problem) -> Result<Next, Ended> {
+async fn refused(
+    context: &Context<'_>,
+    id: VmId,
+    placed: Placed,
+    problem: Problem,
+) -> Result<Next, Ended> {
     let driver = &context.core.driver;
     tracing::warn!(vm = %id, host = %placed.host, %problem, "start refused");
-    match context.send(placed.host, |to| driver.destroy(to, id, placed.epoch), never).await {
+    match context
+        .send(
+            placed.host,
+            |to| driver.destroy(to, id, placed.epoch),
+            never,
+        )
+        .await
+    {
         Sent::Answer(()) => {}
         Sent::Refused(problem) if problem.status == 404 => {}
         Sent::HostLost => return lost(context, id, placed).await,
@@ -243,31 +366,64 @@ async fn refused(context: &Context<'_>, id: VmId, placed: Placed, problem: Probl
     let attempts = context.core.count_restart(id, Instant::now());
     context
         .change(|view, draft, operation| {
-            let Work::Start { wanted, cause, tried, placed: at, .. } = &mut operation.work else {
+            let Work::Start {
+                wanted,
+                cause,
+                tried,
+                placed: at,
+                ..
+            } = &mut operation.work
+            else {
                 return Next::Ended;
             };
             tried.push(placed.host);
             *at = None;
             let automatic = !matches!(cause, StartCause::Asked | StartCause::Rebooted { .. });
-            let over = wanted.is_some() || tried.len() >= MAX_START_ATTEMPTS || operation.cancel.is_some();
-            let Some(mut vm) = Context::vm(view, id) else { return Next::Ended };
+            let over =
+                wanted.is_some() || tried.len() >= MAX_START_ATTEMPTS || operation.cancel.is_some();
+            let Some(mut vm) = Context::vm(view, id) else {
+                return Next::Ended;
+            };
             vm.owner = None;
             let detail = format!("{}: {}", view.host_name(placed.host), problem.detail);
             operation.end_step(StepState::Failed, Some(detail.clone()), draft.now());
             if operation.cancel.is_some() {
                 vm.intent = PowerIntent::Stopped;
-                Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled("called off".into()));
+                Context::conclude(
+                    draft,
+                    operation,
+                    Some(vm),
+                    Conclusion::Cancelled("called off".into()),
+                );
                 return Next::Ended;
             }
-            let retry = if automatic && attempts < MAX_AUTOMATIC_RESTARTS { Retry::Later } else { Retry::Never };
-            vm.trouble = Some(Trouble::StartFailed { reason: detail.clone(), attempts, retry });
+            let retry = if automatic && attempts < MAX_AUTOMATIC_RESTARTS {
+                Retry::Later
+            } else {
+                Retry::Never
+            };
+            vm.trouble = Some(Trouble::StartFailed {
+                reason: detail.clone(),
+                attempts,
+                retry,
+            });
             if !over {
                 draft.put_vm(vm);
                 return Next::Again;
             }
             let message = format!("{} could not be started: {detail}", vm.name);
-            draft.error("vm.start_failed", Subject::vm(vm.id, &vm.name), &operation.actor, message);
-            Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem.clone()));
+            draft.error(
+                "vm.start_failed",
+                Subject::vm(vm.id, &vm.name),
+                &operation.actor,
+                message,
+            );
+            Context::conclude(
+                draft,
+                operation,
+                Some(vm),
+                Conclusion::Failed(problem.clone()),
+            );
             Next::Ended
         })
         .await

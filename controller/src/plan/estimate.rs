@@ -31,8 +31,14 @@ pub struct Estimate {
 /// Transfer rate to expect: the median of the latest completed migrations, or what is assumed.
 pub fn bandwidth(view: &View) -> u64 {
     let rate = |progress: &MigrationProgress| {
-        let average = progress.transferred_bytes.0.saturating_mul(1_000) / progress.elapsed_ms.max(1);
-        Some(if progress.rate_bytes_per_s > 0 { progress.rate_bytes_per_s } else { average }).filter(|rate| *rate > 0)
+        let average =
+            progress.transferred_bytes.0.saturating_mul(1_000) / progress.elapsed_ms.max(1);
+        Some(if progress.rate_bytes_per_s > 0 {
+            progress.rate_bytes_per_s
+        } else {
+            average
+        })
+        .filter(|rate| *rate > 0)
     };
     let mut rates: Vec<u64> = view
         .migrations
@@ -42,7 +48,10 @@ pub fn bandwidth(view: &View) -> u64 {
         .take(MEASURED)
         .collect();
     rates.sort_unstable();
-    rates.get(rates.len() / 2).copied().unwrap_or(ASSUMED_BYTES_PER_S)
+    rates
+        .get(rates.len() / 2)
+        .copied()
+        .unwrap_or(ASSUMED_BYTES_PER_S)
 }
 
 /// A live migration of `resident` bytes by a guest that dirties `dirty_per_s`, over `bandwidth`.
@@ -71,7 +80,11 @@ pub fn live(resident: Bytes, dirty_per_s: u64, bandwidth: u64, downtime_limit_ms
 
 /// Stopping a guest and booting it again.
 pub fn restart() -> Estimate {
-    Estimate { seconds: RESTART_S, mib: Mib(0), blackout_ms: (RESTART_S * 1_000.0) as u64 }
+    Estimate {
+        seconds: RESTART_S,
+        mib: Mib(0),
+        blackout_ms: (RESTART_S * 1_000.0) as u64,
+    }
 }
 
 #[cfg(test)]

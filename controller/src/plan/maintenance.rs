@@ -2,8 +2,8 @@
 
 use crate::model::rejection::{remedies, summary};
 use crate::model::{
-    Blocker, BlockerKind, HostRejection, HostState, MaintenancePlan, MaintenancePolicy, MoveAction, PlannedMove,
-    VmState,
+    Blocker, BlockerKind, HostRejection, HostState, MaintenancePlan, MaintenancePolicy, MoveAction,
+    PlannedMove, VmState,
 };
 use crate::plan::estimate::{self, Estimate};
 use crate::plan::picture::{self, Demand, Hosts};
@@ -60,10 +60,17 @@ impl DrainInput {
             let usage = view.vm_usage(vm);
             Leaving {
                 demand: picture::moving(view, vm),
-                policy: overrides.get(&vm.id).copied().unwrap_or(vm.maintenance_policy),
+                policy: overrides
+                    .get(&vm.id)
+                    .copied()
+                    .unwrap_or(vm.maintenance_policy),
                 state: view.vm_status(vm).state,
                 operation: vm.operation,
-                resident: if usage.rss_bytes.0 > 0 { usage.rss_bytes } else { vm.spec.memory_mib.bytes() },
+                resident: if usage.rss_bytes.0 > 0 {
+                    usage.rss_bytes
+                } else {
+                    vm.spec.memory_mib.bytes()
+                },
                 dirty_bytes_per_s: usage.dirty_bytes_per_s,
             }
         });
@@ -81,7 +88,10 @@ impl DrainInput {
 /// Plans to empty a host. The largest VMs are placed first, because they fit in the fewest places.
 pub fn plan_drain(input: &DrainInput) -> MaintenancePlan {
     let mut hosts = input.hosts.clone();
-    let mut plan = MaintenancePlan { blockers: host_blockers(input), ..MaintenancePlan::default() };
+    let mut plan = MaintenancePlan {
+        blockers: host_blockers(input),
+        ..MaintenancePlan::default()
+    };
     let mut leaving: Vec<&Leaving> = input.leaving.iter().collect();
     leaving.sort_by_key(|vm| (std::cmp::Reverse(vm.demand.memory), vm.demand.vm));
     for vm in leaving {
@@ -100,7 +110,9 @@ pub fn plan_drain(input: &DrainInput) -> MaintenancePlan {
                     vm_name: vm.demand.name.clone(),
                     action,
                     to,
-                    to_name: to.and_then(|to| hosts.get(&to)).map(|host| host.name.clone()),
+                    to_name: to
+                        .and_then(|to| hosts.get(&to))
+                        .map(|host| host.name.clone()),
                     predicted_s: estimate.seconds,
                     predicted_mib: estimate.mib.0,
                     predicted_blackout_ms: estimate.blackout_ms,
@@ -115,17 +127,31 @@ pub fn plan_drain(input: &DrainInput) -> MaintenancePlan {
 fn host_blockers(input: &DrainInput) -> Vec<Blocker> {
     let mut blockers = Vec::new();
     let mut block = |kind, detail: String, remedy: &str| {
-        blockers.push(Blocker { vm: None, vm_name: None, kind, detail, remedy: remedy.into() });
+        blockers.push(Blocker {
+            vm: None,
+            vm_name: None,
+            kind,
+            detail,
+            remedy: remedy.into(),
+        });
     };
-    let Some(host) = input.hosts.get(&input.host) else { return blockers };
+    let Some(host) = input.hosts.get(&input.host) else {
+        return blockers;
+    };
     if !input.leaving.is_empty() && (!host.heard || host.state == HostState::Unreachable) {
         block(
             BlockerKind::HostSilent,
-            format!("{} does not answer, so nothing can be moved off it", host.name),
+            format!(
+                "{} does not answer, so nothing can be moved off it",
+                host.name
+            ),
             "wait until the host is back; failover starts its VMs elsewhere by itself",
         );
     }
-    if let Some(other) = input.in_maintenance.filter(|other| Some(*other) != input.asking) {
+    if let Some(other) = input
+        .in_maintenance
+        .filter(|other| Some(*other) != input.asking)
+    {
         block(
             BlockerKind::OtherMaintenance { maintenance: other },
             format!("{} is in maintenance {other}", host.name),
@@ -140,22 +166,37 @@ type Planned = (MoveAction, Option<HostId>, Estimate);
 fn plan_one(input: &DrainInput, hosts: &Hosts, vm: &Leaving) -> Result<Planned, Box<Blocker>> {
     let block = |kind, detail: String, remedy: String| {
         let (vm, vm_name) = (Some(vm.demand.vm), Some(vm.demand.name.clone()));
-        Err(Box::new(Blocker { vm, vm_name, kind, detail, remedy }))
+        Err(Box::new(Blocker {
+            vm,
+            vm_name,
+            kind,
+            detail,
+            remedy,
+        }))
     };
     if vm.policy == MaintenancePolicy::Block {
         let remedy = "move or stop it by hand, or override its policy for this maintenance";
-        return block(BlockerKind::PolicyBlocks, "its maintenance policy is block".into(), remedy.into());
+        return block(
+            BlockerKind::PolicyBlocks,
+            "its maintenance policy is block".into(),
+            remedy.into(),
+        );
     }
     if let Some(operation) = vm.operation {
         let remedy = "wait until it ends, or cancel it".to_owned();
-        return block(BlockerKind::Busy { operation }, format!("operation {operation} is changing it"), remedy);
+        return block(
+            BlockerKind::Busy { operation },
+            format!("operation {operation} is changing it"),
+            remedy,
+        );
     }
     let live = vm.state == VmState::Running || vm.state == VmState::Paused;
     if live {
         let choice = choose(hosts, &vm.demand, Among::default());
         if let Some((to, _)) = choice.best {
             let limit = MigrationPolicy::default().downtime_limit_ms;
-            let estimate = estimate::live(vm.resident, vm.dirty_bytes_per_s, input.bytes_per_s, limit);
+            let estimate =
+                estimate::live(vm.resident, vm.dirty_bytes_per_s, input.bytes_per_s, limit);
             return Ok((MoveAction::Migrate, Some(to), estimate));
         }
         if vm.policy == MaintenancePolicy::Migrate {
@@ -169,7 +210,10 @@ fn plan_one(input: &DrainInput, hosts: &Hosts, vm: &Leaving) -> Result<Planned, 
     if vm.policy == MaintenancePolicy::StopAndReturn {
         return Ok((MoveAction::StopAndReturn, None, estimate::restart()));
     }
-    let booting = Demand { running_on: None, ..vm.demand.clone() };
+    let booting = Demand {
+        running_on: None,
+        ..vm.demand.clone()
+    };
     let choice = choose(hosts, &booting, Among::default());
     match choice.best {
         Some((to, _)) => Ok((MoveAction::RestartElsewhere, Some(to), estimate::restart())),
@@ -178,8 +222,10 @@ fn plan_one(input: &DrainInput, hosts: &Hosts, vm: &Leaving) -> Result<Planned, 
 }
 
 fn no_room(vm: &Leaving, rejections: Vec<HostRejection>) -> Result<Planned, Box<Blocker>> {
-    let others: Vec<HostRejection> =
-        rejections.into_iter().filter(|rejected| Some(rejected.host) != vm.demand.here).collect();
+    let others: Vec<HostRejection> = rejections
+        .into_iter()
+        .filter(|rejected| Some(rejected.host) != vm.demand.here)
+        .collect();
     Err(Box::new(Blocker {
         vm: Some(vm.demand.vm),
         vm_name: Some(vm.demand.name.clone()),
@@ -192,12 +238,20 @@ fn no_room(vm: &Leaving, rejections: Vec<HostRejection>) -> Result<Planned, Box<
 /// Memory left if the host with most committed memory failed, `leaving` being gone anyway: negative when not
 /// every VM could be started again.
 fn failover_reserve_mib(hosts: &Hosts, leaving: HostId) -> i64 {
-    let up: Vec<_> =
-        hosts.values().filter(|host| host.id != leaving && host.state == HostState::Up && host.heard).collect();
+    let up: Vec<_> = hosts
+        .values()
+        .filter(|host| host.id != leaving && host.state == HostState::Up && host.heard)
+        .collect();
     let free = |without: HostId| -> i64 {
-        up.iter().filter(|host| host.id != without).map(|host| host.memory_free().0.cast_signed()).sum()
+        up.iter()
+            .filter(|host| host.id != without)
+            .map(|host| host.memory_free().0.cast_signed())
+            .sum()
     };
-    up.iter().map(|lost| free(lost.id) - lost.memory_committed.0.cast_signed()).min().unwrap_or(0)
+    up.iter()
+        .map(|lost| free(lost.id) - lost.memory_committed.0.cast_signed())
+        .min()
+        .unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -210,7 +264,14 @@ mod tests {
 
     fn leaving(demand: Demand, policy: MaintenancePolicy) -> Leaving {
         let resident = demand.memory.bytes();
-        Leaving { demand, policy, state: VmState::Running, operation: None, resident, dirty_bytes_per_s: 0 }
+        Leaving {
+            demand,
+            policy,
+            state: VmState::Running,
+            operation: None,
+            resident,
+            dirty_bytes_per_s: 0,
+        }
     }
 
     fn input(hosts: Hosts, host: HostId, vms: Vec<Leaving>) -> DrainInput {
@@ -256,7 +317,9 @@ mod tests {
 
     #[test]
     fn a_plan_names_every_move_and_every_blocker() {
-        let hosts: Hosts = [host(1, 4096, 4), host(2, 2048, 4), host(3, 1024, 4)].map(|h| (h.id, h)).into();
+        let hosts: Hosts = [host(1, 4096, 4), host(2, 2048, 4), host(3, 1024, 4)]
+            .map(|h| (h.id, h))
+            .into();
         let first = *hosts.keys().next().unwrap();
         let mut host_cpu = leaving(demand(5, 128, 1), MaintenancePolicy::RestartElsewhere);
         host_cpu.demand.baseline = godwit_wire::machine::CpuBaseline::Host;
@@ -318,9 +381,17 @@ mod tests {
         silent.heard = false;
         let hosts: Hosts = [silent, host(2, 2048, 4)].map(|h| (h.id, h)).into();
         let first = *hosts.keys().next().unwrap();
-        let mut input = input(hosts, first, vec![leaving(demand(1, 64, 1), MaintenancePolicy::Migrate)]);
+        let mut input = input(
+            hosts,
+            first,
+            vec![leaving(demand(1, 64, 1), MaintenancePolicy::Migrate)],
+        );
         input.in_maintenance = Some(MaintenanceId(Uuid::from_u128(9)));
-        let kinds: Vec<_> = plan_drain(&input).blockers.iter().map(|b| b.kind.name()).collect();
+        let kinds: Vec<_> = plan_drain(&input)
+            .blockers
+            .iter()
+            .map(|b| b.kind.name())
+            .collect();
         assert_eq!(kinds, ["host_silent", "other_maintenance"]);
         let _ = Mib(0);
     }

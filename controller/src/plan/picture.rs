@@ -89,7 +89,8 @@ impl HostPicture {
         self.memory_committed = Mib(self.memory_committed.0.saturating_sub(demand.memory.0));
         self.vcpus_committed = self.vcpus_committed.saturating_sub(demand.vcpus);
         self.vms = self.vms.saturating_sub(1);
-        self.cpu_percent = (self.cpu_percent - demand.cpu_percent / f64::from(self.cores.max(1))).max(0.0);
+        self.cpu_percent =
+            (self.cpu_percent - demand.cpu_percent / f64::from(self.cores.max(1))).max(0.0);
     }
 }
 
@@ -114,7 +115,10 @@ pub fn hosts(view: &View) -> Hosts {
             cpu_percent: view.host_usage(id).cpu_percent,
         })
     };
-    view.hosts.keys().filter_map(|id| Some((*id, picture(*id)?))).collect()
+    view.hosts
+        .keys()
+        .filter_map(|id| Some((*id, picture(*id)?)))
+        .collect()
 }
 
 /// A VM that boots: it may see whatever CPU it finds.

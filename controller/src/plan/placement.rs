@@ -26,9 +26,19 @@ pub struct Among<'a> {
 /// Chooses among `hosts`; ties go to the smaller id, so that the same picture gives the same answer.
 pub fn choose(hosts: &Hosts, demand: &Demand, among: Among<'_>) -> Choice {
     let failed: BTreeSet<HostId> = among.failed.iter().copied().collect();
-    let mut choice = Choice { best: None, rejections: Vec::new() };
-    for host in hosts.values().filter(|host| among.only.is_none_or(|only| only == host.id)) {
-        let verdict = if failed.contains(&host.id) { Err(Rejection::JustFailed) } else { admit(host, demand) };
+    let mut choice = Choice {
+        best: None,
+        rejections: Vec::new(),
+    };
+    for host in hosts
+        .values()
+        .filter(|host| among.only.is_none_or(|only| only == host.id))
+    {
+        let verdict = if failed.contains(&host.id) {
+            Err(Rejection::JustFailed)
+        } else {
+            admit(host, demand)
+        };
         match verdict {
             Err(rejection) => choice.rejections.push(HostRejection {
                 host: host.id,
@@ -66,7 +76,11 @@ pub fn admit(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
 /// Whether `host` has room for the VM, whatever else may speak against it.
 pub fn room(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
     if host.memory_free() < demand.memory {
-        return Err(Rejection::Memory { needed: demand.memory, free: host.memory_free(), capacity: host.memory });
+        return Err(Rejection::Memory {
+            needed: demand.memory,
+            free: host.memory_free(),
+            capacity: host.memory,
+        });
     }
     if host.vcpus_committed.saturating_add(demand.vcpus) > host.vcpu_limit() {
         return Err(Rejection::Vcpus {
@@ -76,7 +90,10 @@ pub fn room(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
         });
     }
     if host.vms >= host.vm_limit() {
-        return Err(Rejection::TooManyVms { count: host.vms, limit: host.vm_limit() });
+        return Err(Rejection::TooManyVms {
+            count: host.vms,
+            limit: host.vm_limit(),
+        });
     }
     Ok(())
 }
@@ -105,7 +122,11 @@ pub(crate) mod tests {
             name: format!("host-{number}"),
             state: HostState::Up,
             heard: true,
-            cpu: CpuFacts { level: CpuBaseline::V3, signature: "s".into(), model: "m".into() },
+            cpu: CpuFacts {
+                level: CpuBaseline::V3,
+                signature: "s".into(),
+                model: "m".into(),
+            },
             cores,
             memory: Mib(memory),
             memory_committed: Mib(0),
@@ -139,7 +160,11 @@ pub(crate) mod tests {
         let mut full = host(2, 4096, 4);
         full.memory_committed = Mib(3000);
         let free = host(3, 4096, 4);
-        let chosen = choose(&pool([busy, full, free.clone()]), &demand(1, 512, 1), Among::default());
+        let chosen = choose(
+            &pool([busy, full, free.clone()]),
+            &demand(1, 512, 1),
+            Among::default(),
+        );
         assert_eq!(chosen.best.map(|(id, _)| id), Some(free.id));
     }
 
@@ -156,12 +181,21 @@ pub(crate) mod tests {
         old.cpu.level = CpuBaseline::V2;
         let mut wanted = demand(1, 512, 1);
         wanted.baseline = CpuBaseline::V3;
-        let chosen = choose(&pool([cordoned, small, crowded, silent, old]), &wanted, Among::default());
+        let chosen = choose(
+            &pool([cordoned, small, crowded, silent, old]),
+            &wanted,
+            Among::default(),
+        );
         assert_eq!(chosen.best, None);
         expect_test::expect![[r#"
             host-1: the host is cordoned; host-2: 512 MiB needed, 100 MiB of 100 MiB free; host-3: 1 vCPUs needed, 8 of 8 promised already; host-4: heartbeats of the host are missing; host-5: the guest needs x86-64-v3 and the host offers x86-64-v2"#]]
         .assert_eq(&crate::model::rejection::summary(&chosen.rejections));
-        assert!(chosen.rejections.iter().all(|r| !r.rejection.remedy().is_empty()));
+        assert!(
+            chosen
+                .rejections
+                .iter()
+                .all(|r| !r.rejection.remedy().is_empty())
+        );
     }
 
     fn any_host() -> impl Strategy<Value = HostPicture> {
@@ -174,14 +208,22 @@ pub(crate) mod tests {
             HostState::Unreachable,
             HostState::Joining,
         ]);
-        (1u128..1_000, 64u64..16_384, 1u32..16, state, any::<bool>(), 0.0f64..100.0).prop_map(
-            |(number, memory, cores, state, heard, cpu_percent)| HostPicture {
-                state,
-                heard,
-                cpu_percent,
-                ..host(number, memory, cores)
-            },
+        (
+            1u128..1_000,
+            64u64..16_384,
+            1u32..16,
+            state,
+            any::<bool>(),
+            0.0f64..100.0,
         )
+            .prop_map(
+                |(number, memory, cores, state, heard, cpu_percent)| HostPicture {
+                    state,
+                    heard,
+                    cpu_percent,
+                    ..host(number, memory, cores)
+                },
+            )
     }
 
     pub(crate) fn any_pool() -> impl Strategy<Value = Hosts> {
@@ -190,7 +232,11 @@ pub(crate) mod tests {
 
     pub(crate) fn any_demands() -> impl Strategy<Value = Vec<Demand>> {
         prop::collection::vec((16u64..4_096, 1u32..=8), 0..30).prop_map(|sizes| {
-            sizes.into_iter().enumerate().map(|(n, (memory, vcpus))| demand(n as u128, memory, vcpus)).collect()
+            sizes
+                .into_iter()
+                .enumerate()
+                .map(|(n, (memory, vcpus))| demand(n as u128, memory, vcpus))
+                .collect()
         })
     }
 

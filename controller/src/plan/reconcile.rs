@@ -57,7 +57,10 @@ pub enum Action {
 /// All that is to be begun now. `may_restart` says whether a VM's pause between automatic restarts is over.
 pub fn plan_reconcile(view: &View, may_restart: impl Fn(VmId) -> bool) -> Vec<Action> {
     let mut hosts = picture::hosts(view);
-    let free = view.vms.values().filter(|vm| vm.operation.is_none() && vm.held_by.is_none());
+    let free = view
+        .vms
+        .values()
+        .filter(|vm| vm.operation.is_none() && vm.held_by.is_none());
     free.filter_map(|vm| match vm.owner {
         None => without_owner(vm, &mut hosts, &may_restart),
         Some(owner) => with_owner(view, vm, owner, &mut hosts, &may_restart),
@@ -65,12 +68,19 @@ pub fn plan_reconcile(view: &View, may_restart: impl Fn(VmId) -> bool) -> Vec<Ac
     .collect()
 }
 
-fn without_owner(vm: &Vm, hosts: &mut Hosts, may_restart: &impl Fn(VmId) -> bool) -> Option<Action> {
+fn without_owner(
+    vm: &Vm,
+    hosts: &mut Hosts,
+    may_restart: &impl Fn(VmId) -> bool,
+) -> Option<Action> {
     if !vm.intent.wants_vmm() {
         return None;
     }
     match &vm.trouble {
-        Some(Trouble::StartFailed { retry: Retry::Never, .. }) => None,
+        Some(Trouble::StartFailed {
+            retry: Retry::Never,
+            ..
+        }) => None,
         Some(Trouble::StartFailed { .. }) if !may_restart(vm.id) => None,
         _ => place(vm, hosts, StartCause::Wanted),
     }
@@ -84,11 +94,16 @@ fn place(vm: &Vm, hosts: &mut Hosts, cause: StartCause) -> Option<Action> {
     match choice.best {
         Some((host, _)) => {
             hosts.get_mut(&host)?.add(&demand);
-            Some(Action::Start { vm: vm.id, wanted: None, cause })
+            Some(Action::Start {
+                vm: vm.id,
+                wanted: None,
+                cause,
+            })
         }
         None => {
             let reason = summary(&choice.rejections);
-            let known = matches!(&vm.trouble, Some(Trouble::NoRoom { reason: told }) if *told == reason);
+            let known =
+                matches!(&vm.trouble, Some(Trouble::NoRoom { reason: told }) if *told == reason);
             (!known).then_some(Action::NoRoom { vm: vm.id, reason })
         }
     }
@@ -105,17 +120,26 @@ fn with_owner(
         return match (vm.intent.wants_vmm(), vm.lease) {
             (_, LeasePolicy::Unwatched) => None,
             (false, LeasePolicy::Watched) => Some(Action::Stop { vm: vm.id }),
-            (true, LeasePolicy::Watched) => place(vm, hosts, StartCause::HostSilent { host: owner }),
+            (true, LeasePolicy::Watched) => {
+                place(vm, hosts, StartCause::HostSilent { host: owner })
+            }
         };
     }
-    let observed = view.observed.get(&owner).filter(|observed| observed.heard_at.is_some())?;
+    let observed = view
+        .observed
+        .get(&owner)
+        .filter(|observed| observed.heard_at.is_some())?;
     if observed.liveness.is_silent() {
         return None;
     }
     let Some(report) = view.report(vm) else {
         let missing = observed.missing.get(&vm.id).copied().unwrap_or(0) >= MISSING_HEARTBEATS;
         // Not a proof that its process is gone: only its own host can make sure of that.
-        let again = Action::Start { vm: vm.id, wanted: Some(owner), cause: StartCause::Crashed { host: owner } };
+        let again = Action::Start {
+            vm: vm.id,
+            wanted: Some(owner),
+            cause: StartCause::Crashed { host: owner },
+        };
         return match vm.intent.wants_vmm() {
             true => (missing && may_restart(vm.id)).then_some(again),
             false => Some(Action::Stop { vm: vm.id }),
@@ -123,16 +147,24 @@ fn with_owner(
     };
     match (&report.state, vm.intent) {
         (_, PowerIntent::Stopped) => Some(Action::Stop { vm: vm.id }),
-        (Some(VmmState::Stopped { reason: StopReason::GuestHalted }), _) => Some(Action::Halted { vm: vm.id }),
-        (None | Some(VmmState::Stopped { .. }), _) => may_restart(vm.id).then(|| Action::Start {
+        (
+            Some(VmmState::Stopped {
+                reason: StopReason::GuestHalted,
+            }),
+            _,
+        ) => Some(Action::Halted { vm: vm.id }),
+        (None | Some(VmmState::Stopped { .. }), _) => may_restart(vm.id).then_some(Action::Start {
             vm: vm.id,
             wanted: None,
             cause: StartCause::Crashed { host: owner },
         }),
         (Some(VmmState::Running), PowerIntent::Paused) => Some(Action::Pause { vm: vm.id }),
-        (Some(VmmState::Paused { reason: PauseReason::Requested }), PowerIntent::Running) => {
-            Some(Action::Resume { vm: vm.id })
-        }
+        (
+            Some(VmmState::Paused {
+                reason: PauseReason::Requested,
+            }),
+            PowerIntent::Running,
+        ) => Some(Action::Resume { vm: vm.id }),
         _ => None,
     }
 }
@@ -142,12 +174,24 @@ fn with_owner(
 pub fn place_after_crash(hosts: &Hosts, demand: &Demand, host: HostId) -> Option<HostId> {
     let mut hosts = hosts.clone();
     hosts.get_mut(&host)?.remove(demand);
-    let at_home = choose(&hosts, demand, Among { only: Some(host), failed: &[] });
+    let at_home = choose(
+        &hosts,
+        demand,
+        Among {
+            only: Some(host),
+            failed: &[],
+        },
+    );
     if let Some((home, _)) = at_home.best {
         return Some(home);
     }
     choose(&hosts, demand, Among::default())
         .best
         .map(|(elsewhere, _)| elsewhere)
-        .or_else(|| hosts.get(&host).filter(|home| home.heard && room(home, demand).is_ok()).map(|home| home.id))
+        .or_else(|| {
+            hosts
+                .get(&host)
+                .filter(|home| home.heard && room(home, demand).is_ok())
+                .map(|home| home.id)
+        })
 }

@@ -24,7 +24,11 @@ pub struct RestorePlan {
 /// Plans the return after `maintenance`.
 pub fn plan_restore(view: &View, maintenance: &Maintenance, policy: ReturnPolicy) -> RestorePlan {
     let mut plan = RestorePlan::default();
-    for moved in maintenance.moved.iter().filter(|moved| moved.state == MovedState::Away) {
+    for moved in maintenance
+        .moved
+        .iter()
+        .filter(|moved| moved.state == MovedState::Away)
+    {
         let Some(vm) = view.vms.get(&moved.vm) else {
             plan.stays.insert(moved.vm, "it was deleted".into());
             continue;
@@ -40,13 +44,17 @@ pub fn plan_restore(view: &View, maintenance: &Maintenance, policy: ReturnPolicy
         if moved.action == MoveAction::StopAndReturn {
             match stopped_stays(vm, maintenance) {
                 Some(reason) => drop(plan.stays.insert(vm.id, reason)),
-                None => plan.tasks.push(task(MoveAction::StopAndReturn, Some(maintenance.host))),
+                None => plan
+                    .tasks
+                    .push(task(MoveAction::StopAndReturn, Some(maintenance.host))),
             }
             continue;
         }
         match moved_stays(vm, maintenance.host, moved.to, policy) {
             Some(reason) => drop(plan.stays.insert(vm.id, reason)),
-            None => plan.tasks.push(task(MoveAction::Migrate, Some(maintenance.host))),
+            None => plan
+                .tasks
+                .push(task(MoveAction::Migrate, Some(maintenance.host))),
         }
     }
     if policy == ReturnPolicy::Rebalance {
@@ -56,7 +64,8 @@ pub fn plan_restore(view: &View, maintenance: &Maintenance, policy: ReturnPolicy
 }
 
 fn stopped_stays(vm: &Vm, maintenance: &Maintenance) -> Option<String> {
-    (vm.held_by != Some(maintenance.id)).then(|| "it was started or stopped by hand meanwhile".into())
+    (vm.held_by != Some(maintenance.id))
+        .then(|| "it was started or stopped by hand meanwhile".into())
 }
 
 fn moved_stays(vm: &Vm, home: HostId, to: Option<HostId>, policy: ReturnPolicy) -> Option<String> {
@@ -65,7 +74,9 @@ fn moved_stays(vm: &Vm, home: HostId, to: Option<HostId>, policy: ReturnPolicy) 
         ReturnPolicy::Rebalance => Some("the load decides which VMs come".into()),
         ReturnPolicy::Exact if vm.owner == Some(home) => Some("it is back already".into()),
         ReturnPolicy::Exact if vm.owner.is_none() => Some("it is off".into()),
-        ReturnPolicy::Exact if vm.home != Some(home) => Some("it was moved by hand meanwhile".into()),
+        ReturnPolicy::Exact if vm.home != Some(home) => {
+            Some("it was moved by hand meanwhile".into())
+        }
         // Failover may have moved it on; it still belongs home.
         ReturnPolicy::Exact => to.is_none().then(|| "it was not moved".into()),
     }

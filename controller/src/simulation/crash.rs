@@ -73,7 +73,10 @@ impl CrashStore {
 
     fn alive(&self) -> Result<(), StoreError> {
         match self.life.is_over() {
-            true => Err(StoreError::Engine { action: "live", source: "the server is dead".into() }),
+            true => Err(StoreError::Engine {
+                action: "live",
+                source: "the server is dead".into(),
+            }),
             false => Ok(()),
         }
     }

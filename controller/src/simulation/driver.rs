@@ -6,7 +6,9 @@ use super::host::SimHost;
 use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
 use async_trait::async_trait;
 use godwit_channel::CallError;
-use godwit_wire::host_api::{CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport};
+use godwit_wire::host_api::{
+    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::IncomingReady;
@@ -57,7 +59,10 @@ impl SimDriver {
             tokio::time::sleep(TIMEOUT).await;
             return Err(silent(std::io::ErrorKind::TimedOut));
         }
-        answer.map_err(|problem| CallError::Problem { peer: host.name().into(), problem })
+        answer.map_err(|problem| CallError::Problem {
+            peer: host.name().into(),
+            problem,
+        })
     }
 
     /// A dead server neither sends nor receives.
@@ -70,20 +75,44 @@ impl SimDriver {
 
 #[async_trait]
 impl HostDriver for SimDriver {
-    async fn start_vm(&self, to: HostAddress, vm: VmId, command: &StartVm) -> Result<VmReport, CallError> {
-        self.call(to, "start", |host| host.start_vm(vm, command)).await
+    async fn start_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StartVm,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "start", |host| host.start_vm(vm, command))
+            .await
     }
 
-    async fn stop_vm(&self, to: HostAddress, vm: VmId, command: &StopVm) -> Result<VmReport, CallError> {
-        self.call(to, "stop", |host| host.stop_vm(vm, command)).await
+    async fn stop_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &StopVm,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "stop", |host| host.stop_vm(vm, command))
+            .await
     }
 
-    async fn pause_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
-        self.call(to, "pause", |host| host.pause_vm(vm, command)).await
+    async fn pause_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "pause", |host| host.pause_vm(vm, command))
+            .await
     }
 
-    async fn resume_vm(&self, to: HostAddress, vm: VmId, command: &VmCommand) -> Result<VmReport, CallError> {
-        self.call(to, "resume", |host| host.resume_vm(vm, command)).await
+    async fn resume_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &VmCommand,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "resume", |host| host.resume_vm(vm, command))
+            .await
     }
 
     async fn prepare_incoming(
@@ -92,7 +121,8 @@ impl HostDriver for SimDriver {
         vm: VmId,
         command: &PrepareIncoming,
     ) -> Result<IncomingReady, CallError> {
-        self.call(to, "prepare", |host| host.prepare_incoming(vm, command)).await
+        self.call(to, "prepare", |host| host.prepare_incoming(vm, command))
+            .await
     }
 
     async fn start_outgoing(
@@ -101,7 +131,8 @@ impl HostDriver for SimDriver {
         vm: VmId,
         command: &StartOutgoing,
     ) -> Result<VmReport, CallError> {
-        self.call(to, "outgoing", |host| host.start_outgoing(vm, command)).await
+        self.call(to, "outgoing", |host| host.start_outgoing(vm, command))
+            .await
     }
 
     async fn cancel_migration(
@@ -110,7 +141,8 @@ impl HostDriver for SimDriver {
         vm: VmId,
         command: &CancelMigration,
     ) -> Result<VmReport, CallError> {
-        self.call(to, "cancel", |host| host.cancel_migration(vm, command)).await
+        self.call(to, "cancel", |host| host.cancel_migration(vm, command))
+            .await
     }
 
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError> {

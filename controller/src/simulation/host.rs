@@ -8,8 +8,9 @@ use super::driver::LATENCY;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, CommitReply, CommitRequest, Heartbeat, HostFacts, HostReport, LeasePolicy, Order,
-    PrepareIncoming, Resolution, ResolveRequest, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, CommitReply, CommitRequest, Heartbeat, HostFacts, HostReport, LeasePolicy,
+    Order, PrepareIncoming, Resolution, ResolveRequest, StartOutgoing, StartVm, StopVm, VmCommand,
+    VmReport,
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
@@ -36,7 +37,9 @@ const RETRY: Duration = Duration::from_millis(200);
 
 /// The plug that hosts talk to a server through.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Server(Arc<Mutex<Option<(Agents, Arc<Life>)>>>);
+pub(super) struct Server(Arc<Mutex<Option<Plugged>>>);
+
+type Plugged = (Agents, Arc<Life>);
 
 impl Server {
     pub(super) fn plug(&self, agents: Agents, life: Arc<Life>) {
@@ -47,8 +50,12 @@ impl Server {
         *self.0.lock().unwrap() = None;
     }
 
-    pub(super) fn get(&self) -> Option<(Agents, Arc<Life>)> {
-        self.0.lock().unwrap().clone().filter(|(_, life)| !life.is_over())
+    pub(super) fn get(&self) -> Option<Plugged> {
+        self.0
+            .lock()
+            .unwrap()
+            .clone()
+            .filter(|(_, life)| !life.is_over())
     }
 }
 
@@ -182,7 +189,9 @@ impl SimHost {
     /// The guest powers off.
     pub(super) fn halt_guest(&self, vm: VmId) {
         if let Some(vm) = self.state().vms.get_mut(&vm) {
-            vm.state = Some(VmmState::Stopped { reason: StopReason::GuestHalted });
+            vm.state = Some(VmmState::Stopped {
+                reason: StopReason::GuestHalted,
+            });
         }
         self.poke.notify_one();
     }
@@ -208,13 +217,19 @@ impl SimHost {
     pub(super) fn running(&self, now: Instant) -> Vec<VmId> {
         let mut state = self.state.lock().unwrap();
         state.expire(now);
-        let running = |(id, vm): (&VmId, &SimVm)| (vm.state == Some(VmmState::Running)).then_some(*id);
+        let running =
+            |(id, vm): (&VmId, &SimVm)| (vm.state == Some(VmmState::Running)).then_some(*id);
         state.vms.iter().filter_map(running).collect()
     }
 
     // ---- commands -------------------------------------------------------------------------------------------
 
-    fn admit(&self, vm: VmId, epoch: Epoch, generation: Generation) -> Result<MutexGuard<'_, State>, Problem> {
+    fn admit(
+        &self,
+        vm: VmId,
+        epoch: Epoch,
+        generation: Generation,
+    ) -> Result<MutexGuard<'_, State>, Problem> {
         let state = self.state();
         if state.fence.get(&vm).is_some_and(|seen| epoch < *seen) {
             return Err(refuse("stale-epoch"));
@@ -232,12 +247,13 @@ impl SimHost {
             return Err(refuse("no-kvm"));
         }
         state.fence.insert(vm, command.epoch);
-        let same = |known: &SimVm| known.epoch == command.epoch && known.generation == command.generation;
+        let same =
+            |known: &SimVm| known.epoch == command.epoch && known.generation == command.generation;
         if !state.vms.get(&vm).is_some_and(same) {
             let running = match command.lease {
-                LeasePolicy::Watched if !state.lease_held(Instant::now()) => {
-                    VmmState::Paused { reason: PauseReason::LeaseExpired }
-                }
+                LeasePolicy::Watched if !state.lease_held(Instant::now()) => VmmState::Paused {
+                    reason: PauseReason::LeaseExpired,
+                },
                 _ => VmmState::Running,
             };
             state.vms.insert(
@@ -274,23 +290,33 @@ impl SimHost {
 
     pub(super) fn stop_vm(&self, vm: VmId, command: &StopVm) -> Result<VmReport, Problem> {
         self.set(vm, command.epoch, command.generation, |vm, _| {
-            vm.state = Some(VmmState::Stopped { reason: StopReason::Killed });
+            vm.state = Some(VmmState::Stopped {
+                reason: StopReason::Killed,
+            });
             Ok(())
         })
     }
 
     pub(super) fn pause_vm(&self, vm: VmId, command: &VmCommand) -> Result<VmReport, Problem> {
         self.set(vm, command.epoch, command.generation, |vm, _| {
-            vm.state = Some(VmmState::Paused { reason: PauseReason::Requested });
+            vm.state = Some(VmmState::Paused {
+                reason: PauseReason::Requested,
+            });
             Ok(())
         })
     }
 
     pub(super) fn resume_vm(&self, vm: VmId, command: &VmCommand) -> Result<VmReport, Problem> {
-        self.set(vm, command.epoch, command.generation, |vm, held| vm.run(held))
+        self.set(vm, command.epoch, command.generation, |vm, held| {
+            vm.run(held)
+        })
     }
 
-    pub(super) fn prepare_incoming(&self, vm: VmId, command: &PrepareIncoming) -> Result<IncomingReady, Problem> {
+    pub(super) fn prepare_incoming(
+        &self,
+        vm: VmId,
+        command: &PrepareIncoming,
+    ) -> Result<IncomingReady, Problem> {
         let mut state = self.admit(vm, command.epoch, command.generation)?;
         let status = MigrationStatus {
             migration: command.migration,
@@ -315,13 +341,23 @@ impl SimHost {
             );
         }
         self.poke.notify_one();
-        Ok(IncomingReady { address: state.facts.address })
+        Ok(IncomingReady {
+            address: state.facts.address,
+        })
     }
 
-    pub(super) fn start_outgoing(self: &Arc<Self>, vm: VmId, command: &StartOutgoing) -> Result<VmReport, Problem> {
+    pub(super) fn start_outgoing(
+        self: &Arc<Self>,
+        vm: VmId,
+        command: &StartOutgoing,
+    ) -> Result<VmReport, Problem> {
         let mut begun = false;
         let report = self.set(vm, command.epoch, command.generation, |vm, _| {
-            if vm.migration.as_ref().is_some_and(|known| known.migration == command.migration) {
+            if vm
+                .migration
+                .as_ref()
+                .is_some_and(|known| known.migration == command.migration)
+            {
                 return Ok(());
             }
             begun = true;
@@ -330,25 +366,47 @@ impl SimHost {
                 sequence: 1,
                 role: MigrationRole::Source,
                 phase: MigrationPhase::PreCopy,
-                progress: MigrationProgress { memory_bytes: Bytes(512 << 20), ..MigrationProgress::default() },
+                progress: MigrationProgress {
+                    memory_bytes: Bytes(512 << 20),
+                    ..MigrationProgress::default()
+                },
                 connected: true,
                 reason: None,
             });
             Ok(())
         })?;
         let hosts = self.hosts.get().unwrap();
-        let target = hosts.values().find(|host| host.state().facts.address == command.target).cloned();
+        let target = hosts
+            .values()
+            .find(|host| host.state().facts.address == command.target)
+            .cloned();
         if let Some(target) = target.filter(|_| begun) {
-            tokio::spawn(send(self.clone(), target, vm, command.migration, command.epoch));
+            tokio::spawn(send(
+                self.clone(),
+                target,
+                vm,
+                command.migration,
+                command.epoch,
+            ));
         }
         Ok(report)
     }
 
-    pub(super) fn cancel_migration(&self, vm: VmId, command: &CancelMigration) -> Result<VmReport, Problem> {
+    pub(super) fn cancel_migration(
+        &self,
+        vm: VmId,
+        command: &CancelMigration,
+    ) -> Result<VmReport, Problem> {
         let mut state = self.state();
         let held = state.lease_held(Instant::now());
-        let known = state.vms.get_mut(&vm).ok_or_else(|| Problem::not_found("VM", vm))?;
-        let status = known.migration.as_mut().filter(|known| known.migration == command.migration);
+        let known = state
+            .vms
+            .get_mut(&vm)
+            .ok_or_else(|| Problem::not_found("VM", vm))?;
+        let status = known
+            .migration
+            .as_mut()
+            .filter(|known| known.migration == command.migration);
         let status = status.ok_or_else(|| Problem::not_found("migration", command.migration))?;
         match (status.role, status.phase) {
             (MigrationRole::Source, MigrationPhase::PreCopy | MigrationPhase::Blackout) => {
@@ -387,14 +445,19 @@ impl SimHost {
         let mut state = self.state();
         let held = state.lease_held(Instant::now());
         let known = state.vms.get_mut(&vm)?;
-        known.migration.as_ref().filter(|known| known.migration == migration)?;
+        known
+            .migration
+            .as_ref()
+            .filter(|known| known.migration == migration)?;
         let result = change(known, held);
         self.poke.notify_one();
         Some(result)
     }
 
     fn phase(&self, vm: VmId, migration: MigrationId) -> Option<MigrationPhase> {
-        self.with_migration(vm, migration, |vm, _| vm.migration.as_ref().map(|status| status.phase))?
+        self.with_migration(vm, migration, |vm, _| {
+            vm.migration.as_ref().map(|status| status.phase)
+        })?
     }
 
     fn enter(&self, vm: VmId, migration: MigrationId, phase: MigrationPhase) {
@@ -413,7 +476,9 @@ impl SimVm {
     /// A VMM looks at its lease before it lets vCPUs run.
     fn run(&mut self, lease_held: bool) -> Result<(), Problem> {
         if self.lease == LeasePolicy::Watched && !lease_held {
-            self.state = Some(VmmState::Paused { reason: PauseReason::LeaseExpired });
+            self.state = Some(VmmState::Paused {
+                reason: PauseReason::LeaseExpired,
+            });
             return Err(refuse("lease-expired"));
         }
         self.state = Some(VmmState::Running);
@@ -427,10 +492,14 @@ impl State {
     }
 
     fn expire(&mut self, now: Instant) {
-        let over = self.lease_until.is_none_or(|until| now >= until + STOPS_LATE);
+        let over = self
+            .lease_until
+            .is_none_or(|until| now >= until + STOPS_LATE);
         for vm in self.vms.values_mut() {
             if over && vm.lease == LeasePolicy::Watched && vm.state == Some(VmmState::Running) {
-                vm.state = Some(VmmState::Paused { reason: PauseReason::LeaseExpired });
+                vm.state = Some(VmmState::Paused {
+                    reason: PauseReason::LeaseExpired,
+                });
             }
         }
     }
@@ -442,7 +511,12 @@ impl State {
             epoch: vm.epoch,
             generation: vm.generation,
             state: vm.state.clone(),
-            usage: VmUsage { cpu_percent: 5.0, rss_bytes: Bytes(512 << 20), exits_per_s: 1.0, dirty_bytes_per_s: 0 },
+            usage: VmUsage {
+                cpu_percent: 5.0,
+                rss_bytes: Bytes(512 << 20),
+                exits_per_s: 1.0,
+                dirty_bytes_per_s: 0,
+            },
             migration: vm.migration.clone(),
         })
     }
@@ -454,7 +528,11 @@ async fn beat_for_ever(host: Arc<SimHost>) {
         let (beat, sent, busy) = {
             let mut state = host.state();
             state.sequence += 1;
-            let ids: Vec<VmId> = if state.hides { Vec::new() } else { state.vms.keys().copied().collect() };
+            let ids: Vec<VmId> = if state.hides {
+                Vec::new()
+            } else {
+                state.vms.keys().copied().collect()
+            };
             let beat = Heartbeat {
                 host: host.id,
                 incarnation: state.incarnation,
@@ -465,7 +543,10 @@ async fn beat_for_ever(host: Arc<SimHost>) {
                     vms: ids.into_iter().filter_map(|id| state.report(id)).collect(),
                 },
             };
-            let busy = state.vms.values().any(|vm| vm.migration.as_ref().is_some_and(|m| !m.phase.is_final()));
+            let busy = state
+                .vms
+                .values()
+                .any(|vm| vm.migration.as_ref().is_some_and(|m| !m.phase.is_final()));
             (beat, Instant::now(), busy)
         };
         tokio::time::sleep(LATENCY).await;
@@ -505,7 +586,10 @@ fn obey(host: &SimHost, sent: Instant, lease_ms: u64, orders: &[Order]) {
     for order in orders {
         if let Order::Resume { vm, epoch } = order
             && let Some(known) = state.vms.get_mut(vm).filter(|known| known.epoch == *epoch)
-            && known.state == Some(VmmState::Paused { reason: PauseReason::LeaseExpired })
+            && known.state
+                == Some(VmmState::Paused {
+                    reason: PauseReason::LeaseExpired,
+                })
         {
             let _ = known.run(held);
         }
@@ -518,7 +602,13 @@ fn both_linked(source: &SimHost, target: &SimHost) -> bool {
 }
 
 /// The VMMs' side of a migration: it goes on while agents are frozen.
-async fn send(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+async fn send(
+    source: Arc<SimHost>,
+    target: Arc<SimHost>,
+    vm: VmId,
+    migration: MigrationId,
+    epoch: Epoch,
+) {
     let steps = 6;
     for step in 1..=steps {
         tokio::time::sleep(COPY_TIME / steps).await;
@@ -543,7 +633,9 @@ async fn send(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: M
             vm.enter(MigrationPhase::Failed);
             return false;
         }
-        vm.state = Some(VmmState::Paused { reason: PauseReason::HandOver });
+        vm.state = Some(VmmState::Paused {
+            reason: PauseReason::HandOver,
+        });
         vm.enter(MigrationPhase::Blackout);
         true
     });
@@ -564,13 +656,23 @@ async fn send(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: M
 }
 
 /// The target's agent asks for the commit until it is answered.
-async fn receive(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+async fn receive(
+    source: Arc<SimHost>,
+    target: Arc<SimHost>,
+    vm: VmId,
+    migration: MigrationId,
+    epoch: Epoch,
+) {
     loop {
         target.answering().await;
         if target.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
             return;
         }
-        let request = CommitRequest { vm, host: target.id, epoch };
+        let request = CommitRequest {
+            vm,
+            host: target.id,
+            epoch,
+        };
         tokio::time::sleep(LATENCY).await;
         let answer = match target.server.get() {
             Some((agents, life)) => tokio::select! {
@@ -594,7 +696,9 @@ async fn receive(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration
                     source.with_migration(vm, migration, |known, _| {
                         known.enter(MigrationPhase::Completed);
                         known.migration.as_mut().unwrap().progress.downtime_us = Some(40_000);
-                        known.state = Some(VmmState::Stopped { reason: StopReason::MigratedAway });
+                        known.state = Some(VmmState::Stopped {
+                            reason: StopReason::MigratedAway,
+                        });
                     });
                 }
                 let mut state = target.state();
@@ -617,7 +721,12 @@ async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: 
         if source.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
             return;
         }
-        let request = ResolveRequest { vm, host: source.id, role: MigrationRole::Source, epoch };
+        let request = ResolveRequest {
+            vm,
+            host: source.id,
+            role: MigrationRole::Source,
+            epoch,
+        };
         let answer = match source.server.get() {
             Some((agents, life)) => tokio::select! {
                 answer = agents.resolve(source.id, migration, request) => answer.ok(),

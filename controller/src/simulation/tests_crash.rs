@@ -12,7 +12,11 @@ impl Pool {
         self.wait("everything has settled", |view| {
             view.active_operations().next().is_none()
                 && view.vms.values().all(|vm| {
-                    let wanted = if vm.intent.wants_vmm() { VmState::Running } else { VmState::Stopped };
+                    let wanted = if vm.intent.wants_vmm() {
+                        VmState::Running
+                    } else {
+                        VmState::Stopped
+                    };
                     view.vm_status(vm).state == wanted
                 })
         })
@@ -36,7 +40,12 @@ impl Pool {
         let ended = async {
             if let Some(operation) = accepted.ok().and_then(|accepted| accepted.operation) {
                 let mut changed = self.controller.changed();
-                while !self.view().operations.get(&operation).is_none_or(|op| op.state.is_final()) {
+                while !self
+                    .view()
+                    .operations
+                    .get(&operation)
+                    .is_none_or(|op| op.state.is_final())
+                {
                     if changed.changed().await.is_err() {
                         break;
                     }
@@ -82,8 +91,11 @@ async fn one_vm() -> (Pool, VmId) {
 
 #[tokio::test(start_paused = true)]
 async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_owner() {
-    let migrate =
-        |vm| Intent::MigrateVm { vm, target: Some(Pool::id(2)), policy: MigrationPolicy::default() };
+    let migrate = |vm| Intent::MigrateVm {
+        vm,
+        target: Some(Pool::id(2)),
+        policy: MigrationPolicy::default(),
+    };
     let killed = at_every_transaction(one_vm, migrate).await;
     assert!(killed >= 5, "killed {killed} times");
 }
@@ -103,9 +115,14 @@ async fn a_server_killed_at_any_step_of_a_pause_resumes() {
         let (mut pool, vm) = one_vm().await;
         let died = pool.dies_during(Intent::PauseVm { vm }, transactions).await;
         let intent = pool.view().vms[&vm].intent;
-        let wanted = if intent == PowerIntent::Paused { VmState::Paused } else { VmState::Running };
+        let wanted = if intent == PowerIntent::Paused {
+            VmState::Paused
+        } else {
+            VmState::Running
+        };
         pool.wait("it is as wanted", |view| {
-            view.active_operations().next().is_none() && view.vm_status(&view.vms[&vm]).state == wanted
+            view.active_operations().next().is_none()
+                && view.vm_status(&view.vms[&vm]).state == wanted
         })
         .await;
         if !died {
@@ -162,19 +179,31 @@ async fn a_server_killed_at_any_step_of_a_maintenance_drains_and_restores_all_th
             overrides: BTreeMap::new(),
         };
         let accepted = pool.submit(Intent::CreateMaintenance(new)).await.unwrap();
-        let Resource::Maintenance(id) = accepted.resource else { panic!("not a maintenance") };
-        pool.dies_during(Intent::StartMaintenance { maintenance: id }, transactions).await;
+        let Resource::Maintenance(id) = accepted.resource else {
+            panic!("not a maintenance")
+        };
+        pool.dies_during(Intent::StartMaintenance { maintenance: id }, transactions)
+            .await;
         let state = |view: &View| view.maintenances[&id].state;
         if state(&pool.view()) == MaintenanceState::Ready {
-            pool.submit(Intent::StartMaintenance { maintenance: id }).await.unwrap();
+            pool.submit(Intent::StartMaintenance { maintenance: id })
+                .await
+                .unwrap();
         }
-        pool.wait("it is drained", |view| state(view) == MaintenanceState::Drained).await;
+        pool.wait("it is drained", |view| {
+            state(view) == MaintenanceState::Drained
+        })
+        .await;
         assert_eq!(pool.view().vms_of(Pool::id(1)).count(), 0);
-        pool.dies_during(Intent::FinishMaintenance { maintenance: id }, transactions).await;
+        pool.dies_during(Intent::FinishMaintenance { maintenance: id }, transactions)
+            .await;
         if state(&pool.view()) == MaintenanceState::Drained {
-            pool.submit(Intent::FinishMaintenance { maintenance: id }).await.unwrap();
+            pool.submit(Intent::FinishMaintenance { maintenance: id })
+                .await
+                .unwrap();
         }
-        pool.wait("it is done", |view| state(view) == MaintenanceState::Done).await;
+        pool.wait("it is done", |view| state(view) == MaintenanceState::Done)
+            .await;
         pool.settled().await;
         assert_eq!(pool.view().vms_of(Pool::id(1)).count(), 2);
     }
@@ -206,7 +235,10 @@ async fn whatever_fails_at_random_no_vm_is_lost_and_none_runs_twice() {
                 0 => pool.host(host).cut(),
                 1 => pool.host(host).freeze(),
                 2 => pool.host(host).reboot(),
-                3 => pool.restart_server(Duration::from_millis(dice.roll(12_000)), None).await,
+                3 => {
+                    pool.restart_server(Duration::from_millis(dice.roll(12_000)), None)
+                        .await
+                }
                 4 | 5 => {
                     pool.host(host).mend();
                     pool.host(host).thaw();
@@ -219,7 +251,13 @@ async fn whatever_fails_at_random_no_vm_is_lost_and_none_runs_twice() {
                     let ids: Vec<VmId> = pool.view().vms.keys().copied().collect();
                     let vm = ids[dice.roll(ids.len() as u64) as usize];
                     let policy = MigrationPolicy::default();
-                    let _ = pool.submit(Intent::MigrateVm { vm, target: None, policy }).await;
+                    let _ = pool
+                        .submit(Intent::MigrateVm {
+                            vm,
+                            target: None,
+                            policy,
+                        })
+                        .await;
                 }
             }
             tokio::time::sleep(Duration::from_millis(dice.roll(4_000))).await;
@@ -233,7 +271,10 @@ async fn whatever_fails_at_random_no_vm_is_lost_and_none_runs_twice() {
             host.thaw();
         }
         pool.life.dies_after(u64::MAX);
-        eprintln!("seed {seed}: {} transactions in the last life", pool.life.transactions());
+        eprintln!(
+            "seed {seed}: {} transactions in the last life",
+            pool.life.transactions()
+        );
         pool.settled().await;
     }
 }

@@ -21,7 +21,10 @@ async fn vms_of_a_host_that_falls_silent_run_elsewhere_after_9_to_15_seconds() {
     // The worst case for the wait is a cut right after a heartbeat, the best right before one.
     pool.host(1).cut();
     let took = restarted(&pool, vm, 1).await;
-    assert!(took >= Duration::from_secs(8) && took <= Duration::from_secs(15), "{took:?}");
+    assert!(
+        took >= Duration::from_secs(8) && took <= Duration::from_secs(15),
+        "{took:?}"
+    );
     assert_eq!(pool.events("host.unreachable"), 1);
     assert_eq!(pool.events("vm.restarted"), 1);
     let kept = pool.owner(vm).unwrap();
@@ -29,7 +32,10 @@ async fn vms_of_a_host_that_falls_silent_run_elsewhere_after_9_to_15_seconds() {
     pool.host(1).mend();
     let old = pool.host(1).clone();
     pool.wait("the old copy is gone", |_| !old.has(vm)).await;
-    pool.wait("the host is back", |view| view.liveness(Pool::id(1)) == Liveness::Up).await;
+    pool.wait("the host is back", |view| {
+        view.liveness(Pool::id(1)) == Liveness::Up
+    })
+    .await;
     assert_eq!((pool.owner(vm), pool.runs_on(vm)), (Some(kept), vec![kept]));
     assert_eq!(pool.events("host.returned"), 1);
 }
@@ -50,7 +56,11 @@ async fn the_wait_is_never_shorter_than_the_lease_the_stop_time_and_the_margin()
     pool.host(1).cut();
     let cut = Instant::now();
     restarted(&pool, vm, 1).await;
-    assert!(last.elapsed() >= Duration::from_secs(9) - Duration::from_millis(10), "{:?}", cut.elapsed());
+    assert!(
+        last.elapsed() >= Duration::from_secs(9) - Duration::from_millis(10),
+        "{:?}",
+        cut.elapsed()
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -74,23 +84,34 @@ async fn a_short_silence_ends_with_the_same_vm_on_the_same_host() {
     let epoch = pool.view().vms[&vm].epoch;
     let id = Pool::id(1);
     let before = pool.view().observed[&id].heard_at;
-    pool.wait("a heartbeat comes", |view| view.observed[&id].heard_at != before).await;
+    pool.wait("a heartbeat comes", |view| {
+        view.observed[&id].heard_at != before
+    })
+    .await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     pool.host(1).cut();
     tokio::time::sleep(Duration::from_millis(8_200)).await;
     assert!(pool.runs_on(vm).is_empty(), "it has stopped itself");
     pool.host(1).mend();
     pool.running(vm).await;
-    assert_eq!((pool.owner(vm), pool.view().vms[&vm].epoch), (Some(1), epoch));
+    assert_eq!(
+        (pool.owner(vm), pool.view().vms[&vm].epoch),
+        (Some(1), epoch)
+    );
     assert_eq!(pool.runs_on(vm), [1]);
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_unwatched_vm_runs_on_and_awaits_a_fence() {
     let pool = Pool::of(2).await;
-    let vm = pool.vm_with("a", 1, |new| new.lease = LeasePolicy::Unwatched).await;
+    let vm = pool
+        .vm_with("a", 1, |new| new.lease = LeasePolicy::Unwatched)
+        .await;
     pool.host(1).cut();
-    pool.wait("it awaits a fence", |view| view.vm_status(&view.vms[&vm]).state == VmState::AwaitingFence).await;
+    pool.wait("it awaits a fence", |view| {
+        view.vm_status(&view.vms[&vm]).state == VmState::AwaitingFence
+    })
+    .await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!((pool.owner(vm), pool.runs_on(vm)), (Some(1), vec![1]));
     pool.host(1).mend();
@@ -102,13 +123,16 @@ async fn an_unwatched_vm_runs_on_and_awaits_a_fence() {
 async fn a_reboot_is_proof_that_everything_from_before_is_gone() {
     let pool = Pool::of(2).await;
     let watched = pool.vm("a", 1).await;
-    let unwatched = pool.vm_with("b", 1, |new| new.lease = LeasePolicy::Unwatched).await;
+    let unwatched = pool
+        .vm_with("b", 1, |new| new.lease = LeasePolicy::Unwatched)
+        .await;
     pool.host(1).cut();
     tokio::time::sleep(Duration::from_secs(3)).await;
     pool.host(1).reboot();
     pool.host(1).mend();
     for vm in [watched, unwatched] {
-        pool.wait("it was started again", |view| view.vms[&vm].epoch.0 == 2).await;
+        pool.wait("it was started again", |view| view.vms[&vm].epoch.0 == 2)
+            .await;
         pool.running(vm).await;
         assert_eq!(pool.runs_on(vm).len(), 1);
     }
@@ -122,13 +146,20 @@ async fn after_a_server_start_every_host_has_a_full_wait() {
     let epoch = pool.view().vms[&vm].epoch;
     pool.restart_server(Duration::from_secs(60), None).await;
     pool.running(vm).await;
-    assert_eq!((pool.owner(vm), pool.view().vms[&vm].epoch), (Some(1), epoch), "it was resumed, not restarted");
+    assert_eq!(
+        (pool.owner(vm), pool.view().vms[&vm].epoch),
+        (Some(1), epoch),
+        "it was resumed, not restarted"
+    );
 
     // A host that is silent when the server starts is given up only after a wait from then on.
     pool.host(1).cut();
     pool.restart_server(Duration::from_secs(60), None).await;
     let took = restarted(&pool, vm, 1).await;
-    assert!(took >= Duration::from_secs(9) && took <= Duration::from_secs(15), "{took:?}");
+    assert!(
+        took >= Duration::from_secs(9) && took <= Duration::from_secs(15),
+        "{took:?}"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -136,7 +167,8 @@ async fn a_vm_that_its_host_does_not_know_any_more_is_started_only_there() {
     let pool = Pool::of(2).await;
     let vm = pool.vm("a", 1).await;
     pool.host(1).hide_vms();
-    pool.wait("it was started again", |view| view.vms[&vm].epoch.0 == 2).await;
+    pool.wait("it was started again", |view| view.vms[&vm].epoch.0 == 2)
+        .await;
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(pool.owner(vm), Some(1), "absence from a report is no proof");
     pool.check();
@@ -145,10 +177,16 @@ async fn a_vm_that_its_host_does_not_know_any_more_is_started_only_there() {
 #[tokio::test(start_paused = true)]
 async fn vms_that_find_no_room_stay_with_the_silent_host_until_it_is_back() {
     let pool = Pool::of(2).await;
-    let vm = pool.vm_with("big", 1, |new| new.spec.memory_mib = Mib(3000)).await;
-    pool.vm_with("other", 2, |new| new.spec.memory_mib = Mib(3000)).await;
+    let vm = pool
+        .vm_with("big", 1, |new| new.spec.memory_mib = Mib(3000))
+        .await;
+    pool.vm_with("other", 2, |new| new.spec.memory_mib = Mib(3000))
+        .await;
     pool.host(1).cut();
-    pool.wait("the operator is told", |view| view.vms[&vm].trouble.is_some()).await;
+    pool.wait("the operator is told", |view| {
+        view.vms[&vm].trouble.is_some()
+    })
+    .await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert_eq!(pool.owner(vm), Some(1));
     assert_eq!(pool.events("vm.no_room"), 1, "once, not with every look");
@@ -165,9 +203,14 @@ async fn a_crash_loop_slows_down_and_does_not_go_on_for_ever() {
     for round in 0..4 {
         let epoch = pool.view().vms[&vm].epoch;
         pool.host(1).kill_vmm(vm);
-        pool.wait("it was started again", |view| view.vms[&vm].epoch > epoch).await;
+        pool.wait("it was started again", |view| view.vms[&vm].epoch > epoch)
+            .await;
         pool.running(vm).await;
-        assert!(begun.elapsed() >= Duration::from_secs((1 << round) - 1), "round {round}: {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() >= Duration::from_secs((1 << round) - 1),
+            "round {round}: {:?}",
+            begun.elapsed()
+        );
     }
 }
 
@@ -178,18 +221,30 @@ async fn a_source_that_falls_silent_during_a_migration_loses_no_vm() {
             let pool = Pool::of(3).await;
             let vm = pool.vm("a", 1).await;
             let policy = godwit_wire::migration::MigrationPolicy::default();
-            let intent = Intent::MigrateVm { vm, target: Some(Pool::id(2)), policy };
+            let intent = Intent::MigrateVm {
+                vm,
+                target: Some(Pool::id(2)),
+                policy,
+            };
             let operation = pool.submit(intent).await.unwrap().operation.unwrap();
             tokio::time::sleep(Duration::from_millis(after_ms)).await;
             pool.host(cut).cut();
             pool.ended(operation).await;
             tokio::time::sleep(Duration::from_secs(30)).await;
             pool.running(vm).await;
-            assert_eq!(pool.runs_on(vm), [pool.owner(vm).unwrap()], "cut {cut} after {after_ms} ms");
+            assert_eq!(
+                pool.runs_on(vm),
+                [pool.owner(vm).unwrap()],
+                "cut {cut} after {after_ms} ms"
+            );
             pool.host(cut).mend();
             tokio::time::sleep(Duration::from_secs(10)).await;
             pool.check();
-            assert_eq!(pool.runs_on(vm), [pool.owner(vm).unwrap()], "cut {cut} after {after_ms} ms, mended");
+            assert_eq!(
+                pool.runs_on(vm),
+                [pool.owner(vm).unwrap()],
+                "cut {cut} after {after_ms} ms, mended"
+            );
             let copies = pool.hosts.values().filter(|host| host.has(vm)).count();
             assert_eq!(copies, 1, "cut {cut} after {after_ms} ms");
         }

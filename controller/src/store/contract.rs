@@ -12,7 +12,9 @@ pub const MAX_KEY_BYTES: usize = 256;
 pub const MAX_TXN_OPERATIONS: usize = 10_000;
 
 /// State of the whole store: grows by one with every transaction that writes. 0 is the empty store.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Revision(pub u64);
 
@@ -175,9 +177,17 @@ impl Txn {
     /// Checks the limits that every engine shares.
     pub(super) fn check(&self) -> Result<(), StoreError> {
         let within = |what, value: usize, limit: usize| {
-            if value > limit { Err(StoreError::TooLarge { what, value, limit }) } else { Ok(()) }
+            if value > limit {
+                Err(StoreError::TooLarge { what, value, limit })
+            } else {
+                Ok(())
+            }
         };
-        within("a transaction", self.compares.len() + self.writes.len(), MAX_TXN_OPERATIONS)?;
+        within(
+            "a transaction",
+            self.compares.len() + self.writes.len(),
+            MAX_TXN_OPERATIONS,
+        )?;
         let mut seen = std::collections::BTreeSet::new();
         for write in &self.writes {
             let key = match write {

@@ -25,8 +25,14 @@ struct Recent {
 impl History {
     /// A history that begins after `revision`.
     pub(super) fn after(revision: Revision) -> Self {
-        let recent = Recent { changes: VecDeque::new(), oldest: revision };
-        Self { recent: Mutex::new(recent), grown: Condvar::new() }
+        let recent = Recent {
+            changes: VecDeque::new(),
+            oldest: revision,
+        };
+        Self {
+            recent: Mutex::new(recent),
+            grown: Condvar::new(),
+        }
     }
 
     fn recent(&self) -> MutexGuard<'_, Recent> {
@@ -37,9 +43,14 @@ impl History {
     /// Adds a transaction; calls come in the order of revisions.
     pub(super) fn push(&self, revision: Revision, writes: &[Write]) {
         let mut recent = self.recent();
-        recent.changes.extend(writes.iter().map(|write| Change { revision, write: write.clone() }));
+        recent.changes.extend(writes.iter().map(|write| Change {
+            revision,
+            write: write.clone(),
+        }));
         while recent.changes.len() > MAX_HISTORY_CHANGES {
-            let Some(oldest) = recent.changes.front().map(|change| change.revision) else { break };
+            let Some(oldest) = recent.changes.front().map(|change| change.revision) else {
+                break;
+            };
             recent.forget(oldest);
         }
         drop(recent);
@@ -57,7 +68,9 @@ impl History {
         let mut recent = self.recent();
         loop {
             if after < recent.oldest {
-                return Watched::Compacted { oldest: recent.oldest };
+                return Watched::Compacted {
+                    oldest: recent.oldest,
+                };
             }
             let found: Vec<Change> = recent
                 .changes
@@ -77,7 +90,11 @@ impl History {
 
 impl Recent {
     fn forget(&mut self, upto: Revision) {
-        while self.changes.front().is_some_and(|change| change.revision <= upto) {
+        while self
+            .changes
+            .front()
+            .is_some_and(|change| change.revision <= upto)
+        {
             self.changes.pop_front();
         }
         self.oldest = self.oldest.max(upto);

@@ -1,6 +1,8 @@
 //! An engine that forgets everything when it is dropped: for simulations.
 
-use super::contract::{Compare, Entry, Revision, Store, StoreError, Txn, TxnOutcome, Watched, Write};
+use super::contract::{
+    Compare, Entry, Revision, Store, StoreError, Txn, TxnOutcome, Watched, Write,
+};
 use super::history::History;
 use std::collections::BTreeMap;
 use std::ops::Bound;
@@ -22,7 +24,10 @@ struct Content {
 
 impl Default for MemoryStore {
     fn default() -> Self {
-        Self { content: Mutex::default(), history: History::after(Revision(0)) }
+        Self {
+            content: Mutex::default(),
+            history: History::after(Revision(0)),
+        }
     }
 }
 
@@ -42,9 +47,10 @@ impl Content {
     fn holds(&self, compare: &Compare) -> bool {
         match compare {
             Compare::Absent { key } => !self.entries.contains_key(key),
-            Compare::Unchanged { key, revision } => {
-                self.entries.get(key).is_some_and(|(_, written)| written == revision)
-            }
+            Compare::Unchanged { key, revision } => self
+                .entries
+                .get(key)
+                .is_some_and(|(_, written)| written == revision),
         }
     }
 }
@@ -66,7 +72,11 @@ impl Store for MemoryStore {
             .entries
             .range(from)
             .take_while(|(key, _)| key.starts_with(prefix))
-            .map(|(key, (value, revision))| Entry { key: key.clone(), value: value.clone(), revision: *revision })
+            .map(|(key, (value, revision))| Entry {
+                key: key.clone(),
+                value: value.clone(),
+                revision: *revision,
+            })
             .collect();
         Ok((entries, content.revision))
     }
@@ -84,7 +94,9 @@ impl Store for MemoryStore {
         for write in &txn.writes {
             match write {
                 Write::Put { key, value } => {
-                    content.entries.insert(key.clone(), (value.clone(), revision));
+                    content
+                        .entries
+                        .insert(key.clone(), (value.clone(), revision));
                 }
                 Write::Delete { key } => {
                     content.entries.remove(key);

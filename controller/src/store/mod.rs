@@ -14,8 +14,7 @@ pub mod sqlite;
 #[cfg(test)]
 mod suite;
 
-
 pub use contract::{
-    Change, Compare, Entry, MAX_KEY_BYTES, MAX_TXN_OPERATIONS, MAX_VALUE_BYTES, Revision, Store, StoreError, Txn, TxnOutcome,
-    Watched, Write,
+    Change, Compare, Entry, MAX_KEY_BYTES, MAX_TXN_OPERATIONS, MAX_VALUE_BYTES, Revision, Store,
+    StoreError, Txn, TxnOutcome, Watched, Write,
 };

@@ -4,9 +4,13 @@
 //! survives the loss of power. The file is locked exclusively, so a second server on the same state directory
 //! cannot start. History for watchers is kept in memory: after a restart a watcher lists again.
 
-use super::contract::{Compare, Entry, Revision, Store, StoreError, Txn, TxnOutcome, Watched, Write};
+use super::contract::{
+    Compare, Entry, Revision, Store, StoreError, Txn, TxnOutcome, Watched, Write,
+};
 use super::history::History;
-use rusqlite::{Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params};
+use rusqlite::{
+    Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params,
+};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -27,8 +31,13 @@ pub struct SqliteStore {
     path: PathBuf,
 }
 
-fn engine<E: std::error::Error + Send + Sync + 'static>(action: &'static str) -> impl FnOnce(E) -> StoreError {
-    move |source| StoreError::Engine { action, source: Box::new(source) }
+fn engine<E: std::error::Error + Send + Sync + 'static>(
+    action: &'static str,
+) -> impl FnOnce(E) -> StoreError {
+    move |source| StoreError::Engine {
+        action,
+        source: Box::new(source),
+    }
 }
 
 impl SqliteStore {
@@ -40,7 +49,11 @@ impl SqliteStore {
         let revision = read_revision(&connection)?;
         tracing::info!(path = %path.display(), %revision, "store opened");
         let history = History::after(revision);
-        Ok(Self { connection: Mutex::new(connection), history, path: path.to_owned() })
+        Ok(Self {
+            connection: Mutex::new(connection),
+            history,
+            path: path.to_owned(),
+        })
     }
 
     /// The file.
@@ -50,7 +63,9 @@ impl SqliteStore {
 
     fn connection(&self) -> MutexGuard<'_, Connection> {
         // An unfinished transaction is rolled back when its guard is dropped, also by a panic.
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -65,21 +80,29 @@ fn configure(connection: &mut Connection) -> rusqlite::Result<()> {
 
 fn in_use(path: &Path, error: rusqlite::Error) -> StoreError {
     match error.sqlite_error_code() {
-        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse { path: path.to_owned() },
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::InUse {
+            path: path.to_owned(),
+        },
         _ => engine("set up its file")(error),
     }
 }
 
 fn migrate(connection: &mut Connection) -> Result<(), StoreError> {
     let action = "bring its schema up to date";
-    let found: u32 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(engine(action))?;
+    let found: u32 = connection
+        .query_row("PRAGMA user_version", [], |row| row.get(0))
+        .map_err(engine(action))?;
     if found > SCHEMA_VERSION {
-        return Err(StoreError::NewerSchema { found, known: SCHEMA_VERSION });
+        return Err(StoreError::NewerSchema {
+            found,
+            known: SCHEMA_VERSION,
+        });
     }
     for (version, statements) in MIGRATIONS.iter().enumerate().skip(found as usize) {
         let txn = connection.transaction().map_err(engine(action))?;
         txn.execute_batch(statements).map_err(engine(action))?;
-        txn.pragma_update(None, "user_version", version as u32 + 1).map_err(engine(action))?;
+        txn.pragma_update(None, "user_version", version as u32 + 1)
+            .map_err(engine(action))?;
         txn.commit().map_err(engine(action))?;
     }
     Ok(())
@@ -118,7 +141,8 @@ fn apply(txn: &Transaction<'_>, writes: &[Write], revision: Revision) -> rusqlit
             Write::Delete { key } => txn.prepare_cached("DELETE FROM entries WHERE key = ?1")?.execute([key])?,
         };
     }
-    txn.prepare_cached("UPDATE counters SET value = ?1 WHERE name = 'revision'")?.execute([revision])?;
+    txn.prepare_cached("UPDATE counters SET value = ?1 WHERE name = 'revision'")?
+        .execute([revision])?;
     Ok(())
 }
 
@@ -131,7 +155,11 @@ impl Store for SqliteStore {
                 query
                     .query_row([key], |row| {
                         let revision = Revision(row.get::<_, i64>(1)?.unsigned_abs());
-                        Ok(Entry { key: key.to_owned(), value: row.get(0)?, revision })
+                        Ok(Entry {
+                            key: key.to_owned(),
+                            value: row.get(0)?,
+                            revision,
+                        })
                     })
                     .optional()
             })
@@ -149,7 +177,11 @@ impl Store for SqliteStore {
             query
                 .query_map(params![prefix, characters], |row| {
                     let revision = Revision(row.get::<_, i64>(2)?.unsigned_abs());
-                    Ok(Entry { key: row.get(0)?, value: row.get(1)?, revision })
+                    Ok(Entry {
+                        key: row.get(0)?,
+                        value: row.get(1)?,
+                        revision,
+                    })
                 })?
                 .collect()
         };
@@ -229,7 +261,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("store.db");
         let _first = SqliteStore::open(&path).unwrap();
-        assert!(matches!(SqliteStore::open(&path), Err(StoreError::InUse { .. })));
+        assert!(matches!(
+            SqliteStore::open(&path),
+            Err(StoreError::InUse { .. })
+        ));
     }
 
     #[test]
@@ -238,9 +273,14 @@ mod tests {
         let path = directory.path().join("store.db");
         drop(SqliteStore::open(&path).unwrap());
         let connection = Connection::open(&path).unwrap();
-        connection.pragma_update(None, "user_version", SCHEMA_VERSION + 1).unwrap();
+        connection
+            .pragma_update(None, "user_version", SCHEMA_VERSION + 1)
+            .unwrap();
         drop(connection);
-        assert!(matches!(SqliteStore::open(&path), Err(StoreError::NewerSchema { .. })));
+        assert!(matches!(
+            SqliteStore::open(&path),
+            Err(StoreError::NewerSchema { .. })
+        ));
     }
 
     #[test]
@@ -248,25 +288,49 @@ mod tests {
     fn time_of_a_commit_transaction() {
         let directory = tempfile::tempdir_in(".").unwrap();
         let store = SqliteStore::open(&directory.path().join("store.db")).unwrap();
-        let (mut vm, mut migration) = (suite::put(&store, "vm/1", &[0; 900]), suite::put(&store, "mig/1", &[0; 900]));
+        let (mut vm, mut migration) = (
+            suite::put(&store, "vm/1", &[0; 900]),
+            suite::put(&store, "mig/1", &[0; 900]),
+        );
         let mut times: Vec<Duration> = (0..500)
             .map(|round: u32| {
                 let value = vec![round as u8; 900];
-                let writes = ["vm/1".to_owned(), "mig/1".to_owned(), format!("event/{round:020}")];
+                let writes = [
+                    "vm/1".to_owned(),
+                    "mig/1".to_owned(),
+                    format!("event/{round:020}"),
+                ];
                 let txn = Txn {
                     compares: vec![
-                        Compare::Unchanged { key: "vm/1".into(), revision: vm },
-                        Compare::Unchanged { key: "mig/1".into(), revision: migration },
+                        Compare::Unchanged {
+                            key: "vm/1".into(),
+                            revision: vm,
+                        },
+                        Compare::Unchanged {
+                            key: "mig/1".into(),
+                            revision: migration,
+                        },
                     ],
-                    writes: writes.into_iter().map(|key| Write::Put { key, value: value.clone() }).collect(),
+                    writes: writes
+                        .into_iter()
+                        .map(|key| Write::Put {
+                            key,
+                            value: value.clone(),
+                        })
+                        .collect(),
                 };
                 let begun = std::time::Instant::now();
-                let TxnOutcome::Committed(revision) = store.txn(&txn).unwrap() else { panic!("conflict") };
+                let TxnOutcome::Committed(revision) = store.txn(&txn).unwrap() else {
+                    panic!("conflict")
+                };
                 (vm, migration) = (revision, revision);
                 begun.elapsed()
             })
             .collect();
         times.sort();
-        println!("commit transaction: p50 {:?} p99 {:?} max {:?}", times[250], times[495], times[499]);
+        println!(
+            "commit transaction: p50 {:?} p99 {:?} max {:?}",
+            times[250], times[495], times[499]
+        );
     }
 }

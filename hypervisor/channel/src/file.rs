@@ -53,33 +53,55 @@ impl FileError {
 }
 
 /// Replaces the content of `path`: written beside it, synced, renamed over it, and the directory synced, so that
-/// after a crash there is the old content or the new, never a mixture.
+/// after a crash of the host there is the old content or the new, never a mixture.
 pub fn write_atomically(path: &Path, content: &[u8], access: Access) -> Result<(), FileError> {
     let failed = |source| FileError::new("write", path, source);
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let file = replace(path, content, access, |file| file.sync_all()).map_err(failed)?;
+    drop(file);
+    File::open(directory_of(path))
+        .and_then(|directory| directory.sync_all())
+        .map_err(failed)
+}
+
+/// As [`write_atomically`], but does not wait for the disk: other processes and a restarted one see the old content or
+/// the new, and only a crash of the host itself may lose it.
+pub fn replace_atomically(path: &Path, content: &[u8], access: Access) -> Result<(), FileError> {
+    let failed = |source| FileError::new("write", path, source);
+    replace(path, content, access, |_| Ok(()))
+        .map(drop)
+        .map_err(failed)
+}
+
+fn replace(
+    path: &Path,
+    content: &[u8],
+    access: Access,
+    settle: impl FnOnce(&File) -> io::Result<()>,
+) -> io::Result<File> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
     // A leftover of a crash may have other permissions: start from nothing.
     match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(access.mode())
-        .open(&beside)
-        .map_err(failed)?;
-    file.write_all(content).map_err(failed)?;
-    file.sync_all().map_err(failed)?;
-    fs::rename(&beside, path).map_err(failed)?;
-    File::open(directory)
-        .and_then(|directory| directory.sync_all())
-        .map_err(failed)
+        .open(&beside)?;
+    file.write_all(content)?;
+    settle(&file)?;
+    fs::rename(&beside, path)?;
+    Ok(file)
+}
+
+fn directory_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Reads a text file of at most `limit_bytes`.
@@ -107,6 +129,8 @@ mod tests {
         write_atomically(&path, b"one", Access::Private).unwrap();
         write_atomically(&path, b"two", Access::Private).unwrap();
         assert_eq!(read_text(&path, 100).unwrap(), "two");
+        replace_atomically(&path, b"three", Access::Private).unwrap();
+        assert_eq!(read_text(&path, 100).unwrap(), "three");
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600

@@ -47,6 +47,8 @@ use uuid::Uuid;
 /// How long a VMM left by a former agent may take to answer.
 const ADOPTION_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// Records are synced to disk on the runtime's own threads: one VM's must not keep another's commit waiting.
+const LEAST_WORKERS: usize = 4;
 /// How long drivers may take to kill their VMMs when the agent ends.
 const KILL_TIMEOUT: Duration = Duration::from_secs(4);
 
@@ -66,7 +68,9 @@ pub fn run(args: HostArgs) -> Result<(), HostError> {
     }
     log_to_stderr();
     facts::check_kvm()?;
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.max(LEAST_WORKERS))
         .enable_all()
         .build()
         .map_err(|source| HostError::System {

@@ -162,3 +162,122 @@ fn not_answered(contact: Contact, error: &CallError) -> Contact {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::{self, HostSampler};
+    use crate::vm::tests::fake::Host;
+    use godwit_wire::id::{Epoch, VmId};
+    use godwit_wire::lease::LeaseState;
+    use godwit_wire::machine::{CpuBaseline, CpuFacts};
+    use godwit_wire::vmm_api::{PauseReason, VmmState};
+
+    fn heartbeats(host: &Host) -> Heartbeats {
+        let cpu = CpuFacts {
+            level: CpuBaseline::V2,
+            signature: "s".into(),
+            model: "m".into(),
+        };
+        let address = ([127, 0, 0, 1], 1).into();
+        let facts = facts::facts("host".into(), address, cpu, None, Uuid::nil());
+        let registry = host.registry.clone();
+        let lease = LeasePage::open(&host.root.path().join("lease"), Uuid::nil()).unwrap();
+        Heartbeats {
+            host: host.server.host,
+            agent: Arc::new(Agent {
+                facts,
+                sampler: HostSampler::new(),
+                registry,
+            }),
+            control: host.server.control.clone(),
+            lease,
+        }
+    }
+
+    fn reply(orders: Vec<Order>) -> HeartbeatReply {
+        HeartbeatReply {
+            lease_ms: 6_000,
+            orders,
+        }
+    }
+
+    #[tokio::test]
+    async fn what_must_not_run_here_is_gone_before_the_lease_is_renewed() {
+        let mut host = Host::new().await;
+        let (elsewhere, later) = (VmId::fresh(), VmId::fresh());
+        host.start(elsewhere, 1, 1).await.unwrap();
+        host.start(later, 5, 1).await.unwrap();
+        let process = host.fakes.process(elsewhere);
+        let heartbeats = heartbeats(&host);
+        let destroy = |vm| Order::Destroy {
+            vm,
+            epoch: Epoch(4),
+        };
+        let obeying = heartbeats.obey(1, reply(vec![destroy(elsewhere), destroy(later)]), &[]);
+        obeying.await;
+        process.exited().await;
+        assert!(host.report(elsewhere).is_none());
+        assert_eq!(host.report(later).unwrap().state, Some(VmmState::Running));
+        assert!(matches!(heartbeats.lease.state(1), LeaseState::Held { .. }));
+        // The order also keeps late starts away.
+        assert_eq!(
+            host.start(elsewhere, 4, 9).await.unwrap_err().kind,
+            "stale-epoch"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_lease_is_not_renewed_while_something_cannot_be_destroyed() {
+        let mut host = Host::new().await;
+        let vm = VmId::fresh();
+        host.start(vm, 1, 1).await.unwrap();
+        let heartbeats = heartbeats(&host);
+        // More commands than a driver takes: the order does not get through.
+        let mut waiting = Vec::new();
+        while let Ok(()) = {
+            let (reply, answer) = tokio::sync::oneshot::channel();
+            waiting.push(answer);
+            let command = Command::Destroy(Epoch(0), reply);
+            host.registry.tell(vm, command)
+        } {}
+        heartbeats
+            .obey(
+                1,
+                reply(vec![Order::Destroy {
+                    vm,
+                    epoch: Epoch(4),
+                }]),
+                &[],
+            )
+            .await;
+        assert_eq!(heartbeats.lease.state(1), LeaseState::Expired);
+    }
+
+    #[tokio::test]
+    async fn a_vm_that_stopped_itself_is_resumed_after_the_lease_was_renewed() {
+        let mut host = Host::new().await;
+        let vm = VmId::fresh();
+        host.start(vm, 2, 1).await.unwrap();
+        let expired = VmmState::Paused {
+            reason: PauseReason::LeaseExpired,
+        };
+        host.fakes.set_state(vm, expired.clone());
+        host.until(vm, |report| report.state == Some(expired.clone()))
+            .await;
+        let heartbeats = heartbeats(&host);
+        heartbeats
+            .obey(
+                1,
+                reply(vec![Order::Resume {
+                    vm,
+                    epoch: Epoch(2),
+                }]),
+                &[],
+            )
+            .await;
+        assert!(matches!(heartbeats.lease.state(1), LeaseState::Held { .. }));
+        host.until(vm, |report| report.state == Some(VmmState::Running))
+            .await;
+    }
+}

@@ -310,6 +310,13 @@ impl VmDirectory {
         write(&self.record(), record)
     }
 
+    /// Writes the record for a successor of this agent, without waiting for the disk: for the moment in which a guest
+    /// stands still. What a crash of the host could lose then, the crash has made meaningless.
+    pub(crate) fn write_record_swiftly(&self, record: &VmRecord) -> Result<(), FileError> {
+        let path = self.record();
+        file::replace_atomically(&path, &to_text(&path, record)?, Access::Private)
+    }
+
     pub(crate) fn remove(&self) -> Result<(), FileError> {
         ignore_missing(std::fs::remove_dir_all(&self.path))
             .map_err(|e| FileError::new("remove", &self.path, e))
@@ -357,9 +364,11 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
 }
 
 fn write(path: &Path, value: &impl Serialize) -> Result<(), FileError> {
-    let text = serde_json::to_vec_pretty(value)
-        .map_err(|error| FileError::new("write", path, error.into()))?;
-    file::write_atomically(path, &text, Access::Private)
+    file::write_atomically(path, &to_text(path, value)?, Access::Private)
+}
+
+fn to_text(path: &Path, value: &impl Serialize) -> Result<Vec<u8>, FileError> {
+    serde_json::to_vec_pretty(value).map_err(|error| FileError::new("write", path, error.into()))
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ mod start;
 mod stop;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use registry::{Adopted, Context, Registry, adopt};
 

@@ -2,7 +2,7 @@
 
 use super::driver::Driver;
 use crate::admission::{Admission, Stale};
-use crate::record::{End, VmRecord};
+use crate::record::{End, VmDirectory, VmRecord};
 use godwit_channel::file::FileError;
 use godwit_wire::host_api::VmReport;
 use godwit_wire::id::{Epoch, Generation};
@@ -12,6 +12,9 @@ use tokio::time::Instant;
 
 /// How long the reason of a failure is remembered for a VM that is not here.
 const REFUSAL_KEPT: Duration = Duration::from_secs(600);
+
+/// A way to write a record.
+pub(super) type WriteRecord = fn(&VmDirectory, &VmRecord) -> Result<(), FileError>;
 
 /// A command that failed.
 #[derive(Debug)]
@@ -82,14 +85,21 @@ impl Driver {
         &mut self,
         change: impl FnOnce(&mut VmRecord),
     ) -> Result<(), Problem> {
+        self.change_record_by(VmDirectory::write_record, change)
+    }
+
+    /// The same with one of the directory's ways to write.
+    pub(super) fn change_record_by(
+        &mut self,
+        write: WriteRecord,
+        change: impl FnOnce(&mut VmRecord),
+    ) -> Result<(), Problem> {
         let Some(holding) = &mut self.holding else {
             return Err(Problem::not_found("VM", self.vm));
         };
         let mut record = holding.record.clone();
         change(&mut record);
-        self.directory
-            .write_record(&record)
-            .map_err(|error| unwritable(&error))?;
+        write(&self.directory, &record).map_err(|error| unwritable(&error))?;
         holding.record = record;
         Ok(())
     }

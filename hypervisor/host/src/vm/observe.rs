@@ -21,6 +21,8 @@ use tokio_util::task::AbortOnDropHandle;
 const STEADY: Duration = Duration::from_secs(1);
 /// The same while a guest has been asked to stop.
 const HURRIED: Duration = Duration::from_millis(100);
+/// Looks without an answer after which the log says so: a VMM that starts or ends need not answer.
+const LOOKS_UNTIL_SILENT: u32 = 3;
 /// How long a look may take.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Time between two samples of the dirty rate: taking one makes the guest fault on every page it writes.
@@ -128,7 +130,7 @@ impl Looker {
     async fn keep_looking(mut self, mut paces: watch::Receiver<Duration>) {
         let mut dirty_rate = 0;
         let mut next_dirty_rate = Instant::now() + DIRTY_RATE_FIRST + self.share_of(STEADY * 10);
-        let mut silent = false;
+        let mut unanswered = 0;
         loop {
             let turn = self.turn.load(Ordering::Acquire);
             match self
@@ -137,7 +139,7 @@ impl Looker {
                 .await
             {
                 Ok(info) => {
-                    if std::mem::take(&mut silent) {
+                    if std::mem::take(&mut unanswered) >= LOOKS_UNTIL_SILENT {
                         tracing::info!(vm = %self.vm, "the VMM answers again");
                     }
                     if info.state == VmmState::Running && Instant::now() >= next_dirty_rate {
@@ -153,11 +155,12 @@ impl Looker {
                         return;
                     }
                 }
-                Err(error) if !silent => {
-                    silent = true;
-                    tracing::warn!(vm = %self.vm, pid = self.pid, %error, "the VMM does not answer");
+                Err(error) => {
+                    unanswered += 1;
+                    if unanswered == LOOKS_UNTIL_SILENT {
+                        tracing::warn!(vm = %self.vm, pid = self.pid, %error, "the VMM does not answer");
+                    }
                 }
-                Err(_) => {}
             }
             let pace = *paces.borrow_and_update();
             tokio::select! {

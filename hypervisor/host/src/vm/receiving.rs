@@ -2,9 +2,10 @@
 
 use super::driver::{Driver, News};
 use super::handover::{Handover, OBEY_TIMEOUT, Warm, pauses};
+use super::ledger::WriteRecord;
 use crate::backoff::random;
 use crate::handover::{TargetStep, Verdict};
-use crate::record::{End, Purpose};
+use crate::record::{End, Purpose, VmDirectory};
 use godwit_wire::host_api::{CommitReply, CommitRequest};
 use godwit_wire::id::{Epoch, MigrationId};
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
@@ -129,7 +130,10 @@ impl Driver {
             return;
         };
         let migration = handover.migration;
-        if let Err(problem) = self.take_ownership(epoch, Purpose::Granted { migration }) {
+        // The guest stands still: the disk is not waited for until it runs.
+        let purpose = Purpose::Granted { migration };
+        let written = self.take_ownership(epoch, purpose, VmDirectory::write_record_swiftly);
+        if let Err(problem) = written {
             tracing::error!(vm = %self.vm, %migration, %problem, "the commit could not be written down; trying again");
             return self.look_again_later();
         }
@@ -158,7 +162,12 @@ impl Driver {
         }
     }
 
-    pub(super) fn take_ownership(&mut self, epoch: Epoch, purpose: Purpose) -> Result<(), Problem> {
+    pub(super) fn take_ownership(
+        &mut self,
+        epoch: Epoch,
+        purpose: Purpose,
+        write: WriteRecord,
+    ) -> Result<(), Problem> {
         let mut fence = self.fence;
         fence.raise(epoch);
         let settled = self
@@ -166,7 +175,7 @@ impl Driver {
             .as_ref()
             .is_some_and(|h| (h.record.epoch, h.record.purpose) == (epoch, purpose));
         if !settled {
-            self.change_record(|record| {
+            self.change_record_by(write, |record| {
                 record.epoch = epoch;
                 record.purpose = purpose;
                 record.fence = fence;
@@ -178,7 +187,8 @@ impl Driver {
 
     /// The migration is over, and the VM is this host's.
     pub(super) fn own(&mut self, epoch: Epoch) {
-        if let Err(problem) = self.take_ownership(epoch, Purpose::Owned) {
+        if let Err(problem) = self.take_ownership(epoch, Purpose::Owned, VmDirectory::write_record)
+        {
             // The record says `Granted` under this epoch, from which a successor comes to the same end.
             tracing::error!(vm = %self.vm, %epoch, %problem, "the end of the migration could not be written down");
         }

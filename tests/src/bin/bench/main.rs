@@ -1,4 +1,5 @@
-//! `bench NAME`: measures the figures of an issue, prints what it saw and writes `target/bench/NAME.json`.
+//! `bench NAME [SECTION…]`: measures the figures of an issue, or only some of them, prints what it saw and writes
+//! `target/bench/NAME.json`.
 //!
 //! Started by `tests/run bench NAME`, which builds everything with optimisation first.
 
@@ -14,9 +15,11 @@ use report::Report;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let name = std::env::args().nth(1).unwrap_or_default();
+    let mut arguments = std::env::args().skip(1);
+    let name = arguments.next().unwrap_or_default();
+    let sections: Vec<String> = arguments.collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be built");
-    match runtime.block_on(run(&name)) {
+    match runtime.block_on(run(&name, &sections)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench {name}: {error:#}");
@@ -25,32 +28,48 @@ fn main() -> ExitCode {
     }
 }
 
-async fn run(name: &str) -> anyhow::Result<()> {
+async fn run(name: &str, sections: &[String]) -> anyhow::Result<()> {
     let report = match name {
-        "first-flight" => first_flight().await?,
+        "first-flight" => first_flight(sections).await?,
         _ => bail!("no such bench; there is: first-flight"),
     };
     report.finish(name)
 }
 
 /// A running guest crosses hosts: how fast, how unnoticed, and how light the machine under it is.
-async fn first_flight() -> anyhow::Result<Report> {
+async fn first_flight(sections: &[String]) -> anyhow::Result<Report> {
+    let chosen = |section: &str| sections.is_empty() || sections.iter().any(|name| name == section);
     let mut report = Report::default();
     let linux = LinuxGuest::prepare();
     report.option("guest", if linux.is_ok() { "linux" } else { "pilot" });
+    report.option(
+        "sections",
+        if sections.is_empty() {
+            "all".to_owned()
+        } else {
+            sections.join(" ")
+        },
+    );
     let linux = linux
         .map_err(|reason| println!("no Linux guest: {reason}"))
         .ok();
+    let linux = linux.as_ref();
 
-    boot::measure(&mut report, linux.as_ref())
-        .await
-        .context("boot")?;
-    overhead::measure(&mut report, linux.as_ref())
-        .await
-        .context("overhead")?;
-    migration::measure(&mut report, linux.as_ref())
-        .await
-        .context("migration")?;
-    rest::measure(&mut report).await.context("REST")?;
+    if chosen("boot") {
+        boot::measure(&mut report, linux).await.context("boot")?;
+    }
+    if chosen("overhead") {
+        overhead::measure(&mut report, linux)
+            .await
+            .context("overhead")?;
+    }
+    if chosen("migration") {
+        migration::measure(&mut report, linux)
+            .await
+            .context("migration")?;
+    }
+    if chosen("rest") {
+        rest::measure(&mut report).await.context("REST")?;
+    }
     Ok(report)
 }

@@ -50,6 +50,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         spec,
         cpu,
         verify: Verify::Frames,
+        touched: Vec::new(),
     };
     (target, ready.address, hello)
 }

@@ -37,7 +37,7 @@ use uuid::Uuid;
 /// Longest a test waits for something that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-pub(super) fn start(epoch: u64, generation: u64) -> StartVm {
+pub(crate) fn start(epoch: u64, generation: u64) -> StartVm {
     StartVm {
         name: "guest".into(),
         epoch: Epoch(epoch),
@@ -47,7 +47,7 @@ pub(super) fn start(epoch: u64, generation: u64) -> StartVm {
     }
 }
 
-pub(super) fn graceful(epoch: u64, generation: u64, timeout_ms: u64) -> StopVm {
+pub(crate) fn graceful(epoch: u64, generation: u64, timeout_ms: u64) -> StopVm {
     StopVm {
         epoch: Epoch(epoch),
         generation: Generation(generation),
@@ -55,7 +55,7 @@ pub(super) fn graceful(epoch: u64, generation: u64, timeout_ms: u64) -> StopVm {
     }
 }
 
-pub(super) fn kill_now(epoch: u64, generation: u64) -> StopVm {
+pub(crate) fn kill_now(epoch: u64, generation: u64) -> StopVm {
     StopVm {
         epoch: Epoch(epoch),
         generation: Generation(generation),
@@ -63,15 +63,15 @@ pub(super) fn kill_now(epoch: u64, generation: u64) -> StopVm {
     }
 }
 
-pub(super) struct Host {
-    root: Arc<tempfile::TempDir>,
-    pub(super) registry: Arc<Registry>,
-    pub(super) fakes: Fakes,
-    pub(super) server: Server,
+pub(crate) struct Host {
+    pub(crate) root: Arc<tempfile::TempDir>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) fakes: Fakes,
+    pub(crate) server: Server,
 }
 
 impl Host {
-    pub(super) async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let root = Arc::new(tempfile::tempdir().unwrap());
         let fakes = Fakes::start(root.path());
         let server = Server::start().await;
@@ -101,12 +101,12 @@ impl Host {
     }
 
     /// Another agent on the same state; the former one's tasks keep running, but nobody asks them any more.
-    pub(super) async fn restart(self) -> Self {
+    pub(crate) async fn restart(self) -> Self {
         self.registry.abort_drivers().await;
         Self::with(self.root.clone(), self.fakes.clone(), self.server.clone()).await
     }
 
-    pub(super) async fn start(
+    pub(crate) async fn start(
         &mut self,
         vm: VmId,
         epoch: u64,
@@ -117,13 +117,13 @@ impl Host {
             .await
     }
 
-    pub(super) async fn destroy(&mut self, vm: VmId, epoch: u64) -> Result<(), Problem> {
+    pub(crate) async fn destroy(&mut self, vm: VmId, epoch: u64) -> Result<(), Problem> {
         self.registry
             .ask(vm, |reply| Command::Destroy(Epoch(epoch), reply))
             .await
     }
 
-    pub(super) fn report(&self, vm: VmId) -> Option<VmReport> {
+    pub(crate) fn report(&self, vm: VmId) -> Option<VmReport> {
         self.registry
             .context()
             .board
@@ -133,7 +133,7 @@ impl Host {
     }
 
     /// Waits until the VM is reported like this.
-    pub(super) async fn until(&self, vm: VmId, wanted: impl Fn(&VmReport) -> bool) {
+    pub(crate) async fn until(&self, vm: VmId, wanted: impl Fn(&VmReport) -> bool) {
         let happens = async {
             while !self.report(vm).is_some_and(|report| wanted(&report)) {
                 self.registry.context().board.changed().await;
@@ -155,7 +155,7 @@ impl Drop for Host {
 
 /// A script stands in for each VMM process; it tells the test its arguments, and the test serves its API.
 #[derive(Clone)]
-pub(super) struct Fakes {
+pub(crate) struct Fakes {
     shared: Arc<Mutex<Shared>>,
     asked: watch::Sender<u64>,
     root: PathBuf,
@@ -234,23 +234,23 @@ impl Fakes {
         self.shared.lock().unwrap().machines[&vm].clone()
     }
 
-    pub(super) fn spawned(&self) -> usize {
+    pub(crate) fn spawned(&self) -> usize {
         self.shared.lock().unwrap().spawned
     }
 
-    pub(super) fn process(&self, vm: VmId) -> VmmProcess {
+    pub(crate) fn process(&self, vm: VmId) -> VmmProcess {
         self.machine(vm).process.clone()
     }
 
-    pub(super) fn refuse_next_machine(&self) {
+    pub(crate) fn refuse_next_machine(&self) {
         self.shared.lock().unwrap().next_machine = NextMachine::Refused;
     }
 
-    pub(super) fn hang_next_machine(&self) {
+    pub(crate) fn hang_next_machine(&self) {
         self.shared.lock().unwrap().next_machine = NextMachine::Hangs;
     }
 
-    pub(super) async fn until_asked_for_a_machine(&self) {
+    pub(crate) async fn until_asked_for_a_machine(&self) {
         self.asked
             .subscribe()
             .wait_for(|asked| *asked > 0)
@@ -258,15 +258,15 @@ impl Fakes {
             .unwrap();
     }
 
-    pub(super) fn set_state(&self, vm: VmId, state: VmmState) {
+    pub(crate) fn set_state(&self, vm: VmId, state: VmmState) {
         self.machine(vm).inner.lock().unwrap().state = state;
     }
 
-    pub(super) fn ignore_stop(&self, vm: VmId) {
+    pub(crate) fn ignore_stop(&self, vm: VmId) {
         self.machine(vm).inner.lock().unwrap().heeds_stop = false;
     }
 
-    pub(super) fn cut_connection(&self, vm: VmId) {
+    pub(crate) fn cut_connection(&self, vm: VmId) {
         let machine = self.machine(vm);
         machine
             .inner
@@ -278,11 +278,11 @@ impl Fakes {
             .connected = false;
     }
 
-    pub(super) fn set_phase(&self, vm: VmId, phase: MigrationPhase) {
+    pub(crate) fn set_phase(&self, vm: VmId, phase: MigrationPhase) {
         self.machine(vm).set_phase(phase);
     }
 
-    pub(super) fn calls(&self, vm: VmId, path: &str) -> usize {
+    pub(crate) fn calls(&self, vm: VmId, path: &str) -> usize {
         self.machine(vm)
             .inner
             .lock()
@@ -293,7 +293,7 @@ impl Fakes {
             .count()
     }
 
-    pub(super) fn committed(&self, vm: VmId) -> Option<(MigrationId, Epoch)> {
+    pub(crate) fn committed(&self, vm: VmId) -> Option<(MigrationId, Epoch)> {
         self.machine(vm).inner.lock().unwrap().committed
     }
 
@@ -558,9 +558,9 @@ async fn answer(
 
 /// A server that answers commits and questions once the test has said what; until then it keeps them waiting.
 #[derive(Clone)]
-pub(super) struct Server {
-    host: HostId,
-    control: ControlPlane,
+pub(crate) struct Server {
+    pub(crate) host: HostId,
+    pub(crate) control: ControlPlane,
     decisions: Decisions,
 }
 
@@ -602,15 +602,15 @@ impl Server {
         }
     }
 
-    pub(super) fn set_commit(&self, reply: CommitReply) {
+    pub(crate) fn set_commit(&self, reply: CommitReply) {
         self.decisions.commit.send_replace(Some(reply));
     }
 
-    pub(super) fn set_resolution(&self, resolution: Resolution) {
+    pub(crate) fn set_resolution(&self, resolution: Resolution) {
         self.decisions.resolution.send_replace(Some(resolution));
     }
 
-    pub(super) async fn until_asked(&self, what: &str) {
+    pub(crate) async fn until_asked(&self, what: &str) {
         let mut asked = self.decisions.asked.subscribe();
         let comes = asked.wait_for(|asked| asked.iter().any(|question| question == what));
         tokio::time::timeout(PATIENCE, comes)
