@@ -349,13 +349,14 @@ impl Ledger {
         {
             let mut current = self.view.write().unwrap_or_else(PoisonError::into_inner);
             let mut view = current.as_ref().clone();
+            let names = written.records.names(&view);
             written.records.apply(&mut view);
             view.revision = revision;
             view.event_revision = written
                 .events
                 .last()
                 .map_or(view.event_revision, |event| event.revision);
-            view.index = Arc::new(Index::of(&view));
+            view.index = Arc::new(Index::of(&view, names));
             self.publish(&mut current, view);
         }
         for event in written.events {

@@ -124,24 +124,52 @@ pub struct MigrationFigures {
 /// What is derived from the records once per change of them.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    vm_names: BTreeMap<String, VmId>,
-    host_names: BTreeMap<String, HostId>,
+    /// Kept as long as no name changes: the commit of a migration must not wait for thousands of them.
+    names: Arc<Names>,
     committed: BTreeMap<HostId, Committed>,
     by_owner: BTreeMap<HostId, Vec<VmId>>,
 }
 
+#[derive(Debug, Default)]
+struct Names {
+    vms: BTreeMap<String, VmId>,
+    hosts: BTreeMap<String, HostId>,
+}
+
+/// Whether names have changed since the last index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NamesAre {
+    Same,
+    Changed,
+}
+
 impl Index {
-    pub(crate) fn of(view: &View) -> Self {
-        let mut index = Self::default();
+    /// The index of a view whose records have changed; `view.index` is the one before.
+    pub(crate) fn of(view: &View, names: NamesAre) -> Self {
+        let names = match names {
+            NamesAre::Same => view.index.names.clone(),
+            NamesAre::Changed => Arc::new(Names {
+                vms: view
+                    .vms
+                    .values()
+                    .map(|vm| (vm.name.clone(), vm.id))
+                    .collect(),
+                hosts: view
+                    .hosts
+                    .values()
+                    .map(|host| (host.name().to_owned(), host.id))
+                    .collect(),
+            }),
+        };
+        let mut index = Self {
+            names,
+            ..Self::default()
+        };
         for vm in view.vms.values() {
-            index.vm_names.insert(vm.name.clone(), vm.id);
             if let Some(owner) = vm.owner {
                 index.committed.entry(owner).or_default().add(vm);
                 index.by_owner.entry(owner).or_default().push(vm.id);
             }
-        }
-        for host in view.hosts.values() {
-            index.host_names.insert(host.name().to_owned(), host.id);
         }
         for migration in view.open_migrations() {
             if let Some(vm) = view.vms.get(&migration.vm) {
@@ -157,7 +185,7 @@ impl View {
     pub fn find_vm(&self, name_or_id: &str) -> Option<&Arc<Vm>> {
         let id = match name_or_id.parse() {
             Ok(id) => id,
-            Err(_) => *self.index.vm_names.get(name_or_id)?,
+            Err(_) => *self.index.names.vms.get(name_or_id)?,
         };
         self.vms.get(&id)
     }
@@ -166,7 +194,7 @@ impl View {
     pub fn find_host(&self, name_or_id: &str) -> Option<&Arc<Host>> {
         let id = match name_or_id.parse() {
             Ok(id) => id,
-            Err(_) => *self.index.host_names.get(name_or_id)?,
+            Err(_) => *self.index.names.hosts.get(name_or_id)?,
         };
         self.hosts.get(&id)
     }

@@ -139,7 +139,7 @@ impl Cluster {
         let state_dir = self.dir.join(name);
         let mut command_line: Vec<String> = wrapper.iter().map(ToString::to_string).collect();
         command_line.push(program::godwit().display().to_string());
-        command_line.extend(["host", "--state-dir"].map(str::to_owned));
+        command_line.extend(["host", "run", "--state-dir"].map(str::to_owned));
         command_line.push(state_dir.display().to_string());
         let server = format!("https://{}", self.agents_address);
         let (listen, memory) = (format!("{ip}:0"), memory_mib.to_string());

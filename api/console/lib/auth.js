@@ -42,8 +42,3 @@ export function giveToken(value) {
   done?.resolve();
   listeners.forEach((listener) => listener());
 }
-
-/** Forgets the token; the next request that needs one asks again. */
-export function forgetToken() {
-  sessionStorage.removeItem(KEY);
-}

@@ -3,7 +3,7 @@
 import { useLayoutEffect, useState } from './ui.js';
 
 /** `{name, id, query}` of the address now. */
-export function route() {
+function route() {
   const [path, search = ''] = location.hash.replace(/^#\/?/, '').split('?');
   const [name, id] = path.split('/').map(decodeURIComponent);
   return { name: name || 'overview', id: id || null, query: new URLSearchParams(search) };

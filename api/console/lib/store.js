@@ -28,7 +28,7 @@ const listeners = new Set();
 let redraw = null;
 
 /** Tells the views, soon and once for many changes. */
-export function changed() {
+function changed() {
   redraw ??= setTimeout(() => {
     redraw = null;
     listeners.forEach((listener) => listener());

@@ -7,7 +7,7 @@ import { linkTo } from '../lib/router.js';
 import { State } from './state.js';
 
 /** A thing an event or operation is about, as a link where there is a page for it. */
-export function Subject({ subject }) {
+function Subject({ subject }) {
   const target = subjectRoute(subject);
   return target ? html`<a href=${linkTo(...target)}>${subject.name}</a>` : html`<span>${subject.name}</span>`;
 }

@@ -55,7 +55,6 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
 /** One line on a migration that has ended. */
 export function EndedMigration({ migration }) {
   const now = useNow();
-  const p = migration.progress ?? {};
   const done = migration.state === 'committed';
   const calledOff = migration.phase === 'cancelled';
   return html`<p class=${classes('migration-ended', !done && (calledOff ? 'is-idle' : 'is-failed'))} data-testid="migration-ended-${migration.vm_name}">

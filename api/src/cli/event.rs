@@ -64,10 +64,10 @@ impl EventCommand {
                 };
                 let mut follow = session.client.follow(after);
                 loop {
-                    if let StreamItem::Event(event) = follow.next().await? {
-                        if event.severity >= severity {
-                            write_out(&line(session.format, &event))?;
-                        }
+                    if let StreamItem::Event(event) = follow.next().await?
+                        && event.severity >= severity
+                    {
+                        write_out(&line(session.format, &event))?;
                     }
                 }
             }

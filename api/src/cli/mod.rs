@@ -41,7 +41,7 @@ use serde::Serialize;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-/// Options of every command that asks the server.
+// Options of every command that asks the server. Not a doc comment: clap would show it as each command's own help.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ClientOptions {
     #[command(flatten)]

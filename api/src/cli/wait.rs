@@ -27,10 +27,10 @@ pub(super) async fn for_operation(
         .await?;
     while !latest.state.is_final() {
         watch.show(latest.progress);
-        if let StreamItem::Operation(operation) = watch.next().await? {
-            if operation.id == latest.id {
-                latest = operation;
-            }
+        if let StreamItem::Operation(operation) = watch.next().await?
+            && operation.id == latest.id
+        {
+            latest = operation;
         }
     }
     watch.end();

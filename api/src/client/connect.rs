@@ -16,7 +16,7 @@ pub const DEFAULT_SERVER: &str = "http://127.0.0.1:7070";
 const SYSTEM_CA_FILE: &str = "/etc/ssl/certs/ca-certificates.crt";
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Which server, and as whom.
+// Which server, and as whom. Not a doc comment: clap would show it as each command's own help.
 #[derive(Clone, Debug, clap::Args)]
 pub struct ConnectOptions {
     /// Address of the server.

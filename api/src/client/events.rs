@@ -22,7 +22,7 @@ pub enum StreamItem {
     /// Something happened.
     Event(Event),
     /// A VM as it is now.
-    Vm(Vm),
+    Vm(Box<Vm>),
     /// A host as it is now.
     Host(Host),
     /// An operation as it is now.
@@ -114,10 +114,10 @@ impl Follow {
         match tokio::time::timeout(SILENCE_LIMIT, body.frame()).await {
             Ok(Some(Ok(frame))) => {
                 self.resumes = 0;
-                if let Some(data) = frame.data_ref() {
-                    if self.parser.feed(data).is_err() {
-                        return Err(self.client.malformed("an event is too long".to_owned()));
-                    }
+                if let Some(data) = frame.data_ref()
+                    && self.parser.feed(data).is_err()
+                {
+                    return Err(self.client.malformed("an event is too long".to_owned()));
                 }
                 Ok(Ok(()))
             }
@@ -133,7 +133,7 @@ impl Follow {
     fn understand(&self, message: &Message) -> Result<Option<StreamItem>, ClientError> {
         Ok(Some(match message.event.as_str() {
             "event" => StreamItem::Event(self.parse(message)?),
-            "vm" => StreamItem::Vm(self.parse(message)?),
+            "vm" => StreamItem::Vm(Box::new(self.parse(message)?)),
             "host" => StreamItem::Host(self.parse(message)?),
             "operation" => StreamItem::Operation(self.parse(message)?),
             "maintenance" => StreamItem::Maintenance(self.parse(message)?),

@@ -176,10 +176,11 @@ async fn wait_until_running(
             .await
             .map_err(DemoError::api("following the start of the guests"))?
         {
-            StreamItem::Vm(vm) if starting.contains_key(&vm.id) => {
-                if vm.state == crate::resource::VmState::Running {
-                    running.insert(vm.id, vm);
-                }
+            StreamItem::Vm(vm)
+                if starting.contains_key(&vm.id)
+                    && vm.state == crate::resource::VmState::Running =>
+            {
+                running.insert(vm.id, *vm);
             }
             StreamItem::Operation(operation)
                 if operation.state == OperationState::Failed

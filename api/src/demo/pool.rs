@@ -343,10 +343,10 @@ async fn wait_for_hosts(client: &Client, count: usize) -> Result<(), ClientError
         .collect();
     let mut follow = client.follow(revision);
     while up.len() < count {
-        if let StreamItem::Host(host) = follow.next().await? {
-            if is_up(&host) {
-                up.insert(host.id);
-            }
+        if let StreamItem::Host(host) = follow.next().await?
+            && is_up(&host)
+        {
+            up.insert(host.id);
         }
     }
     Ok(())

@@ -184,28 +184,20 @@ async fn a_vm_is_created_shown_renamed_and_deleted() {
 }
 
 #[tokio::test]
-async fn a_vm_that_starts_is_answered_with_its_operation() {
+async fn a_vm_that_no_host_takes_is_refused_with_the_way_out() {
     let server = server().await;
     let answer = server
         .post("/v1/vms", json!({ "name": "web-1", "template": "pilot" }))
         .await;
-    assert_eq!(answer.status, StatusCode::ACCEPTED, "{}", answer.body);
-    let operation = answer.body["operation"]["id"]
-        .as_str()
-        .expect("an operation");
-    assert_eq!(
-        answer.headers[header::LOCATION],
-        format!("/v1/operations/{operation}")
+    assert_eq!(answer.status, StatusCode::CONFLICT, "{}", answer.body);
+    assert!(
+        answer.body["remedy"]
+            .as_str()
+            .is_some_and(|remedy| remedy.contains("join a host")),
+        "{}",
+        answer.body
     );
-    assert_eq!(answer.body["operation"]["kind"], "start");
-    assert_eq!(answer.body["operation"]["actor"], "local");
-    assert_eq!(
-        server
-            .get(&format!("/v1/operations/{operation}"))
-            .await
-            .status,
-        StatusCode::OK
-    );
+    assert_problem(&server.get("/v1/vms/web-1").await, 404, "not-found");
 }
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use crate::model::{
     Vm,
 };
 use crate::store::{Compare, Revision, Txn, Write};
-use crate::view::View;
+use crate::view::{NamesAre, View};
 use godwit_wire::id::{HostId, MaintenanceId, MigrationId, OperationId, VmId};
 use jiff::Timestamp;
 use serde::Serialize;
@@ -344,6 +344,26 @@ impl Written {
 }
 
 impl Records {
+    /// Whether a name comes, goes or changes with these records.
+    pub(super) fn names(&self, before: &View) -> NamesAre {
+        let same = |old: Option<&str>, new: Option<&str>| old == new;
+        let vms = self.vms.iter().all(|(id, vm)| {
+            let old = before.vms.get(id).map(|vm| vm.name.as_str());
+            same(old, vm.as_ref().map(|vm| vm.name.as_str()))
+        });
+        let hosts = self.hosts.iter().all(|(id, host)| {
+            same(
+                before.hosts.get(id).map(|host| host.name()),
+                host.as_ref().map(|host| host.name()),
+            )
+        });
+        if vms && hosts {
+            NamesAre::Same
+        } else {
+            NamesAre::Changed
+        }
+    }
+
     pub(super) fn apply(self, view: &mut View) {
         merge(&mut view.vms, self.vms);
         merge(&mut view.hosts, self.hosts);

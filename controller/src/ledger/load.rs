@@ -4,7 +4,7 @@ use super::Books;
 use super::draft::key;
 use crate::model::{DeletedVm, Event};
 use crate::store::{Entry, Store, StoreError};
-use crate::view::{Index, View};
+use crate::view::{Index, NamesAre, View};
 use godwit_wire::id::{Epoch, VmId};
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, VecDeque};
@@ -74,7 +74,7 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     view.maintenances = Arc::new(maintenances);
     view.migrations = Arc::new(migrations);
     view.event_revision = events.back().map_or(0, |event: &Arc<Event>| event.revision);
-    view.index = Arc::new(Index::of(&view));
+    view.index = Arc::new(Index::of(&view, NamesAre::Changed));
     Ok(Loaded {
         view,
         books,

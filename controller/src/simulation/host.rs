@@ -2,15 +2,16 @@
 //!
 //! It is adversarial where the protocol allows it: a VMM stops as late as it may after its lease has ended.
 
+mod migration;
+
 use super::SimHosts;
 use super::crash::Life;
 use super::driver::LATENCY;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, CommitReply, CommitRequest, Heartbeat, HostFacts, HostReport, LeasePolicy,
-    Order, PrepareIncoming, Resolution, ResolveRequest, StartOutgoing, StartVm, StopVm, VmCommand,
-    VmReport,
+    CancelMigration, Heartbeat, HostFacts, HostReport, LeasePolicy, Order, PrepareIncoming,
+    StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
@@ -27,13 +28,6 @@ use uuid::Uuid;
 
 /// A VMM stops this long after its lease has ended: just within [`godwit_wire::lease::STOP_TIME`].
 const STOPS_LATE: Duration = Duration::from_millis(1_900);
-/// How long copying takes.
-const COPY_TIME: Duration = Duration::from_millis(1_500);
-/// How long the blackout takes before the commit.
-const BLACKOUT_TIME: Duration = Duration::from_millis(30);
-/// How long a source waits for word of the target before it asks the store.
-const RESOLVE_AFTER: Duration = Duration::from_secs(2);
-const RETRY: Duration = Duration::from_millis(200);
 
 /// The plug that hosts talk to a server through.
 #[derive(Clone, Debug, Default)]
@@ -381,7 +375,7 @@ impl SimHost {
             .find(|host| host.state().facts.address == command.target)
             .cloned();
         if let Some(target) = target.filter(|_| begun) {
-            tokio::spawn(send(
+            tokio::spawn(migration::send(
                 self.clone(),
                 target,
                 vm,
@@ -595,156 +589,4 @@ fn obey(host: &SimHost, sent: Instant, lease_ms: u64, orders: &[Order]) {
         }
     }
     drop(state);
-}
-
-fn both_linked(source: &SimHost, target: &SimHost) -> bool {
-    source.is_linked() && target.is_linked()
-}
-
-/// The VMMs' side of a migration: it goes on while agents are frozen.
-async fn send(
-    source: Arc<SimHost>,
-    target: Arc<SimHost>,
-    vm: VmId,
-    migration: MigrationId,
-    epoch: Epoch,
-) {
-    let steps = 6;
-    for step in 1..=steps {
-        tokio::time::sleep(COPY_TIME / steps).await;
-        if source.phase(vm, migration) != Some(MigrationPhase::PreCopy) {
-            return;
-        }
-        if !both_linked(&source, &target) || target.phase(vm, migration).is_none() {
-            source.with_migration(vm, migration, |vm, _| {
-                vm.enter(MigrationPhase::Failed);
-                vm.migration.as_mut().unwrap().reason = Some("the connection broke".into());
-            });
-            return;
-        }
-        source.with_migration(vm, migration, |vm, _| {
-            let progress = &mut vm.migration.as_mut().unwrap().progress;
-            progress.transferred_bytes = Bytes((512 << 20) / u64::from(steps) * u64::from(step));
-        });
-        target.enter(vm, migration, MigrationPhase::PreCopy);
-    }
-    let paused = source.with_migration(vm, migration, |vm, _| {
-        if vm.state != Some(VmmState::Running) {
-            vm.enter(MigrationPhase::Failed);
-            return false;
-        }
-        vm.state = Some(VmmState::Paused {
-            reason: PauseReason::HandOver,
-        });
-        vm.enter(MigrationPhase::Blackout);
-        true
-    });
-    if paused != Some(true) {
-        return;
-    }
-    tokio::time::sleep(BLACKOUT_TIME).await;
-    if source.phase(vm, migration) != Some(MigrationPhase::Blackout) {
-        return;
-    }
-    source.enter(vm, migration, MigrationPhase::AwaitingCommit);
-    if both_linked(&source, &target) {
-        target.enter(vm, migration, MigrationPhase::AwaitingCommit);
-        tokio::spawn(receive(source.clone(), target, vm, migration, epoch));
-    }
-    tokio::time::sleep(RESOLVE_AFTER).await;
-    resolve(source, vm, migration, epoch).await;
-}
-
-/// The target's agent asks for the commit until it is answered.
-async fn receive(
-    source: Arc<SimHost>,
-    target: Arc<SimHost>,
-    vm: VmId,
-    migration: MigrationId,
-    epoch: Epoch,
-) {
-    loop {
-        target.answering().await;
-        if target.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
-            return;
-        }
-        let request = CommitRequest {
-            vm,
-            host: target.id,
-            epoch,
-        };
-        tokio::time::sleep(LATENCY).await;
-        let answer = match target.server.get() {
-            Some((agents, life)) => tokio::select! {
-                answer = agents.commit(target.id, migration, request) => answer.ok(),
-                () = life.died() => None,
-            },
-            None => None,
-        };
-        tokio::time::sleep(LATENCY).await;
-        target.answering().await;
-        match answer {
-            Some(CommitReply::Granted { epoch }) => {
-                let ran = target.with_migration(vm, migration, |known, held| {
-                    known.epoch = epoch;
-                    known.enter(MigrationPhase::Completed);
-                    known.run(held).is_ok()
-                });
-                if let Some(true) = ran
-                    && both_linked(&source, &target)
-                {
-                    source.with_migration(vm, migration, |known, _| {
-                        known.enter(MigrationPhase::Completed);
-                        known.migration.as_mut().unwrap().progress.downtime_us = Some(40_000);
-                        known.state = Some(VmmState::Stopped {
-                            reason: StopReason::MigratedAway,
-                        });
-                    });
-                }
-                let mut state = target.state();
-                state.fence.insert(vm, epoch);
-                return;
-            }
-            Some(CommitReply::Refused { .. }) => {
-                target.destroy(vm, epoch);
-                return;
-            }
-            None => tokio::time::sleep(RETRY).await,
-        }
-    }
-}
-
-/// The source's agent asks what became of a migration whose target is silent.
-async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
-    loop {
-        source.answering().await;
-        if source.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
-            return;
-        }
-        let request = ResolveRequest {
-            vm,
-            host: source.id,
-            role: MigrationRole::Source,
-            epoch,
-        };
-        let answer = match source.server.get() {
-            Some((agents, life)) => tokio::select! {
-                answer = agents.resolve(source.id, migration, request) => answer.ok(),
-                () = life.died() => None,
-            },
-            None => None,
-        };
-        source.answering().await;
-        match answer {
-            Some(Resolution::RunHere { .. }) => {
-                source.with_migration(vm, migration, |known, held| {
-                    known.enter(MigrationPhase::Failed);
-                    let _ = known.run(held);
-                });
-                return;
-            }
-            Some(Resolution::End) => return source.destroy(vm, epoch),
-            Some(Resolution::Open) | None => tokio::time::sleep(RETRY).await,
-        }
-    }
 }

@@ -16,6 +16,7 @@ use std::collections::btree_map::Entry;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, oneshot, watch};
 use uuid::Uuid;
 
@@ -104,14 +105,19 @@ impl Registry {
             Command::Destroy(epoch, _) => Some(*epoch),
             _ => None,
         };
-        handle.inbox.try_send(command).map_err(|_| {
-            Problem::new(
-                503,
-                "busy",
-                "Busy",
-                format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}"),
-            )
-        })?;
+        handle
+            .inbox
+            .try_send(command)
+            .map_err(|error| match error {
+                TrySendError::Full(_) => {
+                    let detail = format!("{MAX_WAITING_COMMANDS} commands are waiting for VM {vm}");
+                    Problem::new(503, "busy", "Busy", detail)
+                }
+                TrySendError::Closed(_) => {
+                    Problem::internal(format!("the driver of VM {vm} has failed"))
+                        .with_remedy("restart the agent: its VMs run on")
+                }
+            })?;
         if let Some(epoch) = doomed {
             handle.doom.send_modify(|doom| {
                 *doom = Doom {
@@ -131,10 +137,15 @@ impl Registry {
     /// As if the agent had been killed: no driver does anything any more.
     #[cfg(test)]
     pub(crate) async fn abort_drivers(&self) {
-        let drivers = std::mem::take(&mut *self.drivers());
-        for handle in drivers.into_values() {
-            handle.task.abort();
-            drop(handle.task.await);
+        self.drivers()
+            .values()
+            .for_each(|handle| handle.task.abort());
+        while !self
+            .drivers()
+            .values()
+            .all(|handle| handle.task.is_finished())
+        {
+            tokio::task::yield_now().await;
         }
     }
 

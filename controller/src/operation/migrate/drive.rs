@@ -1,0 +1,211 @@
+//! An open migration: both ends are told, then watched until the migration is decided.
+
+use crate::model::{Liveness, Migration};
+use crate::operation::context::{Context, Sent};
+use crate::plan::reconcile::MISSING_HEARTBEATS;
+use crate::view::View;
+use godwit_wire::host_api::{PrepareIncoming, StartOutgoing};
+use godwit_wire::id::HostId;
+use godwit_wire::migration::{MigrationPhase, MigrationStatus};
+use godwit_wire::vmm_api::VmmState;
+use std::time::Duration;
+
+/// How long the source may not mention a migration it has accepted.
+const MENTION_TIME: Duration = Duration::from_secs(10);
+
+/// Why an open migration cannot go on.
+#[derive(Clone, Debug)]
+pub(super) struct Why {
+    pub(super) reason: String,
+    /// The operator's wish rather than a failure.
+    pub(super) cancelled: bool,
+}
+
+impl Why {
+    fn failed(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            cancelled: false,
+        }
+    }
+}
+
+/// Brings the migration about and watches it until it is decided. An error asks for it to be voided.
+pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Result<(), Why> {
+    let view = context.view();
+    let Some(vm) = view.vms.get(&migration.vm) else {
+        return Err(Why::failed("the VM is gone"));
+    };
+    let prepare = PrepareIncoming {
+        name: vm.name.clone(),
+        epoch: migration.epoch,
+        generation: migration.prepare_generation,
+        spec: vm.spec.clone(),
+        lease: vm.lease,
+        migration: migration.id,
+    };
+    let driver = &context.core.driver;
+    let own = context.id;
+    let over = |view: &View| {
+        !view
+            .migrations
+            .get(&migration.id)
+            .is_some_and(|m| m.is_open())
+            || view
+                .operations
+                .get(&own)
+                .is_some_and(|op| op.cancel.is_some())
+            || view.liveness(migration.source) == Liveness::RestartAllowed
+            || view.liveness(migration.target) == Liveness::RestartAllowed
+    };
+    let prepared = context
+        .send(
+            migration.target,
+            |to| driver.prepare_incoming(to, vm.id, &prepare),
+            over,
+        )
+        .await;
+    let Some(ready) = answer(prepared, &migration.target_name)? else {
+        return watch(context, migration, None).await;
+    };
+    let outgoing = StartOutgoing {
+        epoch: migration.epoch,
+        generation: migration.send_generation,
+        migration: migration.id,
+        target: ready.address,
+        policy: migration.policy.clone(),
+    };
+    let noted = context
+        .change(|_, draft, operation| {
+            operation.begin_step(
+                "copy",
+                format!("to {} at {}", migration.target_name, ready.address),
+                draft.now(),
+            );
+        })
+        .await;
+    if noted.is_err() {
+        return Err(Why::failed("the store failed"));
+    }
+    let told = context
+        .send(
+            migration.source,
+            |to| driver.start_outgoing(to, vm.id, &outgoing),
+            over,
+        )
+        .await;
+    answer(told, &migration.source_name)?;
+    watch(
+        context,
+        migration,
+        Some(tokio::time::Instant::now() + MENTION_TIME),
+    )
+    .await
+}
+
+/// `None` when a condition that [`watch`] will name came up first.
+fn answer<T>(sent: Sent<T>, name: &str) -> Result<Option<T>, Why> {
+    match sent {
+        Sent::Answer(answer) => Ok(Some(answer)),
+        Sent::Refused(problem) => Err(Why::failed(format!("{name} refused: {}", problem.detail))),
+        Sent::HostLost => Err(Why::failed(format!("{name} is silent"))),
+        Sent::Interrupted => Ok(None),
+    }
+}
+
+/// Waits for the decision. `mention_by` is until when the source must have spoken of the migration.
+async fn watch(
+    context: &Context<'_>,
+    migration: &Migration,
+    mention_by: Option<tokio::time::Instant>,
+) -> Result<(), Why> {
+    let judged = context.core.until(|view| judge(view, migration, context));
+    let unmentioned = async {
+        match mention_by {
+            Some(deadline) => {
+                tokio::time::sleep_until(deadline).await;
+                // It has been mentioned: wait for the decision only.
+                if status(&context.view(), migration.source, migration).is_some() {
+                    std::future::pending::<()>().await;
+                }
+            }
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        judged = judged => judged,
+        () = unmentioned => Err(Why::failed(format!(
+            "{} accepted the migration and does not mention it", migration.source_name
+        ))),
+    }
+}
+
+pub(super) fn status<'v>(
+    view: &'v View,
+    host: HostId,
+    migration: &Migration,
+) -> Option<&'v MigrationStatus> {
+    view.report_at(host, migration.vm)?
+        .migration
+        .as_ref()
+        .filter(|status| status.migration == migration.id)
+}
+
+/// `None` while the migration goes its way.
+fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Result<(), Why>> {
+    if !view
+        .migrations
+        .get(&migration.id)
+        .is_some_and(|m| m.is_open())
+    {
+        return Some(Ok(()));
+    }
+    if let Some(actor) = view
+        .operations
+        .get(&context.id)
+        .and_then(|operation| operation.cancel.clone())
+    {
+        return Some(Err(Why {
+            reason: format!("called off by {actor}"),
+            cancelled: true,
+        }));
+    }
+    for (host, name) in [
+        (migration.source, &migration.source_name),
+        (migration.target, &migration.target_name),
+    ] {
+        if view.liveness(host) == Liveness::RestartAllowed || !view.hosts.contains_key(&host) {
+            return Some(Err(Why::failed(format!("{name} is silent"))));
+        }
+    }
+    let said = |host, name: &str| {
+        let status = status(view, host, migration)?;
+        let failed = matches!(
+            status.phase,
+            MigrationPhase::Failed | MigrationPhase::Cancelled
+        );
+        let reason = status
+            .reason
+            .clone()
+            .unwrap_or_else(|| "no reason given".into());
+        failed.then(|| Err(Why::failed(format!("{name}: {reason}"))))
+    };
+    if let Some(failed) = said(migration.source, &migration.source_name) {
+        return Some(failed);
+    }
+    let source = view.observed.get(&migration.source)?;
+    let gone = match source.vms.get(&migration.vm) {
+        Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
+        None => source
+            .missing
+            .get(&migration.vm)
+            .is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
+    };
+    if gone {
+        return Some(Err(Why::failed(format!(
+            "{} does not have the VM any more",
+            migration.source_name
+        ))));
+    }
+    said(migration.target, &migration.target_name)
+}
