@@ -63,6 +63,7 @@ pub(super) struct Driver {
     pub(super) context: Arc<Context>,
     pub(super) directory: VmDirectory,
     pub(super) fence: Fence,
+    pub(super) fence_kept: FenceKept,
     pub(super) holding: Option<Holding>,
     /// Why the latest generation failed, should it be asked again.
     pub(super) refusal: Option<Refusal>,
@@ -72,6 +73,15 @@ pub(super) struct Driver {
     pub(super) doom: watch::Receiver<Doom>,
     /// Orders to destroy that were carried out.
     pub(super) destructions: u64,
+}
+
+/// Where the fence of a VM that is not here is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FenceKept {
+    /// Where the next driver finds it.
+    OnDisk,
+    /// Only in this driver, which therefore stays.
+    InMemory,
 }
 
 /// What wakes a driver.
@@ -99,6 +109,7 @@ impl Driver {
             context,
             directory,
             fence,
+            fence_kept: FenceKept::OnDisk,
             holding: None,
             refusal: None,
             news,
@@ -129,7 +140,10 @@ impl Driver {
     ) {
         loop {
             self.publish();
-            if self.holding.is_none() && !self.has_something_to_repeat() {
+            if self.holding.is_none()
+                && self.fence_kept == FenceKept::OnDisk
+                && !self.has_something_to_repeat()
+            {
                 // Under the lock nobody can send: a driver that has nothing leaves no command behind.
                 let mut drivers = registry.drivers();
                 if commands.is_empty() {

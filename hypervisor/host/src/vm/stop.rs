@@ -2,7 +2,7 @@
 //! two that it comes back from: pause and resume.
 
 use super::Reply;
-use super::driver::Driver;
+use super::driver::{Driver, FenceKept};
 use super::handover::not_running;
 use super::ledger::unwritable;
 use crate::admission::{Admission, Stale};
@@ -225,8 +225,10 @@ impl Driver {
 
     /// Kills what is here and forgets it, except for the fence, which is written first.
     pub(super) async fn leave(&mut self) -> Result<(), Problem> {
+        self.fence_kept = FenceKept::OnDisk;
         if let Err(error) = self.context.state.write_fence(self.vm, &self.fence) {
             // The process must go all the same; late commands are still refused as long as this agent lives.
+            self.fence_kept = FenceKept::InMemory;
             tracing::error!(vm = %self.vm, %error, source = %error.source, "the fence could not be written down");
         }
         self.end_process().await?;

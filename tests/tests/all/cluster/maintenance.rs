@@ -32,11 +32,7 @@ async fn a_maintenance_drains_a_host_and_brings_its_vms_home() {
         .expect("maintenances");
     assert_eq!(listed["items"], json!([]), "a dry run changes nothing");
 
-    let maintenance: Value = cluster
-        .api
-        .post("/v1/maintenances", &request)
-        .await
-        .expect("a maintenance");
+    let maintenance = plan(&cluster, &request).await;
     let path = format!("/v1/maintenances/{}", text(&maintenance, "id"));
     let _: Value = cluster
         .api
@@ -100,11 +96,7 @@ async fn a_vm_that_may_not_move_blocks_a_maintenance_with_a_remedy() {
         .await
         .expect("it runs");
     let request = json!({ "host": "host-1", "reason": "try" });
-    let maintenance: Value = cluster
-        .api
-        .post("/v1/maintenances", &request)
-        .await
-        .expect("a maintenance");
+    let maintenance = plan(&cluster, &request).await;
     assert_eq!(maintenance["state"], "blocked", "{maintenance:#}");
     let blocker = &maintenance["plan"]["blockers"][0];
     assert_eq!(blocker["vm_name"], "sitter");
@@ -117,11 +109,7 @@ async fn a_cancelled_maintenance_leaves_the_host_in_use() {
     let cluster = Cluster::start(2, HOST_MIB).await.expect("a cluster");
     create_busy_pilot(&cluster, "wader", "host-1").await;
     let request = json!({ "host": "host-1", "reason": "changed my mind" });
-    let maintenance: Value = cluster
-        .api
-        .post("/v1/maintenances", &request)
-        .await
-        .expect("a maintenance");
+    let maintenance = plan(&cluster, &request).await;
     let path = format!("/v1/maintenances/{}", text(&maintenance, "id"));
     let _: Value = cluster
         .api
@@ -147,4 +135,14 @@ async fn a_cancelled_maintenance_leaves_the_host_in_use() {
         "host-1"
     );
     verify(&cluster, "wader").await;
+}
+
+/// Stores a maintenance.
+async fn plan(cluster: &Cluster, request: &Value) -> Value {
+    let accepted: Value = cluster
+        .api
+        .post("/v1/maintenances", request)
+        .await
+        .expect("a maintenance");
+    accepted["maintenance"].clone()
 }
