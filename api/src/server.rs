@@ -22,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 mod tls;
 
+/// The CA's certificate, for operators' `--ca-file`.
+const CA_FILE: &str = "ca.pem";
 /// How long requests under way may still take at shutdown.
 const DRAIN_TIME: Duration = Duration::from_secs(3);
 
@@ -72,6 +74,9 @@ pub enum ServerError {
     /// The token could not be written where it was to go.
     #[error("cannot write the API token")]
     TokenFile(#[source] FileError),
+    /// The CA's certificate could not be written.
+    #[error("cannot write the CA certificate for operators")]
+    CaFile(#[source] FileError),
     /// Another program has the address, or it is none of this machine's.
     #[error(
         "cannot listen on {address}\n  remedy: stop what listens there, or choose another address with --api"
@@ -136,6 +141,16 @@ pub async fn run(arguments: ServerArgs) -> Result<(), ServerError> {
     } else {
         Some(acceptor(&arguments, controller.server_identity())?)
     };
+    if acceptor.is_some() && arguments.tls_cert.is_none() {
+        let path = arguments.state_dir.join(CA_FILE);
+        let certificate = controller.server_identity().authority_pem.as_bytes();
+        file::write_atomically(&path, certificate, file::Access::Public)
+            .map_err(ServerError::CaFile)?;
+        println!(
+            "CA certificate for operators (--ca-file): {}",
+            path.display()
+        );
+    }
     announce(&arguments, &controller, address, acceptor.is_some());
     let router = rest::router(controller.clone(), config);
     let serving = tokio::spawn(serve(listener, acceptor, router, shutdown.clone()));

@@ -3,6 +3,7 @@
 use crate::agents::Agents;
 use crate::core::{Core, Settings};
 use crate::decide::decide;
+use crate::decide::host::not_given_up;
 use crate::drive::host_driver::HostDriver;
 use crate::drive::tls_driver::TlsDriver;
 use crate::intent::{Accepted, Intent, NewJoinToken, Preview};
@@ -220,7 +221,15 @@ impl Controller {
         let decision = self
             .core
             .ledger
-            .change(|view, draft| decide(view, draft, &intent, actor))
+            .change(|view, draft| {
+                // Known for sure only during a turn.
+                if let Intent::ConfirmHostOff { host } = &intent
+                    && !self.core.pulses.is_given_up(*host)
+                {
+                    return Err(not_given_up(&view.host_name(*host)));
+                }
+                decide(view, draft, &intent, actor)
+            })
             .await?;
         match &intent {
             Intent::StartVm { vm, .. } | Intent::StopVm { vm, .. } => {

@@ -2,6 +2,7 @@
 
 use crate::drive::host_driver::{HostAddress, HostDriver};
 use crate::drive::pulses::Pulses;
+use crate::ha::debts::Debts;
 use crate::ha::detector::Waits;
 use crate::ledger::Ledger;
 use crate::model::Host;
@@ -31,6 +32,7 @@ pub(crate) struct Core {
     pub(crate) ledger: Ledger,
     pub(crate) driver: Arc<dyn HostDriver>,
     pub(crate) pulses: Pulses,
+    pub(crate) debts: Debts,
     pub(crate) settings: Settings,
     /// Operations that have an executor.
     executing: Mutex<BTreeSet<OperationId>>,
@@ -51,6 +53,8 @@ impl Core {
             ledger,
             driver,
             pulses: Pulses::new(Waits::STANDARD),
+            // Replies are numbered by ones, and fewer than a million a second: the next server's numbers are higher.
+            debts: Debts::new(jiff::Timestamp::now().as_microsecond().max(1) as u64),
             settings,
             executing: Mutex::default(),
             restarts: Mutex::default(),

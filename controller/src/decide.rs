@@ -2,7 +2,7 @@
 //!
 //! A dry run is the same decision with the draft thrown away.
 
-mod host;
+pub(crate) mod host;
 
 mod maintenance;
 
@@ -62,6 +62,7 @@ pub(crate) fn decide(
         Intent::UncordonHost { host } => host::uncordon(view, draft, *host, actor),
         Intent::EvacuateHost { host, reason } => host::evacuate(view, draft, *host, reason, actor),
         Intent::RemoveHost { host } => host::remove(view, draft, *host, actor),
+        Intent::ConfirmHostOff { host } => host::confirm_off(view, draft, *host, actor),
         Intent::CreateMaintenance(new) => maintenance::create(view, draft, new, actor),
         Intent::StartMaintenance { maintenance } => {
             maintenance::start(view, draft, *maintenance, actor)

@@ -96,6 +96,12 @@ pub enum Intent {
         /// Which host.
         host: HostId,
     },
+    /// The operator confirms that a host that is given up is off: nothing runs there any more, and its VMs may be
+    /// started elsewhere, stopped and deleted, also those that nothing watches.
+    ConfirmHostOff {
+        /// Which host.
+        host: HostId,
+    },
     /// Plans a maintenance.
     CreateMaintenance(NewMaintenance),
     /// Plans it again and, if nothing stands in the way, drains the host.

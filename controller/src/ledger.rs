@@ -11,13 +11,13 @@ mod load;
 pub(crate) use draft::Draft;
 
 use crate::model::limits::MAX_EVENTS;
-use crate::model::{DeletedVm, Event, JoinToken, Severity};
+use crate::model::{DeletedVm, Event, Host, JoinToken, Severity};
 use crate::store::{Revision, Store, StoreError, Txn, TxnOutcome};
-use crate::view::{Index, Observed, View};
+use crate::view::{Index, Observed, Records, View};
 use godwit_wire::id::{Epoch, HostId, VmId};
 use godwit_wire::problem::Problem;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use tokio::sync::{broadcast, watch};
 
 /// Times a change is decided anew because another server was faster.
@@ -48,7 +48,7 @@ pub(crate) struct Ledger {
     /// Latest events; read by those who missed some.
     recent: Mutex<VecDeque<Arc<Event>>>,
     /// Deleted VMs; read with every heartbeat.
-    deleted: RwLock<BTreeMap<VmId, Epoch>>,
+    deleted: RwLock<BTreeMap<VmId, DeletedVm>>,
 }
 
 /// What only those who change records need to know.
@@ -135,23 +135,32 @@ impl Ledger {
         Ok(recent.iter().skip(begin).take(limit).cloned().collect())
     }
 
-    /// Last epoch of a VM that was deleted.
-    pub(crate) fn deleted(&self, vm: VmId) -> Option<Epoch> {
-        self.deleted
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get(&vm)
-            .copied()
+    fn deleted_records(&self) -> RwLockReadGuard<'_, BTreeMap<VmId, DeletedVm>> {
+        self.deleted.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ids of VMs that were deleted, oldest first.
-    pub(crate) fn deleted_vms(&self) -> Vec<VmId> {
-        self.deleted
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .keys()
-            .copied()
-            .collect()
+    /// What is remembered of a VM that was deleted.
+    pub(crate) fn deleted(&self, vm: VmId) -> Option<DeletedVm> {
+        self.deleted_records().get(&vm).cloned()
+    }
+
+    /// Ids of VMs that were deleted, oldest first; those that may have left something behind at one of `hosts`
+    /// must not be forgotten and are not among them.
+    pub(crate) fn forgettable_vms(&self, hosts: &Records<HostId, Host>) -> Vec<VmId> {
+        let owed = |record: &DeletedVm| record.left_behind.keys().any(|id| hosts.contains_key(id));
+        let deleted = self.deleted_records();
+        let forgettable = deleted.values().filter(|record| !owed(record));
+        forgettable.map(|record| record.vm).collect()
+    }
+
+    /// What VMs, living and deleted, may have left behind at a host.
+    pub(crate) fn left_behind(&self, host: HostId) -> BTreeMap<VmId, Epoch> {
+        let deleted = self.deleted_records();
+        let dead = deleted
+            .values()
+            .filter_map(|record| Some((record.vm, *record.left_behind.get(&host)?)));
+        // Read after the lock on the deleted is held: a VM that is deleted meanwhile is in one of the two.
+        dead.chain(self.view().left_behind(host)).collect()
     }
 
     fn recent(&self) -> MutexGuard<'_, VecDeque<Arc<Event>>> {
@@ -335,7 +344,7 @@ impl Ledger {
                 written
                     .deleted
                     .iter()
-                    .map(|DeletedVm { vm, epoch }| (*vm, *epoch)),
+                    .map(|record| (record.vm, record.clone())),
             );
             deleted.retain(|vm, _| !written.forgotten.contains(vm));
         }

@@ -178,13 +178,16 @@ async fn reconcile(core: Arc<Core>) {
             }
         }
         operation::spawn_all(&core);
+        if failed {
+            // Whatever changes meanwhile, the store is not asked again at once.
+            tokio::time::sleep(STORE_PAUSE).await;
+            continue;
+        }
         let timer = async {
-            let waiting = view
-                .vms
-                .values()
-                .filter(|vm| vm.operation.is_none() && vm.intent.wants_vmm());
+            let waiting = view.vms.values().filter(|vm| {
+                vm.operation.is_none() && (vm.intent.wants_vmm() || vm.owner.is_some())
+            });
             match waiting.filter_map(|vm| due(vm.id)).min() {
-                _ if failed => tokio::time::sleep(STORE_PAUSE).await,
                 Some(due) => tokio::time::sleep_until(due).await,
                 None => std::future::pending().await,
             }
@@ -330,7 +333,7 @@ fn drop_old(view: &View, draft: &mut Draft<'_>, core: &Core) {
     {
         draft.delete_maintenance(*id);
     }
-    let deleted = core.ledger.deleted_vms();
+    let deleted = core.ledger.forgettable_vms(&view.hosts);
     for id in deleted.iter().take(surplus(deleted.len(), MAX_DELETED_VMS)) {
         draft.forget_deleted(*id);
     }

@@ -10,7 +10,7 @@ use crate::model::{
 };
 use crate::store::Revision;
 use godwit_wire::host_api::{LeasePolicy, VmReport};
-use godwit_wire::id::{HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use godwit_wire::id::{Epoch, HostId, MaintenanceId, MigrationId, OperationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole};
 use godwit_wire::unit::Mib;
 use godwit_wire::usage::{HostUsage, VmUsage};
@@ -128,6 +128,7 @@ pub(crate) struct Index {
     names: Arc<Names>,
     committed: BTreeMap<HostId, Committed>,
     by_owner: BTreeMap<HostId, Vec<VmId>>,
+    left_behind: BTreeMap<HostId, Vec<VmId>>,
 }
 
 #[derive(Debug, Default)]
@@ -169,6 +170,9 @@ impl Index {
             if let Some(owner) = vm.owner {
                 index.committed.entry(owner).or_default().add(vm);
                 index.by_owner.entry(owner).or_default().push(vm.id);
+            }
+            for host in vm.left_behind.keys() {
+                index.left_behind.entry(*host).or_default().push(vm.id);
             }
         }
         for migration in view.open_migrations() {
@@ -214,6 +218,12 @@ impl View {
             .into_iter()
             .flatten()
             .filter_map(|id| self.vms.get(id))
+    }
+
+    /// What VMs may have left behind at a host, by the epoch they had there.
+    pub(crate) fn left_behind(&self, host: HostId) -> impl Iterator<Item = (VmId, Epoch)> {
+        let vms = self.index.left_behind.get(&host).into_iter().flatten();
+        vms.filter_map(move |id| Some((*id, *self.vms.get(id)?.left_behind.get(&host)?)))
     }
 
     /// What a host has promised.

@@ -91,6 +91,7 @@ fn beat(host: HostId, sequence: u64, name: &str) -> Heartbeat {
         vms: Vec::new(),
     };
     Heartbeat {
+        obeyed: 0,
         host,
         incarnation: Uuid::from_u128(1),
         sequence,
@@ -148,6 +149,7 @@ async fn a_host_joins_once_per_token_and_gets_its_lease_by_heartbeat() {
     assert_eq!(
         reply,
         HeartbeatReply {
+            number: reply.number,
             lease_ms: 6_000,
             orders: Vec::new()
         }

@@ -13,6 +13,7 @@ unsafe extern "C" {
         data: *const c_void,
     ) -> c_int;
     fn reboot(command: c_int) -> c_int;
+    fn tcdrain(fd: c_int) -> c_int;
     fn tcgetattr(fd: c_int, termios: *mut Termios) -> c_int;
     fn tcsetattr(fd: c_int, actions: c_int, termios: *const Termios) -> c_int;
     fn cfmakeraw(termios: *mut Termios);
@@ -74,8 +75,12 @@ pub(crate) fn restart() -> ! {
 }
 
 fn end(command: c_int) -> ! {
-    // SAFETY: takes no pointers; there is nothing to lose, the guest has no disks.
-    unsafe { reboot(command) };
+    // SAFETY: neither takes pointers, and a guest without disks has nothing to lose. What was said on the console
+    // reaches the serial port first.
+    unsafe {
+        tcdrain(CONSOLE);
+        reboot(command);
+    }
     // The kernel has halted us if the machine could not be told; init must never return.
     loop {
         std::thread::sleep(Duration::from_secs(3600));

@@ -148,7 +148,11 @@ impl Failure {
                 _ => 1,
             },
             Self::Maintenance { .. } => 4,
-            Self::Client(ClientError::Unreachable { .. } | ClientError::BadCa { .. }) => 5,
+            Self::Client(
+                ClientError::Unreachable { .. }
+                | ClientError::Untrusted { .. }
+                | ClientError::BadCa { .. },
+            ) => 5,
             _ => 1,
         })
     }

@@ -139,19 +139,30 @@ impl Server {
                 }
             }
         };
-        let unreachable = |reason: String| ClientError::Unreachable {
-            server: self.address.clone(),
-            reason,
-        };
+        let server = self.address.clone();
         match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
             Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(unreachable(chain(&error as &std::io::Error))),
-            Err(_) => Err(unreachable(format!(
-                "no connection within {} s",
-                CONNECT_TIMEOUT.as_secs()
-            ))),
+            Ok(Err(error)) if is_about_trust(&error) => Err(ClientError::Untrusted {
+                server,
+                reason: chain(&error),
+            }),
+            Ok(Err(error)) => Err(ClientError::Unreachable {
+                server,
+                reason: chain(&error as &std::io::Error),
+            }),
+            Err(_) => Err(ClientError::Unreachable {
+                server,
+                reason: format!("no connection within {} s", CONNECT_TIMEOUT.as_secs()),
+            }),
         }
     }
+}
+
+fn is_about_trust(error: &std::io::Error) -> bool {
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
 }
 
 fn connector(options: &ConnectOptions) -> Result<TlsConnector, ClientError> {

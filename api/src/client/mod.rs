@@ -62,6 +62,16 @@ pub enum ClientError {
         /// What happened.
         reason: String,
     },
+    /// Something answered, and could not prove to be the server.
+    #[error(
+        "{server} is not trusted: {reason}\n  remedy: give the pool's CA certificate (`ca.pem` in the server's state directory) with --ca-file or GODWIT_CA_FILE"
+    )]
+    Untrusted {
+        /// The server.
+        server: String,
+        /// What is wrong with its certificate.
+        reason: String,
+    },
     /// The server said no.
     #[error(transparent)]
     Problem(#[from] Problem),

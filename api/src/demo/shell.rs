@@ -11,6 +11,10 @@ const ANSWER: Duration = Duration::from_secs(60);
 const FIRST_ANSWER: Duration = Duration::from_secs(20);
 /// A guest that has just started may have missed what was sent before it listened.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// Shows that the guest listens, and tells whoever opens its console later what it understands.
+const GREETING: &str = "help";
+/// How its answer begins.
+const GREETING_ANSWER: &str = "ok commands=";
 /// Longest line of the shell.
 const MAX_LINE_BYTES: usize = 4 << 10;
 
@@ -57,33 +61,24 @@ impl Shell {
             serial,
             received: Vec::new(),
         };
-        // What the console sends first is history. A word that no guest knows marks where it ends: the guest
-        // refuses it by name.
-        let silent = ShellError::Silent {
-            command: "hello".to_owned(),
-            limit_s: FIRST_ANSWER.as_secs(),
-        };
         let greet = async {
-            for attempt in 0u32.. {
-                let mark = format!("hello-{}-{attempt}", uuid::Uuid::new_v4().simple());
-                shell.send(&mark).await?;
+            loop {
+                shell.send(GREETING).await?;
                 let answered = async {
-                    loop {
-                        if shell.line().await?.contains(&mark) {
-                            return Ok::<_, ShellError>(());
-                        }
-                    }
+                    while !shell.line().await?.starts_with(GREETING_ANSWER) {}
+                    Ok::<_, ShellError>(())
                 };
                 if let Ok(answered) = tokio::time::timeout(ASK_AGAIN, answered).await {
-                    answered?;
-                    break;
+                    return answered;
                 }
             }
-            Ok(())
         };
         match tokio::time::timeout(FIRST_ANSWER, greet).await {
             Ok(greeted) => greeted.map(|()| shell),
-            Err(_) => Err(silent),
+            Err(_) => Err(ShellError::Silent {
+                command: GREETING.to_owned(),
+                limit_s: FIRST_ANSWER.as_secs(),
+            }),
         }
     }
 
@@ -96,10 +91,9 @@ impl Shell {
             self.send(command).await?;
             loop {
                 let line = self.line().await?;
-                // Anything else is the refusal of an earlier greeting.
-                if !line.contains("hello-")
-                    && (line.starts_with("ok ") || line.starts_with("error "))
-                {
+                // A greeting that was sent twice is answered twice.
+                let is_answer = line.starts_with("ok ") || line.starts_with("error ");
+                if is_answer && !line.starts_with(GREETING_ANSWER) {
                     return Ok::<_, ShellError>(line);
                 }
             }

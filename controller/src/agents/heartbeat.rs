@@ -2,19 +2,22 @@
 
 use crate::agents::{not_the_caller, removed};
 use crate::core::Core;
-use crate::drive::pulses::Heard;
+use crate::drive::pulses::{Heard, Sender};
 use crate::ha::orders::{Judgement, Standing, judge};
 use crate::ledger::Draft;
 use crate::model::{Actor, Host, Liveness, MaintenanceState, Subject, Vm, Work};
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::{Observed, View};
-use godwit_wire::host_api::{Heartbeat, HeartbeatReply, HostReport, MAX_VMS_PER_HOST, VmReport};
-use godwit_wire::id::{HostId, VmId};
+use godwit_wire::host_api::{
+    Heartbeat, HeartbeatReply, HostReport, MAX_VMS_PER_HOST, Order, VmReport,
+};
+use godwit_wire::id::{Epoch, HostId, VmId};
 use godwit_wire::lease::LEASE_DURATION;
 use godwit_wire::problem::Problem;
 use jiff::Timestamp;
 use std::collections::BTreeMap;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 pub(super) async fn answer(
     core: &Core,
@@ -37,7 +40,16 @@ pub(super) async fn answer(
     let Some(host) = view.hosts.get(&id) else {
         return Err(removed(id));
     };
-    let heard = core.pulses.hear(id, now, beat.incarnation, beat.sequence);
+    let sender = Sender {
+        incarnation: beat.incarnation,
+        sequence: beat.sequence,
+        boot: beat.report.facts.boot_id,
+    };
+    let stored = host.first_heard_at.map(|_| host.facts.boot_id);
+    let heard = core.pulses.hear(id, now, sender, stored);
+    if heard == Heard::AnotherBoot {
+        return Err(another_boot(host, sender.boot));
+    }
     if heard == Heard::OutOfOrder {
         return Err(Problem::conflict(
             "stale-heartbeat",
@@ -49,7 +61,8 @@ pub(super) async fn answer(
         || host.first_heard_at.is_none()
         || differs(host, &beat.report)
         || view.liveness(id).is_silent();
-    let (judgement, standing) = if news {
+    settle(core, id, beat.obeyed).await?;
+    let (number, judgement, standing) = if news {
         // During a turn nobody takes VMs from this host; after it, the host is heard again.
         let mut turn = core.ledger.turn().await;
         turn.change(|view, draft| {
@@ -64,13 +77,12 @@ pub(super) async fn answer(
         } else {
             Standing::Steady
         };
-        (look(core, id, &beat.report, standing), standing)
+        let (number, judgement) = look(core, id, &beat.report, standing);
+        (number, judgement, standing)
     } else {
         observe(core, id, &beat);
-        (
-            look(core, id, &beat.report, Standing::Steady),
-            Standing::Steady,
-        )
+        let (number, judgement) = look(core, id, &beat.report, Standing::Steady);
+        (number, judgement, Standing::Steady)
     };
     if !judgement.orders.is_empty() || standing == Standing::Returning {
         tracing::info!(host = host.name(), orders = ?judgement.orders, ?standing, "orders for a host");
@@ -82,15 +94,63 @@ pub(super) async fn answer(
         );
     }
     Ok(HeartbeatReply {
+        number,
         lease_ms: LEASE_DURATION.as_millis() as u64,
         orders: judgement.orders,
     })
 }
 
-fn look(core: &Core, id: HostId, report: &HostReport, standing: Standing) -> Judgement {
-    judge(&core.view(), id, &report.vms, standing, |vm| {
-        core.ledger.deleted(vm)
-    })
+fn another_boot(host: &Host, boot: Uuid) -> Problem {
+    let name = host.name();
+    let detail = format!(
+        "{name} was heard under boot {} a moment ago, this is boot {boot}",
+        host.facts.boot_id
+    );
+    tracing::warn!(host = name, %detail, "a heartbeat of another boot is refused");
+    Problem::conflict("duplicate-identity", detail).with_remedy(format!(
+        "after a reboot of {name} just wait; if another machine has a copy of its state directory, join one of \
+         the two anew with a state directory of its own"
+    ))
+}
+
+/// What the host is told: the orders that follow from its report, and all that it still has to destroy.
+fn look(core: &Core, id: HostId, report: &HostReport, standing: Standing) -> (u64, Judgement) {
+    let (number, left_behind) = core.debts.reply(id, || core.ledger.left_behind(id));
+    let mut judgement = judge(&core.view(), id, &report.vms, standing, |vm| {
+        core.ledger.deleted(vm).map(|deleted| deleted.epoch)
+    });
+    let debts = left_behind
+        .into_iter()
+        .map(|(vm, epoch)| Order::Destroy { vm, epoch })
+        .filter(|order| !judgement.orders.contains(order));
+    let debts: Vec<Order> = debts.collect();
+    judgement.orders.splice(0..0, debts);
+    (number, judgement)
+}
+
+/// Writes off what the host has confirmed to have destroyed.
+async fn settle(core: &Core, id: HostId, obeyed: u64) -> Result<(), Problem> {
+    let paid = core.debts.paid(id, obeyed);
+    if paid.is_empty() {
+        return Ok(());
+    }
+    let settle = |view: &View, draft: &mut Draft<'_>| {
+        for (vm, epoch) in &paid {
+            let owed = |debts: &BTreeMap<HostId, Epoch>| debts.get(&id) == Some(epoch);
+            if let Some(vm) = view.vms.get(vm).filter(|vm| owed(&vm.left_behind)) {
+                let mut vm = vm.as_ref().clone();
+                vm.left_behind.remove(&id);
+                draft.put_vm(vm);
+            }
+            let deleted = core.ledger.deleted(*vm);
+            if let Some(mut deleted) = deleted.filter(|deleted| owed(&deleted.left_behind)) {
+                deleted.left_behind.remove(&id);
+                draft.put_deleted(deleted);
+            }
+        }
+        Ok(())
+    };
+    core.ledger.change(settle).await
 }
 
 fn differs(host: &Host, report: &HostReport) -> bool {

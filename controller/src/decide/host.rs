@@ -4,8 +4,8 @@ use super::Decision;
 use crate::intent::Resource;
 use crate::ledger::Draft;
 use crate::model::{
-    Actor, Cordon, Host, MaintenancePlan, MaintenancePolicy, MoveAction, MoveState, MoveTask,
-    Subject, Work,
+    Actor, Cordon, Host, Liveness, MaintenancePlan, MaintenancePolicy, MoveAction, MoveState,
+    MoveTask, Subject, Vm, Work,
 };
 use crate::operation::fresh;
 use crate::plan::maintenance::{DrainInput, plan_drain};
@@ -187,6 +187,49 @@ pub(super) fn evacuate(
     Ok(decision)
 }
 
+/// Refuses a confirmation that a host is off which is not given up: it may still have, or get, a lease.
+pub(crate) fn not_given_up(name: &str) -> Problem {
+    let detail = format!("{name} is not given up: it was heard a moment ago");
+    Problem::conflict("host-not-given-up", detail)
+        .with_remedy("switch the host off and wait until it is given up")
+}
+
+pub(super) fn confirm_off(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: HostId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    let host = find_host(view, id)?;
+    if view.liveness(id) != Liveness::RestartAllowed {
+        return Err(not_given_up(host.name()));
+    }
+    let work = |vm: &Vm| vm.operation.and_then(|id| view.operations.get(&id));
+    // A command that is under way is first found to be lost; the VM can be taken after that.
+    let settled = |vm: &Vm| match work(vm).map(|operation| &operation.work) {
+        None => vm.migration.is_none(),
+        Some(Work::Start { placed, .. }) => placed.is_none(),
+        Some(work) => matches!(
+            work,
+            Work::Stop { .. } | Work::Delete { .. } | Work::Restart { .. }
+        ),
+    };
+    let (taken, busy): (Vec<_>, Vec<_>) = view.vms_of(id).partition(|vm| settled(vm));
+    for vm in &taken {
+        let mut vm = Vm::clone(vm);
+        vm.leave_behind();
+        draft.put_vm(vm);
+    }
+    let mut effect = format!("{} is off: {} VMs are free of it", host.name(), taken.len());
+    if !busy.is_empty() {
+        effect = format!("{effect}, {} are busy: confirm again for them", busy.len());
+    }
+    let subject = Subject::host(id, host.name());
+    let message = format!("{actor} confirms that {effect}");
+    draft.warning("host.confirmed_off", subject, actor, message);
+    Ok(Decision::new(Resource::Host(id), None, effect))
+}
+
 pub(super) fn remove(
     view: &View,
     draft: &mut Draft<'_>,
@@ -220,6 +263,14 @@ pub(super) fn remove(
         actor,
         &effect,
     );
+    // It gets no lease any more, and nobody could confirm for it.
+    for (vm, _) in view.left_behind(id) {
+        if let Some(vm) = view.vms.get(&vm) {
+            let mut vm = vm.as_ref().clone();
+            vm.left_behind.remove(&id);
+            draft.put_vm(vm);
+        }
+    }
     draft.delete_host(&host);
     Ok(Decision::new(Resource::Host(id), None, effect))
 }

@@ -17,6 +17,7 @@ use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::{FieldProblem, Problem};
+use std::collections::BTreeMap;
 
 /// Longest time a guest may be given to stop.
 const MAX_STOP_PATIENCE_MS: u64 = 600_000;
@@ -115,6 +116,7 @@ pub(super) fn create(
         migration: None,
         trouble: None,
         booted_on: None,
+        left_behind: BTreeMap::new(),
         created_at: draft.now(),
         changed_at: draft.now(),
     };

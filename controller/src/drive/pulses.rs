@@ -21,6 +21,27 @@ struct Pulse {
     heard: Instant,
     given_up: bool,
     latest: Option<(Uuid, u64)>,
+    /// The boot that is heard.
+    boot: Option<Uuid>,
+}
+
+impl Pulse {
+    fn begun(now: Instant) -> Self {
+        Self {
+            heard: now,
+            given_up: false,
+            latest: None,
+            boot: None,
+        }
+    }
+}
+
+/// Who sends a heartbeat, and where it stands in the order of heartbeats.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sender {
+    pub(crate) incarnation: Uuid,
+    pub(crate) sequence: u64,
+    pub(crate) boot: Uuid,
 }
 
 /// What came of a heartbeat.
@@ -32,6 +53,9 @@ pub(crate) enum Heard {
     GivenUp,
     /// A later heartbeat of the same agent was noted already.
     OutOfOrder,
+    /// It is of another boot, and what the former boot ran may run still: another machine may have the same
+    /// identity. Nothing was noted.
+    AnotherBoot,
 }
 
 /// See the module.
@@ -54,27 +78,32 @@ impl Pulses {
         self.by_host.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes a heartbeat.
+    /// Notes a heartbeat. `stored` is the boot in the host's record, if it was ever heard.
     pub(crate) fn hear(
         &self,
         host: HostId,
         now: Instant,
-        incarnation: Uuid,
-        sequence: u64,
+        sender: Sender,
+        stored: Option<Uuid>,
     ) -> Heard {
         let mut pulses = self.lock();
-        let pulse = pulses.entry(host).or_insert(Pulse {
-            heard: now,
-            given_up: false,
-            latest: None,
-        });
+        let pulse = pulses.entry(host).or_insert(Pulse::begun(now));
+        let another = pulse
+            .boot
+            .or(stored)
+            .is_some_and(|boot| boot != sender.boot);
+        let waited = now.saturating_duration_since(pulse.heard) >= self.waits.restart;
+        if another && !waited && !pulse.given_up {
+            return Heard::AnotherBoot;
+        }
         if pulse
             .latest
-            .is_some_and(|(known, latest)| known == incarnation && sequence <= latest)
+            .is_some_and(|(known, latest)| known == sender.incarnation && sender.sequence <= latest)
         {
             return Heard::OutOfOrder;
         }
-        pulse.latest = Some((incarnation, sequence));
+        pulse.boot = Some(sender.boot);
+        pulse.latest = Some((sender.incarnation, sender.sequence));
         if pulse.given_up {
             return Heard::GivenUp;
         }
@@ -94,11 +123,7 @@ impl Pulses {
     /// host a full wait.
     pub(crate) fn judge(&self, host: HostId, now: Instant) -> Verdict {
         let mut pulses = self.lock();
-        let pulse = pulses.entry(host).or_insert(Pulse {
-            heard: now,
-            given_up: false,
-            latest: None,
-        });
+        let pulse = pulses.entry(host).or_insert(Pulse::begun(now));
         if pulse.given_up {
             return Verdict {
                 liveness: Liveness::RestartAllowed,

@@ -136,10 +136,16 @@ impl<'a> Draft<'a> {
         let deleted = DeletedVm {
             vm: vm.id,
             epoch: vm.epoch,
+            left_behind: vm.left_behind.clone(),
         };
-        self.put_raw(key::of(key::DELETED_VM, vm.id), &deleted);
-        self.deleted.push(deleted);
+        self.put_deleted(deleted);
         self.records.vms.insert(vm.id, None);
+    }
+
+    /// Writes what is remembered of a deleted VM.
+    pub(crate) fn put_deleted(&mut self, deleted: DeletedVm) {
+        self.put_raw(key::of(key::DELETED_VM, deleted.vm), &deleted);
+        self.deleted.push(deleted);
     }
 
     /// Forgets that a VM was deleted.

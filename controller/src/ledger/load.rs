@@ -5,7 +5,7 @@ use super::draft::key;
 use crate::model::{DeletedVm, Event};
 use crate::store::{Entry, Store, StoreError};
 use crate::view::{Index, NamesAre, View};
-use godwit_wire::id::{Epoch, VmId};
+use godwit_wire::id::VmId;
 use serde::de::DeserializeOwned;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ pub(super) struct Loaded {
     pub(super) view: View,
     pub(super) books: Books,
     pub(super) events: VecDeque<Arc<Event>>,
-    pub(super) deleted: BTreeMap<VmId, Epoch>,
+    pub(super) deleted: BTreeMap<VmId, DeletedVm>,
 }
 
 fn parse<T: DeserializeOwned>(entry: &Entry) -> Result<T, StoreError> {
@@ -63,7 +63,7 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
             events.push_back(Arc::new(parse::<Event>(entry)?));
         } else if under(key::DELETED_VM) {
             let record: DeletedVm = parse(entry)?;
-            deleted.insert(record.vm, record.epoch);
+            deleted.insert(record.vm, record);
         } else if let Some(digest) = entry.key.strip_prefix(key::TOKEN) {
             books.tokens.insert(digest.to_owned(), parse(entry)?);
         }

@@ -5,6 +5,7 @@ use godwit_wire::host_api::HostFacts;
 use godwit_wire::id::{Epoch, HostId, MaintenanceId, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A host as stored. Whether it answers is not stored: that is observed anew by every server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,10 +113,13 @@ pub struct TokenUse {
 }
 
 /// What is remembered of a VM that was deleted: any copy that turns up is to be destroyed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeletedVm {
     /// Which VM.
     pub vm: VmId,
     /// Its last epoch.
     pub epoch: Epoch,
+    /// As [`Vm::left_behind`](super::Vm::left_behind).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left_behind: BTreeMap<HostId, Epoch>,
 }

@@ -5,6 +5,7 @@ use godwit_wire::id::{Epoch, Generation, HostId, MaintenanceId, MigrationId, Ope
 use godwit_wire::machine::MachineSpec;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A VM as stored. `owner` and `epoch` change only by compare-and-swap (DESIGN: never twice, barrier 1):
 ///
@@ -31,6 +32,10 @@ pub struct Vm {
     pub owner: Option<HostId>,
     /// Grows by one with every gain of an owner.
     pub epoch: Epoch,
+    /// Hosts it was taken from while they were silent, with the epoch it had there: a command may still reach
+    /// them, and until they have confirmed its destruction they are told to destroy it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left_behind: BTreeMap<HostId, Epoch>,
     /// Latest generation given to a command.
     pub generation: Generation,
     /// Where it belongs: where it was first placed, or last moved to by hand.
@@ -150,6 +155,13 @@ impl Vm {
     pub fn give_to(&mut self, host: HostId) {
         self.owner = Some(host);
         self.epoch = self.epoch.next();
+    }
+
+    /// Takes the VM from its owner without having heard that nothing of it is left there.
+    pub fn leave_behind(&mut self) {
+        if let Some(owner) = self.owner.take() {
+            self.left_behind.insert(owner, self.epoch);
+        }
     }
 
     /// The generation for the next command; a repeated command keeps the one it was given.

@@ -6,13 +6,15 @@
 //! A host that is given up for lost has stopped its watched VMs by itself; an unwatched VM waits for its host.
 
 use super::Ended;
-use super::context::{Conclusion, Context, Sent, never};
+use super::context::{Conclusion, Context, LAST_PAUSE, Sent, never};
+use crate::core::Core;
 use crate::ledger::Draft;
 use crate::model::{Operation, Placed, StartCause, Subject, Vm, Work};
 use crate::view::View;
 use godwit_wire::host_api::{LeasePolicy, StopMode, StopVm};
 use godwit_wire::id::VmId;
 use godwit_wire::problem::Problem;
+use tokio::time::Instant;
 
 pub(super) async fn run(context: &Context<'_>) -> Ended {
     match halt(context).await {
@@ -36,7 +38,8 @@ async fn halt(context: &Context<'_>) -> Result<(), Ended> {
         return Err(Ended::GaveUp);
     };
     let Some(sent) = address(context, id).await? else {
-        return let_go(context, id).await;
+        let_go(context, id, Evidence::Destroyed).await?;
+        return Ok(());
     };
     let driver = &context.core.driver;
     let command = StopVm {
@@ -55,8 +58,8 @@ async fn halt(context: &Context<'_>) -> Result<(), Ended> {
                 tracing::warn!(vm = %id, host = %sent.host, %problem, "stop refused; destroying it");
             }
             Sent::HostLost | Sent::Interrupted => {
-                if taken_by_silence(context, id).await {
-                    break;
+                if taken_by_silence(context, id).await? {
+                    return Ok(());
                 }
                 continue;
             }
@@ -65,16 +68,39 @@ async fn halt(context: &Context<'_>) -> Result<(), Ended> {
             .send(sent.host, |to| driver.destroy(to, id, sent.epoch), never)
             .await
         {
-            Sent::Answer(()) | Sent::Refused(Problem { status: 404, .. }) => break,
+            Sent::Answer(()) | Sent::Refused(Problem { status: 404, .. }) => {
+                let_go(context, id, Evidence::Destroyed).await?;
+                return Ok(());
+            }
+            Sent::Refused(problem) if problem.status >= 500 => {
+                tracing::warn!(vm = %id, host = %sent.host, %problem, "destruction failed; trying again");
+                tokio::time::sleep(LAST_PAUSE).await;
+            }
             Sent::Refused(problem) => return refused(context, id, problem).await,
             Sent::HostLost | Sent::Interrupted => {
-                if taken_by_silence(context, id).await {
-                    break;
+                if taken_by_silence(context, id).await? {
+                    return Ok(());
                 }
             }
         }
     }
-    let_go(context, id).await
+}
+
+/// Why nothing of a VM runs any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Evidence {
+    /// Its host has said so, or nobody had it.
+    Destroyed,
+    /// Its host is given up for lost.
+    Silence,
+}
+
+/// Whether the VM could be let go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LetGo {
+    Yes,
+    /// Its host is not given up any more.
+    HostIsBack,
 }
 
 fn mode(work: &Work) -> Option<StopMode> {
@@ -116,24 +142,31 @@ async fn address(context: &Context<'_>, id: VmId) -> Result<Option<Placed>, Ende
         .await
 }
 
-/// Whether a lost host has certainly stopped the VM; an unwatched one waits for the host to come back.
-async fn taken_by_silence(context: &Context<'_>, id: VmId) -> bool {
-    let (core, view) = (context.core, context.view());
-    let Some(vm) = view.vms.get(&id) else {
-        return true;
-    };
-    let Some(owner) = vm.owner.filter(|owner| view.hosts.contains_key(owner)) else {
-        return true;
-    };
-    if vm.lease == LeasePolicy::Watched && core.pulses.is_given_up(owner) {
-        return true;
+/// Lets the VM go if its lost host has certainly stopped it; an unwatched one waits for the host to come back, or
+/// for the operator to say that the host is off. False when the host is to be told again.
+async fn taken_by_silence(context: &Context<'_>, id: VmId) -> Result<bool, Ended> {
+    if let_go(context, id, Evidence::Silence).await? == LetGo::Yes {
+        return Ok(true);
     }
-    core.until(|view| (!view.liveness(owner).is_silent()).then_some(()))
-        .await;
-    false
+    let sure = |view: &View| {
+        let owner = view.vms.get(&id).and_then(|vm| vm.owner);
+        owner.is_none_or(|owner| !view.liveness(owner).is_silent())
+    };
+    context.core.until(|view| sure(view).then_some(())).await;
+    Ok(false)
 }
 
+/// Called during a turn: what it finds holds until the turn ends.
+fn is_silenced(core: &Core, view: &View, vm: &Vm) -> bool {
+    vm.owner.is_none_or(|owner| {
+        let given_up = core.pulses.is_given_up(owner);
+        !view.hosts.contains_key(&owner) || (vm.lease == LeasePolicy::Watched && given_up)
+    })
+}
+
+/// The controller tries again after a pause, as with starts.
 async fn refused(context: &Context<'_>, id: VmId, problem: Problem) -> Result<(), Ended> {
+    context.core.count_restart(id, Instant::now());
     context
         .change(|view, draft, operation| {
             let vm = Context::vm(view, id);
@@ -151,24 +184,32 @@ async fn refused(context: &Context<'_>, id: VmId, problem: Problem) -> Result<()
         .await
 }
 
-async fn let_go(context: &Context<'_>, id: VmId) -> Result<(), Ended> {
+async fn let_go(context: &Context<'_>, id: VmId, evidence: Evidence) -> Result<LetGo, Ended> {
     context
-        .change(|view, draft, operation| match Context::vm(view, id) {
-            Some(vm) => stopped(view, draft, operation, vm),
-            None => Context::conclude(
-                draft,
-                operation,
-                None,
-                Conclusion::Succeeded("it was gone".into()),
-            ),
+        .change(|view, draft, operation| {
+            let Some(mut vm) = Context::vm(view, id) else {
+                let conclusion = Conclusion::Succeeded("it was gone".into());
+                Context::conclude(draft, operation, None, conclusion);
+                return LetGo::Yes;
+            };
+            match evidence {
+                Evidence::Destroyed => vm.owner = None,
+                // The host may have come back since it was found to be lost.
+                Evidence::Silence if !is_silenced(context.core, view, &vm) => {
+                    return LetGo::HostIsBack;
+                }
+                Evidence::Silence => vm.leave_behind(),
+            }
+            stopped(view, draft, operation, vm);
+            LetGo::Yes
         })
         .await
 }
 
-fn stopped(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, mut vm: Vm) {
+/// The VM has no owner any more.
+fn stopped(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, vm: Vm) {
     let subject = Subject::vm(vm.id, &vm.name);
     let actor = operation.actor.clone();
-    vm.owner = None;
     match operation.work.clone() {
         Work::Delete { .. } => {
             draft.info(

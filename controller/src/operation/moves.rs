@@ -85,18 +85,16 @@ async fn moves(context: &Context<'_>) -> Result<(), Ended> {
     }
 }
 
-/// Before VMs come back: the host must answer. Then, in one transaction, it takes VMs again and the moves are
+/// Before VMs come back the host must answer; when none come back it need not. Then, in one transaction, it takes VMs again and the moves are
 /// planned. False when the operation has ended.
 async fn verify(
     context: &Context<'_>,
     maintenance: MaintenanceId,
     host: HostId,
 ) -> Result<bool, Ended> {
-    let state = context
-        .view()
-        .maintenances
-        .get(&maintenance)
-        .map(|m| m.state);
+    let view = context.view();
+    let record = view.maintenances.get(&maintenance);
+    let state = record.map(|record| record.state);
     if !matches!(
         state,
         Some(MaintenanceState::Verifying | MaintenanceState::Cancelling)
@@ -107,7 +105,9 @@ async fn verify(
         let observed = view.observed.get(&host)?;
         (observed.heard_at.is_some() && !observed.liveness.is_silent()).then_some(())
     });
-    let heard = tokio::time::timeout(VERIFY_TIME, answers).await.is_ok();
+    // Nothing comes back to a host that is only to be released: a dead one can be released too.
+    let stay = record.is_some_and(|record| record.on_cancel == Some(RestoreOnCancel::Stay));
+    let heard = stay || tokio::time::timeout(VERIFY_TIME, answers).await.is_ok();
     context
         .change(|view, draft, operation| {
             let Some(record) = view.maintenances.get(&maintenance) else {

@@ -207,6 +207,9 @@ fn place_in_turn(
         return Placing::Ended;
     };
     let before = vm.owner;
+    if before.is_some_and(|before| before != target) {
+        vm.leave_behind();
+    }
     vm.give_to(target);
     vm.home.get_or_insert(target);
     vm.booted_on = Some(facts.cpu.signature.clone());

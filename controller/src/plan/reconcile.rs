@@ -116,10 +116,12 @@ fn with_owner(
     hosts: &mut Hosts,
     may_restart: &impl Fn(VmId) -> bool,
 ) -> Option<Action> {
+    // A host that refused to stop it is not asked again at once.
+    let stop = may_restart(vm.id).then_some(Action::Stop { vm: vm.id });
     if view.liveness(owner) == Liveness::RestartAllowed {
         return match (vm.intent.wants_vmm(), vm.lease) {
             (_, LeasePolicy::Unwatched) => None,
-            (false, LeasePolicy::Watched) => Some(Action::Stop { vm: vm.id }),
+            (false, LeasePolicy::Watched) => stop,
             (true, LeasePolicy::Watched) => {
                 place(vm, hosts, StartCause::HostSilent { host: owner })
             }
@@ -142,17 +144,17 @@ fn with_owner(
         };
         return match vm.intent.wants_vmm() {
             true => (missing && may_restart(vm.id)).then_some(again),
-            false => Some(Action::Stop { vm: vm.id }),
+            false => stop,
         };
     };
     match (&report.state, vm.intent) {
-        (_, PowerIntent::Stopped) => Some(Action::Stop { vm: vm.id }),
+        (_, PowerIntent::Stopped) => stop,
         (
             Some(VmmState::Stopped {
                 reason: StopReason::GuestHalted,
             }),
             _,
-        ) => Some(Action::Halted { vm: vm.id }),
+        ) => may_restart(vm.id).then_some(Action::Halted { vm: vm.id }),
         (None | Some(VmmState::Stopped { .. }), _) => may_restart(vm.id).then_some(Action::Start {
             vm: vm.id,
             wanted: None,

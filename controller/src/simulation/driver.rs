@@ -81,6 +81,9 @@ impl HostDriver for SimDriver {
         vm: VmId,
         command: &StartVm,
     ) -> Result<VmReport, CallError> {
+        if self.hosts[&to.host].holds_up(vm, command) {
+            std::future::pending::<()>().await;
+        }
         self.call(to, "start", |host| host.start_vm(vm, command))
             .await
     }
@@ -146,11 +149,8 @@ impl HostDriver for SimDriver {
     }
 
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError> {
-        self.call(to, "destroy", |host| {
-            host.destroy(vm, epoch);
-            Ok(())
-        })
-        .await
+        self.call(to, "destroy", |host| host.destroy(vm, epoch))
+            .await
     }
 
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {

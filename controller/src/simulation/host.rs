@@ -10,8 +10,8 @@ use super::driver::LATENCY;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, Heartbeat, HostFacts, HostReport, LeasePolicy, Order, PrepareIncoming,
-    StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, Heartbeat, HeartbeatReply, HostFacts, HostReport, LeasePolicy, Order,
+    PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
@@ -67,10 +67,17 @@ struct State {
     facts: HostFacts,
     vms: BTreeMap<VmId, SimVm>,
     fence: BTreeMap<VmId, Epoch>,
+    /// Starts up to this epoch come too late: it was told to destroy them.
+    closed: BTreeMap<VmId, Epoch>,
+    obeyed: u64,
+    /// Starts that are on their way, for as long as they are held up.
+    held_up: Option<Vec<(VmId, StartVm)>>,
     lease_until: Option<Instant>,
     sequence: u64,
     incarnation: Uuid,
     refuses_starts: bool,
+    refuses_destructions: Option<Problem>,
+    destructions_refused: usize,
     hides: bool,
 }
 
@@ -101,10 +108,15 @@ impl SimHost {
                 facts,
                 vms: BTreeMap::new(),
                 fence: BTreeMap::new(),
+                closed: BTreeMap::new(),
+                obeyed: 0,
+                held_up: None,
                 lease_until: None,
                 sequence: 0,
                 incarnation: Uuid::from_u128(1),
                 refuses_starts: false,
+                refuses_destructions: None,
+                destructions_refused: 0,
                 hides: false,
             }),
             linked: watch::Sender::new(true),
@@ -170,6 +182,7 @@ impl SimHost {
         state.facts.boot_id = Uuid::new_v4();
         state.incarnation = Uuid::new_v4();
         state.sequence = 0;
+        state.obeyed = 0;
     }
 
     /// Kills one VMM process.
@@ -193,6 +206,42 @@ impl SimHost {
     /// From now on it cannot start VMs.
     pub(super) fn refuse_starts(&self) {
         self.state().refuses_starts = true;
+    }
+
+    /// From now on commands to destroy a VM are answered like this.
+    pub(super) fn refuse_destructions(&self, problem: Option<Problem>) {
+        self.state().refuses_destructions = problem;
+    }
+
+    pub(super) fn destructions_refused(&self) -> usize {
+        self.state().destructions_refused
+    }
+
+    pub(super) fn facts(&self) -> HostFacts {
+        self.state().facts.clone()
+    }
+
+    /// From now on starts are received and not looked at.
+    pub(super) fn hold_starts_up(&self) {
+        self.state().held_up = Some(Vec::new());
+    }
+
+    /// Whether a start is held up; if so it is kept for later.
+    pub(super) fn holds_up(&self, vm: VmId, command: &StartVm) -> bool {
+        let mut state = self.state();
+        let held_up = state.held_up.as_mut();
+        held_up
+            .map(|held_up| held_up.push((vm, command.clone())))
+            .is_some()
+    }
+
+    /// Carries out the starts that were held up.
+    pub(super) fn let_starts_through(&self) -> Vec<Result<VmReport, Problem>> {
+        let held_up = self.state().held_up.take().unwrap_or_default();
+        held_up
+            .iter()
+            .map(|(vm, command)| self.start_vm(*vm, command))
+            .collect()
     }
 
     /// From now on its reports lack all VMs.
@@ -237,6 +286,10 @@ impl SimHost {
 
     pub(super) fn start_vm(&self, vm: VmId, command: &StartVm) -> Result<VmReport, Problem> {
         let mut state = self.admit(vm, command.epoch, command.generation)?;
+        let closed = state.closed.get(&vm);
+        if closed.is_some_and(|closed| command.epoch <= *closed) {
+            return Err(refuse("stale-epoch"));
+        }
         if state.refuses_starts {
             return Err(refuse("no-kvm"));
         }
@@ -415,12 +468,15 @@ impl SimHost {
         Ok(state.report(vm).unwrap())
     }
 
-    pub(super) fn destroy(&self, vm: VmId, epoch: Epoch) {
+    pub(super) fn destroy(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
         let mut state = self.state();
-        if state.vms.get(&vm).is_some_and(|known| known.epoch <= epoch) {
-            state.vms.remove(&vm);
+        if let Some(problem) = state.refuses_destructions.clone() {
+            state.destructions_refused += 1;
+            return Err(problem);
         }
+        state.destroy(vm, epoch);
         self.poke.notify_one();
+        Ok(())
     }
 
     pub(super) fn serial(&self, vm: VmId) -> Result<Box<dyn Duplex>, Problem> {
@@ -485,6 +541,14 @@ impl State {
         self.lease_until.is_some_and(|until| now < until)
     }
 
+    fn destroy(&mut self, vm: VmId, epoch: Epoch) {
+        if self.vms.get(&vm).is_some_and(|known| known.epoch <= epoch) {
+            self.vms.remove(&vm);
+        }
+        let closed = self.closed.entry(vm).or_insert(epoch);
+        *closed = epoch.max(*closed);
+    }
+
     fn expire(&mut self, now: Instant) {
         let over = self
             .lease_until
@@ -528,6 +592,7 @@ async fn beat_for_ever(host: Arc<SimHost>) {
                 state.vms.keys().copied().collect()
             };
             let beat = Heartbeat {
+                obeyed: state.obeyed,
                 host: host.id,
                 incarnation: state.incarnation,
                 sequence: state.sequence,
@@ -553,7 +618,7 @@ async fn beat_for_ever(host: Arc<SimHost>) {
             tokio::time::sleep(LATENCY).await;
             host.answering().await;
             if let Some(Ok(reply)) = answered {
-                obey(&host, sent, reply.lease_ms, &reply.orders);
+                obey(&host, sent, &reply);
             }
         }
         let pause = Duration::from_millis(if busy { 250 } else { 1_000 });
@@ -565,19 +630,17 @@ async fn beat_for_ever(host: Arc<SimHost>) {
 }
 
 /// Destructions, then the lease, then resumptions.
-fn obey(host: &SimHost, sent: Instant, lease_ms: u64, orders: &[Order]) {
+fn obey(host: &SimHost, sent: Instant, reply: &HeartbeatReply) {
     let mut state = host.state();
-    for order in orders {
-        if let Order::Destroy { vm, epoch } = order
-            && state.vms.get(vm).is_some_and(|known| known.epoch <= *epoch)
-        {
-            state.vms.remove(vm);
+    for order in &reply.orders {
+        if let Order::Destroy { vm, epoch } = order {
+            state.destroy(*vm, *epoch);
         }
     }
-    let until = sent + Duration::from_millis(lease_ms);
+    let until = sent + Duration::from_millis(reply.lease_ms);
     state.lease_until = Some(state.lease_until.map_or(until, |known| known.max(until)));
     let held = state.lease_held(Instant::now());
-    for order in orders {
+    for order in &reply.orders {
         if let Order::Resume { vm, epoch } = order
             && let Some(known) = state.vms.get_mut(vm).filter(|known| known.epoch == *epoch)
             && known.state
@@ -588,5 +651,5 @@ fn obey(host: &SimHost, sent: Instant, lease_ms: u64, orders: &[Order]) {
             let _ = known.run(held);
         }
     }
-    drop(state);
+    state.obeyed = reply.number;
 }

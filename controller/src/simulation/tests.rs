@@ -467,3 +467,39 @@ async fn events_are_numbered_without_gaps_and_the_log_is_bounded() {
     );
     assert_eq!(pool.view().event_revision, all.len() as u64);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_destruction_that_fails_for_now_is_tried_until_it_succeeds() {
+    let pool = Pool::of(1).await;
+    let vm = pool.vm("a", 1).await;
+    let failing = Problem::new(503, "unavailable", "Not now", "not now");
+    pool.host(1).refuse_destructions(Some(failing));
+    let mode = godwit_wire::host_api::StopMode::Kill;
+    let stop = pool.submit(Intent::StopVm { vm, mode }).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let refused = pool.host(1).destructions_refused();
+    assert!((5..=15).contains(&refused), "{refused} in 20 s");
+    pool.host(1).refuse_destructions(None);
+    pool.succeeds(stop).await;
+    assert!(!pool.host(1).has(vm));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_that_is_refused_is_begun_again_only_after_a_pause() {
+    let pool = Pool::of(1).await;
+    let vm = pool.vm("a", 1).await;
+    pool.host(1)
+        .refuse_destructions(Some(Problem::conflict("stale-epoch", "stale")));
+    let mode = godwit_wire::host_api::StopMode::Kill;
+    let stop = pool.submit(Intent::StopVm { vm, mode }).await.unwrap();
+    assert_eq!(
+        pool.ended(stop.operation.unwrap()).await,
+        OperationState::Failed
+    );
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let refused = pool.host(1).destructions_refused();
+    assert!((2..=8).contains(&refused), "{refused} in 20 s");
+    pool.host(1).refuse_destructions(None);
+    pool.wait("it is off", |view| view.vms[&vm].owner.is_none())
+        .await;
+}

@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::model::Liveness;
+use godwit_wire::host_api::{Heartbeat, HostReport};
+use godwit_wire::usage::HostUsage;
 
 /// Waits until the VM's vCPUs run on another host; returns how long that took.
 async fn restarted(pool: &Pool, vm: VmId, from: u128) -> Duration {
@@ -130,6 +132,12 @@ async fn a_reboot_is_proof_that_everything_from_before_is_gone() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     pool.host(1).reboot();
     pool.host(1).mend();
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!(
+        pool.events("host.rebooted"),
+        0,
+        "as if another machine had its identity, it waits"
+    );
     for vm in [watched, unwatched] {
         pool.wait("it was started again", |view| view.vms[&vm].epoch.0 == 2)
             .await;
@@ -249,4 +257,127 @@ async fn a_source_that_falls_silent_during_a_migration_loses_no_vm() {
             assert_eq!(copies, 1, "cut {cut} after {after_ms} ms");
         }
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_second_machine_with_the_identity_of_a_host_that_is_heard_proves_nothing() {
+    let pool = Pool::of(2).await;
+    let vm = pool
+        .vm_with("a", 1, |new| new.lease = LeasePolicy::Unwatched)
+        .await;
+    let mut facts = pool.host(1).facts();
+    facts.boot_id = Uuid::from_u128(7);
+    for sequence in 1..60 {
+        let beat = Heartbeat {
+            host: Pool::id(1),
+            incarnation: Uuid::from_u128(8),
+            sequence,
+            obeyed: 0,
+            report: HostReport {
+                facts: facts.clone(),
+                usage: HostUsage::default(),
+                vms: Vec::new(),
+            },
+        };
+        let refused = pool.server_now().0.heartbeat(Pool::id(1), beat).await;
+        assert_eq!(refused.unwrap_err().kind, "duplicate-identity");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    assert_eq!((pool.owner(vm), pool.runs_on(vm)), (Some(1), vec![1]));
+    assert_eq!(pool.view().vms[&vm].epoch.0, 1);
+    pool.check();
+}
+
+/// A pool whose first host was given up with the start of a VM on its way; the VM runs on the second.
+async fn with_a_start_on_its_way() -> (Pool, VmId) {
+    let pool = Pool::of(2).await;
+    pool.host(1).hold_starts_up();
+    let reason = "so that the VM is placed on the other".to_owned();
+    let host = Pool::id(2);
+    pool.submit(Intent::CordonHost { host, reason })
+        .await
+        .unwrap();
+    pool.submit(Intent::CreateVm(new_vm("a"))).await.unwrap();
+    let vm = pool.view().find_vm("a").unwrap().id;
+    pool.wait("it is placed", |view| view.vms[&vm].owner.is_some())
+        .await;
+    pool.submit(Intent::UncordonHost { host }).await.unwrap();
+    pool.host(1).cut();
+    restarted(&pool, vm, 1).await;
+    assert_eq!(pool.owner(vm), Some(2));
+    (pool, vm)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_reaches_a_given_up_host_after_its_return_is_refused() {
+    let (pool, vm) = with_a_start_on_its_way().await;
+    assert!(pool.view().vms[&vm].left_behind.contains_key(&Pool::id(1)));
+    pool.host(1).mend();
+    pool.wait("the host has confirmed", |view| {
+        view.vms[&vm].left_behind.is_empty()
+    })
+    .await;
+    let late = pool.host(1).let_starts_through();
+    assert_eq!(late.len(), 1);
+    assert_eq!(late[0].as_ref().unwrap_err().kind, "stale-epoch");
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    pool.check();
+    assert_eq!(pool.runs_on(vm), [2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_is_late_by_any_time_never_runs_beside_the_other_copy() {
+    for late_ms in [0, 1, 3, 5, 10, 100, 990, 1_000, 1_010, 2_000, 8_000] {
+        let (pool, vm) = with_a_start_on_its_way().await;
+        pool.host(1).mend();
+        tokio::time::sleep(Duration::from_millis(late_ms)).await;
+        let _ = pool.host(1).let_starts_through();
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        pool.check();
+        assert_eq!(pool.runs_on(vm), [2], "late by {late_ms} ms");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_host_must_destroy_outlives_the_server_and_the_vm() {
+    let (mut pool, vm) = with_a_start_on_its_way().await;
+    let accepted = pool.submit(Intent::DeleteVm { vm }).await.unwrap();
+    pool.succeeds(accepted).await;
+    pool.restart_server(Duration::from_secs(1), None).await;
+    pool.host(1).mend();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let late = pool.host(1).let_starts_through();
+    assert_eq!(late[0].as_ref().unwrap_err().kind, "stale-epoch");
+    assert!(pool.runs_on(vm).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_operator_can_free_an_unwatched_vm_from_a_host_that_is_off() {
+    let pool = Pool::of(2).await;
+    let vm = pool
+        .vm_with("a", 1, |new| new.lease = LeasePolicy::Unwatched)
+        .await;
+    let stopped = pool
+        .vm_with("b", 1, |new| new.lease = LeasePolicy::Unwatched)
+        .await;
+    let off = Intent::ConfirmHostOff { host: Pool::id(1) };
+    let early = pool.submit(off.clone()).await.unwrap_err();
+    assert_eq!(early.kind, "host-not-given-up");
+    pool.host(1).cut();
+    pool.host(1).reboot();
+    pool.wait("it awaits a fence", |view| {
+        view.vm_status(&view.vms[&vm]).state == VmState::AwaitingFence
+    })
+    .await;
+    let mode = godwit_wire::host_api::StopMode::Kill;
+    let stop = Intent::StopVm { vm: stopped, mode };
+    let stop = pool.submit(stop).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert_eq!((pool.owner(vm), pool.owner(stopped)), (Some(1), Some(1)));
+
+    pool.submit(off).await.unwrap();
+    pool.succeeds(stop).await;
+    pool.running(vm).await;
+    assert_eq!((pool.owner(vm), pool.owner(stopped)), (Some(2), None));
+    assert_eq!(pool.events("host.confirmed_off"), 1);
 }

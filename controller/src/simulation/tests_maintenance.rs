@@ -394,3 +394,25 @@ async fn an_evacuation_empties_a_host_that_stays_cordoned() {
     assert_eq!(pool.host_state(1), HostState::Cordoned);
     pool.check();
 }
+
+#[tokio::test(start_paused = true)]
+async fn the_maintenance_of_a_dead_host_can_be_called_off() {
+    let pool = Pool::of(2).await;
+    let id = pool.planned(of_host(1, ReturnPolicy::Exact)).await;
+    pool.submit(Intent::StartMaintenance { maintenance: id })
+        .await
+        .unwrap();
+    pool.state_is(id, MaintenanceState::Drained).await;
+    pool.host(1).cut();
+    pool.state_is(id, MaintenanceState::Working).await;
+    let cancel = Intent::CancelMaintenance {
+        maintenance: id,
+        restore: RestoreOnCancel::Stay,
+    };
+    let cancel = pool.submit(cancel).await.unwrap();
+    pool.succeeds(cancel).await;
+    pool.state_is(id, MaintenanceState::Cancelled).await;
+    assert_eq!(pool.view().hosts[&Pool::id(1)].maintenance, None);
+    let host = Pool::id(1);
+    pool.submit(Intent::RemoveHost { host }).await.unwrap();
+}

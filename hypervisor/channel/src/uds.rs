@@ -2,7 +2,7 @@
 //! are created with mode 0600.
 
 use crate::client::{Dial, HttpClient};
-use crate::serve::{self, Accept};
+use crate::serve::{self, Accept, Prepared, Standing};
 use axum::Router;
 use rustix::fs::Mode;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -186,8 +186,13 @@ impl Accept for Listener {
         Listener::accept(self).await
     }
 
-    async fn prepare(&self, raw: UnixStream, router: Router) -> io::Result<(UnixStream, Router)> {
-        Ok((raw, router))
+    async fn prepare(&self, raw: UnixStream, router: Router) -> io::Result<Prepared<UnixStream>> {
+        // Whoever may open the socket is one of ours.
+        Ok(Prepared {
+            io: raw,
+            router,
+            standing: Standing::Known,
+        })
     }
 }
 

@@ -98,6 +98,14 @@ fn unfinished(record: &VmRecord) -> Adoption {
     }
 }
 
+/// Whether a VMM in this state has a machine that was told to start.
+pub(crate) fn has_started(state: &VmmState) -> bool {
+    matches!(
+        state,
+        VmmState::Running | VmmState::Paused { .. } | VmmState::Incoming
+    )
+}
+
 fn ended(phase: MigrationPhase) -> bool {
     // A completed one cannot be: the record would say `Granted`. Should it be, the VM must not go on here.
     phase.is_final()

@@ -7,7 +7,7 @@
 //! nothing touched             VMs run on; the next agent adopts them
 //! ```
 
-use crate::adoption::{Adoption, Found, adopt as decide};
+use crate::adoption::{Adoption, Found, adopt as decide, has_started};
 use crate::api::{self, Agent};
 use crate::args::{HostArgs, OnExit, server_authority};
 use crate::board::Board;
@@ -19,7 +19,7 @@ use crate::join;
 use crate::lease::LeasePage;
 use crate::process::{self, VmmProcess};
 use crate::procfs;
-use crate::record::{End, StateDirectory, VmRecord};
+use crate::record::{End, Started, StateDirectory, VmDirectory, VmRecord};
 use crate::sys::AfterAgent;
 use crate::vm::{self, Adopted, Command, Context, Registry};
 use godwit_channel::client::NO_BODY;
@@ -40,7 +40,6 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
@@ -133,7 +132,8 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
         guest_memory = %facts.guest_memory_mib, cpu = facts.cpu.model, "the agent is up"
     );
 
-    let control = ControlPlane::new(&ground.authority, &tls::client(&identity)?);
+    let calls = tls::client(&identity)?;
+    let control = ControlPlane::new(&ground.authority, &calls);
     let registry = Registry::new(Arc::new(Context {
         host,
         state: ground.state.clone(),
@@ -145,8 +145,9 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
             AfterAgent::LivesOn
         },
         migration_address: address.ip(),
-        control: control.clone(),
+        control,
         board: Board::default(),
+        runtime: tokio::runtime::Handle::current(),
     }));
     adopt_all(&registry).await?;
     let agent = Arc::new(Agent {
@@ -161,20 +162,23 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
         api::router(agent.clone()),
         stopping.clone().cancelled_owned(),
     ));
-    let heartbeats = AbortOnDropHandle::new(tokio::spawn(
-        Heartbeats {
-            host,
-            agent,
-            control,
-            lease,
-        }
-        .run(),
-    ));
+    let control = ControlPlane::new(&ground.authority, &calls);
+    let heartbeats = Heartbeats::new(host, agent, control, lease)
+        .spawn(stopping.clone())
+        .map_err(|source| HostError::System {
+            what: "a thread for heartbeats",
+            source,
+        })?;
 
     end.wait().await;
     tracing::info!(vms = registry.vms().len(), on_exit = ?args.on_exit, "the agent ends");
     stopping.cancel();
-    drop(heartbeats);
+    if tokio::task::spawn_blocking(|| heartbeats.join())
+        .await
+        .is_err()
+    {
+        tracing::error!("the heartbeats could not be ended");
+    }
     if args.on_exit == OnExit::KillVms {
         kill_all(&registry).await;
     }
@@ -194,15 +198,7 @@ fn prepare(args: &HostArgs) -> Result<Ground, HostError> {
     let absolute = std::path::absolute(&args.state_dir)
         .map_err(|source| FileError::new("use", &args.state_dir, source))?;
     let state = StateDirectory::new(absolute);
-    let bytes = state.longest_socket_path_bytes();
-    if bytes > uds::MAX_PATH_BYTES {
-        let path = args.state_dir.clone();
-        return Err(HostError::StateDirTooDeep {
-            path,
-            bytes,
-            limit: uds::MAX_PATH_BYTES,
-        });
-    }
+    check_depth(args, &state)?;
     let program = match &args.vmm_program {
         Some(program) => program.clone(),
         None => std::env::current_exe().map_err(|source| HostError::System {
@@ -211,6 +207,11 @@ fn prepare(args: &HostArgs) -> Result<Ground, HostError> {
         })?,
     };
     state.create()?;
+    // However the directory is written on the command line, VMMs find their sockets in it and are found by them.
+    let canonical = std::fs::canonicalize(state.root())
+        .map_err(|source| FileError::new("use", state.root(), source))?;
+    let state = StateDirectory::new(canonical);
+    check_depth(args, &state)?;
     let lock = lock(&state.lock(), state.root())?;
     state.prune_fences(SystemTime::now())?;
     let boot_id = procfs::boot_id().ok_or(HostError::Proc("the boot id"))?;
@@ -220,6 +221,18 @@ fn prepare(args: &HostArgs) -> Result<Ground, HostError> {
         program,
         authority,
         _lock: lock,
+    })
+}
+
+fn check_depth(args: &HostArgs, state: &StateDirectory) -> Result<(), HostError> {
+    let bytes = state.longest_socket_path_bytes();
+    if bytes <= uds::MAX_PATH_BYTES {
+        return Ok(());
+    }
+    Err(HostError::StateDirTooDeep {
+        path: args.state_dir.clone(),
+        bytes,
+        limit: uds::MAX_PATH_BYTES,
     })
 }
 
@@ -250,7 +263,7 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
     let record = match directory.read_record() {
         Ok(Some(record)) => record,
         // Made, and the agent died before it wrote anything: there is nothing.
-        Ok(None) => return forget(&registry, vm, "it was never written down").await,
+        Ok(None) => return forget(&registry, vm, None, "it was never written down").await,
         Err(error) => {
             return tracing::error!(%vm, %error, source = %error.source, "a VM's record cannot be read; it is left alone");
         }
@@ -270,6 +283,7 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
                 Found::Answers(info) => Some(info),
                 Found::Silent | Found::NoProcess => None,
             };
+            let record = confirm_start(&registry, record, info.as_deref());
             vm::adopt(
                 &registry,
                 Adopted {
@@ -279,19 +293,32 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
                 },
             );
         }
-        Adoption::StillEnded => kill_and_adopt(&registry, record).await,
-        Adoption::Lost => kill_and_adopt(&registry, lost(record)).await,
+        Adoption::StillEnded => kill_and_adopt(&registry, record, process).await,
+        Adoption::Lost => kill_and_adopt(&registry, lost(record), process).await,
         Adoption::KillAndLose { reason } => {
             tracing::warn!(%vm, reason, "killing what is left of a VM");
-            kill_and_adopt(&registry, lost(record)).await;
+            kill_and_adopt(&registry, lost(record), process).await;
         }
         Adoption::Forget { reason } => {
             if let Err(error) = registry.context().state.write_fence(vm, &record.fence) {
                 tracing::error!(%vm, %error, source = %error.source, "a fence could not be written down");
             }
-            forget(&registry, vm, &reason).await;
+            forget(&registry, vm, process, &reason).await;
         }
     }
+}
+
+/// What the VMM says makes up for what the former agent had no time to write down.
+fn confirm_start(registry: &Registry, mut record: VmRecord, info: Option<&VmmInfo>) -> VmRecord {
+    if record.started == Started::Yes || !info.is_some_and(|info| has_started(&info.state)) {
+        return record;
+    }
+    record.started = Started::Yes;
+    let directory = registry.context().state.vm(record.vm);
+    if let Err(error) = directory.write_record(&record) {
+        tracing::error!(vm = %record.vm, %error, source = %error.source, "a VM's start could not be written down");
+    }
+    record
 }
 
 fn lost(record: VmRecord) -> VmRecord {
@@ -310,7 +337,10 @@ async fn find(registry: &Registry, record: &VmRecord) -> io::Result<(Option<VmmP
     };
     let process = match recorded {
         Some(process) => Some(process),
-        None => VmmProcess::find_strays(&directory)?.into_iter().next(),
+        None => VmmProcess::find_strays(&directory)
+            .await?
+            .into_iter()
+            .next(),
     };
     let Some(process) = process else {
         return Ok((None, Found::NoProcess));
@@ -330,9 +360,9 @@ async fn find(registry: &Registry, record: &VmRecord) -> io::Result<(Option<VmmP
 }
 
 /// Makes sure that nothing runs for a VM that is over, and goes on reporting it.
-async fn kill_and_adopt(registry: &Arc<Registry>, record: VmRecord) {
+async fn kill_and_adopt(registry: &Arc<Registry>, record: VmRecord, process: Option<VmmProcess>) {
     let directory = registry.context().state.vm(record.vm);
-    if let Err(error) = process::kill_strays(&directory).await {
+    if let Err(error) = kill_what_is_left(&directory, process).await {
         tracing::error!(vm = %record.vm, %error, "what is left of a VM could not be killed; it is left alone");
         return;
     }
@@ -352,10 +382,18 @@ async fn kill_and_adopt(registry: &Arc<Registry>, record: VmRecord) {
     );
 }
 
-async fn forget(registry: &Registry, vm: VmId, reason: &str) {
+/// Kills the process that was found, and whatever else was started for the VM.
+async fn kill_what_is_left(directory: &VmDirectory, process: Option<VmmProcess>) -> io::Result<()> {
+    if let Some(process) = process {
+        process.kill_guest().await?;
+    }
+    process::kill_strays(directory).await
+}
+
+async fn forget(registry: &Registry, vm: VmId, process: Option<VmmProcess>, reason: &str) {
     let directory = registry.context().state.vm(vm);
     tracing::info!(%vm, reason, "forgetting a VM");
-    if let Err(error) = process::kill_strays(&directory).await {
+    if let Err(error) = kill_what_is_left(&directory, process).await {
         return tracing::error!(%vm, %error, "what is left of a VM could not be killed");
     }
     if let Err(error) = directory.remove() {

@@ -8,6 +8,9 @@
 //! ```
 //!
 //! The lease is renewed only after everything that must not run here is gone.
+//!
+//! The loop has a thread and a runtime of its own: whatever the agent's other tasks wait for (disks, `/proc`), the
+//! lease of this host's VMs is not lost over it.
 
 use crate::api::Agent;
 use crate::backoff::{Backoff, random};
@@ -19,11 +22,15 @@ use godwit_channel::CallError;
 use godwit_wire::host_api::{
     HEARTBEAT_BUSY_MS, HEARTBEAT_MS, Heartbeat, HeartbeatReply, Order, VmReport,
 };
-use godwit_wire::id::HostId;
+use godwit_wire::id::{Epoch, HostId, VmId};
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 /// Shortest time between two heartbeats: changes that come together go together.
@@ -38,8 +45,14 @@ const ORDERS_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Heartbeats {
     pub(crate) host: HostId,
     pub(crate) agent: Arc<Agent>,
+    /// Its own, because connections belong to the runtime on which they were made.
     pub(crate) control: ControlPlane,
     pub(crate) lease: LeasePage,
+    /// See [`Heartbeat::obeyed`].
+    obeyed: u64,
+    /// Orders of this and earlier replies that are not carried out yet: the highest epoch that must go. A reply is
+    /// obeyed only when those before it are.
+    to_destroy: BTreeMap<VmId, Epoch>,
 }
 
 /// Whether the server is heard, for one line in the log per change.
@@ -51,13 +64,41 @@ enum Contact {
 }
 
 impl Heartbeats {
-    /// Runs until it is dropped.
-    pub(crate) async fn run(self) {
+    pub(crate) fn new(
+        host: HostId,
+        agent: Arc<Agent>,
+        control: ControlPlane,
+        lease: LeasePage,
+    ) -> Self {
+        Self {
+            host,
+            agent,
+            control,
+            lease,
+            obeyed: 0,
+            to_destroy: BTreeMap::new(),
+        }
+    }
+
+    /// Starts the thread on which the loop runs until `stopping` is cancelled.
+    pub(crate) fn spawn(self, stopping: CancellationToken) -> io::Result<JoinHandle<()>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        std::thread::Builder::new()
+            .name("heartbeats".to_owned())
+            .spawn(move || {
+                runtime.block_on(stopping.run_until_cancelled(self.run()));
+            })
+    }
+
+    async fn run(mut self) {
         let incarnation = Uuid::new_v4();
         let mut contact = Contact::NeverHad;
         let mut pauses = Backoff::new(FIRST_FAILURE_PAUSE, LONGEST_PAUSE);
         for sequence in 0.. {
             let heartbeat = Heartbeat {
+                obeyed: self.obeyed,
                 host: self.host,
                 incarnation,
                 sequence,
@@ -79,46 +120,66 @@ impl Heartbeats {
         }
     }
 
-    async fn obey(&self, sent_ns: u64, reply: HeartbeatReply, told: &[VmReport]) {
-        let registry = &self.agent.registry;
-        registry.context().board.heard(told);
-        let mut destructions = JoinSet::new();
+    async fn obey(&mut self, sent_ns: u64, reply: HeartbeatReply, told: &[VmReport]) {
+        self.agent.registry.context().board.heard(told);
         for order in &reply.orders {
             if let Order::Destroy { vm, epoch } = *order {
-                let registry = registry.clone();
-                destructions.spawn(async move {
-                    match registry
-                        .ask(vm, |reply| Command::Destroy(epoch, reply))
-                        .await
-                    {
-                        // What is here is later than what must go.
-                        Err(problem) if problem.kind == "stale-epoch" => Ok(()),
-                        other => other.map_err(|problem| (vm, problem)),
-                    }
-                });
+                let outstanding = self.to_destroy.entry(vm).or_insert(epoch);
+                *outstanding = epoch.max(*outstanding);
             }
+        }
+        if !self.destroy().await {
+            return;
+        }
+        self.to_destroy.clear();
+        self.lease
+            .renew(sent_ns, Duration::from_millis(reply.lease_ms));
+        for order in reply.orders {
+            if let Order::Resume { vm, epoch } = order
+                && let Err(problem) = self
+                    .agent
+                    .registry
+                    .tell(vm, Command::ResumeAfterLease(epoch))
+            {
+                // The VM goes on being reported as paused, and the order is given again.
+                tracing::warn!(%vm, %problem, "an order to resume could not be passed on");
+            }
+        }
+        if reply.number != 0 {
+            // Not the highest: a new server process counts anew.
+            self.obeyed = reply.number;
+        }
+    }
+
+    /// Whether everything that must not run here is gone.
+    async fn destroy(&self) -> bool {
+        let mut destructions = JoinSet::new();
+        for (&vm, &epoch) in &self.to_destroy {
+            let registry = self.agent.registry.clone();
+            destructions.spawn(async move {
+                match registry
+                    .ask(vm, |reply| Command::Destroy(epoch, reply))
+                    .await
+                {
+                    // What is here is later than what must go.
+                    Err(problem) if problem.kind == "stale-epoch" => Ok(()),
+                    other => other.map_err(|problem| (vm, problem)),
+                }
+            });
         }
         let outcome = tokio::time::timeout(ORDERS_TIMEOUT, destructions.join_all()).await;
         let failed = match outcome {
             Ok(results) => results.into_iter().find_map(Result::err),
             Err(_) => {
                 tracing::error!("orders to destroy take too long; the lease is not renewed");
-                return;
+                return false;
             }
         };
         if let Some((vm, problem)) = failed {
             tracing::error!(%vm, %problem, "a VM that must not run here could not be destroyed; the lease is not renewed");
-            return;
+            return false;
         }
-        self.lease
-            .renew(sent_ns, Duration::from_millis(reply.lease_ms));
-        for order in reply.orders {
-            if let Order::Resume { vm, epoch } = order
-                && let Err(problem) = registry.tell(vm, Command::ResumeAfterLease(epoch))
-            {
-                tracing::warn!(%vm, %problem, "an order to resume could not be passed on");
-            }
-        }
+        true
     }
 
     async fn wait(&self) {
@@ -168,7 +229,6 @@ mod tests {
     use super::*;
     use crate::facts::{self, HostSampler};
     use crate::vm::tests::fake::Host;
-    use godwit_wire::id::{Epoch, VmId};
     use godwit_wire::lease::LeaseState;
     use godwit_wire::machine::{CpuBaseline, CpuFacts};
     use godwit_wire::vmm_api::{PauseReason, VmmState};
@@ -183,20 +243,17 @@ mod tests {
         let facts = facts::facts("host".into(), address, cpu, None, Uuid::nil());
         let registry = host.registry.clone();
         let lease = LeasePage::open(&host.root.path().join("lease"), Uuid::nil()).unwrap();
-        Heartbeats {
-            host: host.server.host,
-            agent: Arc::new(Agent {
-                facts,
-                sampler: HostSampler::new(),
-                registry,
-            }),
-            control: host.server.control.clone(),
-            lease,
-        }
+        let agent = Arc::new(Agent {
+            facts,
+            sampler: HostSampler::new(),
+            registry,
+        });
+        Heartbeats::new(host.server.host, agent, host.server.control.clone(), lease)
     }
 
     fn reply(orders: Vec<Order>) -> HeartbeatReply {
         HeartbeatReply {
+            number: 7,
             lease_ms: 6_000,
             orders,
         }
@@ -209,7 +266,7 @@ mod tests {
         host.start(elsewhere, 1, 1).await.unwrap();
         host.start(later, 5, 1).await.unwrap();
         let process = host.fakes.process(elsewhere);
-        let heartbeats = heartbeats(&host);
+        let mut heartbeats = heartbeats(&host);
         let destroy = |vm| Order::Destroy {
             vm,
             epoch: Epoch(4),
@@ -220,6 +277,7 @@ mod tests {
         assert!(host.report(elsewhere).is_none());
         assert_eq!(host.report(later).unwrap().state, Some(VmmState::Running));
         assert!(matches!(heartbeats.lease.state(1), LeaseState::Held { .. }));
+        assert_eq!(heartbeats.obeyed, 7);
         // The order also keeps late starts away.
         assert_eq!(
             host.start(elsewhere, 4, 9).await.unwrap_err().kind,
@@ -232,7 +290,7 @@ mod tests {
         let mut host = Host::new().await;
         let vm = VmId::fresh();
         host.start(vm, 1, 1).await.unwrap();
-        let heartbeats = heartbeats(&host);
+        let mut heartbeats = heartbeats(&host);
         // Nobody is left to carry the order out.
         host.registry.abort_drivers().await;
         let order = Order::Destroy {
@@ -241,6 +299,11 @@ mod tests {
         };
         heartbeats.obey(1, reply(vec![order]), &[]).await;
         assert_eq!(heartbeats.lease.state(1), LeaseState::Expired);
+        assert_eq!(heartbeats.obeyed, 0);
+        // A later reply without that order does not make up for it.
+        heartbeats.obey(2, reply(Vec::new()), &[]).await;
+        assert_eq!(heartbeats.lease.state(2), LeaseState::Expired);
+        assert_eq!(heartbeats.obeyed, 0);
     }
 
     #[tokio::test]
@@ -254,7 +317,7 @@ mod tests {
         host.fakes.set_state(vm, expired.clone());
         host.until(vm, |report| report.state == Some(expired.clone()))
             .await;
-        let heartbeats = heartbeats(&host);
+        let mut heartbeats = heartbeats(&host);
         heartbeats
             .obey(
                 1,
@@ -268,5 +331,78 @@ mod tests {
         assert!(matches!(heartbeats.lease.state(1), LeaseState::Held { .. }));
         host.until(vm, |report| report.state == Some(VmmState::Running))
             .await;
+    }
+
+    #[tokio::test]
+    async fn an_order_to_destroy_an_unknown_vm_keeps_late_starts_away_even_from_the_next_agent() {
+        let mut host = Host::new().await;
+        let vm = VmId::fresh();
+        let order = Order::Destroy {
+            vm,
+            epoch: Epoch(1),
+        };
+        let mut heartbeats = heartbeats(&host);
+        heartbeats.obey(1, reply(vec![order]), &[]).await;
+        assert_eq!(heartbeats.obeyed, 7);
+        assert_eq!(host.start(vm, 1, 1).await.unwrap_err().kind, "stale-epoch");
+        let mut next = host.restart().await;
+        assert_eq!(next.start(vm, 1, 1).await.unwrap_err().kind, "stale-epoch");
+        assert_eq!(next.fakes.spawned(), 0);
+        next.start(vm, 2, 1).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_order_whose_fence_cannot_be_written_down_is_not_acknowledged() {
+        let mut host = Host::new().await;
+        let vm = VmId::fresh();
+        host.start(vm, 1, 1).await.unwrap();
+        let process = host.fakes.process(vm);
+        let fences = host.registry.context().state.fences();
+        std::fs::remove_dir_all(&fences).unwrap();
+        let order = Order::Destroy {
+            vm,
+            epoch: Epoch(1),
+        };
+        let mut heartbeats = heartbeats(&host);
+        heartbeats.obey(1, reply(vec![order]), &[]).await;
+        process.exited().await;
+        assert_eq!(heartbeats.lease.state(1), LeaseState::Expired);
+        assert_eq!(heartbeats.obeyed, 0);
+        assert_eq!(host.start(vm, 1, 2).await.unwrap_err().kind, "stale-epoch");
+        std::fs::create_dir(&fences).unwrap();
+        heartbeats.obey(2, reply(Vec::new()), &[]).await;
+        assert!(matches!(heartbeats.lease.state(2), LeaseState::Held { .. }));
+        assert_eq!(heartbeats.obeyed, 7);
+    }
+
+    #[tokio::test]
+    async fn a_start_that_waits_before_an_order_to_destroy_it_is_refused_before_the_lease_is_renewed()
+     {
+        let host = Host::new().await;
+        host.fakes.hang_next_machine();
+        let vm = VmId::fresh();
+        let start = |generation| {
+            let registry = host.registry.clone();
+            tokio::spawn(async move {
+                let ask = crate::vm::tests::fake::start(1, generation);
+                registry.ask(vm, |reply| Command::Start(ask, reply)).await
+            })
+        };
+        let building = start(1);
+        host.fakes.until_asked_for_a_machine().await;
+        let waiting = start(2);
+        // On this runtime of one thread the second start is in the queue after this.
+        tokio::task::yield_now().await;
+        let order = Order::Destroy {
+            vm,
+            epoch: Epoch(1),
+        };
+        let mut heartbeats = heartbeats(&host);
+        heartbeats.obey(1, reply(vec![order]), &[]).await;
+        assert_eq!(heartbeats.obeyed, 7);
+        assert_eq!(building.await.unwrap().unwrap_err().kind, "destroyed");
+        assert_eq!(waiting.await.unwrap().unwrap_err().kind, "destroyed");
+        assert_eq!(host.fakes.spawned(), 1);
+        assert!(host.report(vm).is_none());
     }
 }

@@ -17,6 +17,7 @@ use godwit_wire::lease::{
     LeaseState, MAGIC_OFFSET, VERSION_OFFSET,
 };
 use std::fs::OpenOptions;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 use uuid::Uuid;
@@ -28,7 +29,8 @@ pub(crate) struct LeasePage {
 }
 
 impl LeasePage {
-    /// Opens the page at `path`, made anew unless it is from this boot.
+    /// Opens the page at `path`, made anew if there is none, or it is too short, of another boot or of another
+    /// version. Any other trouble is an error: VMMs may be watching the page that is there.
     pub(crate) fn open(path: &Path, boot_id: Uuid) -> Result<Self, FileError> {
         match Self::map(path) {
             Ok(existing) if existing.is_valid(boot_id) => return Ok(existing),
@@ -36,9 +38,10 @@ impl LeasePage {
                 tracing::debug!(path = %path.display(), "the lease page is from another boot; making a new one")
             }
             Err(error) if error.is_missing() => {}
-            Err(error) => {
-                tracing::warn!(%error, source = %error.source, "the lease page is unusable; making a new one")
+            Err(error) if error.source.kind() == io::ErrorKind::InvalidData => {
+                tracing::warn!(%error, source = %error.source, "the lease page is too short; making a new one")
             }
+            Err(error) => return Err(error),
         }
         // No VMM that watches the former page can be alive after a new boot, so the new one may be another file.
         file::write_atomically(path, &fresh_page(boot_id), Access::Private)?;
@@ -171,5 +174,14 @@ mod tests {
         std::fs::write(&path, b"GODWITLP").unwrap();
         let lease = LeasePage::open(&path, Uuid::nil()).unwrap();
         assert_eq!(lease.state(0), LeaseState::Expired);
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_opened_is_not_replaced_behind_the_backs_of_those_who_watch_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lease");
+        std::fs::create_dir(&path).unwrap();
+        assert!(LeasePage::open(&path, Uuid::nil()).is_err());
+        assert!(path.is_dir());
     }
 }

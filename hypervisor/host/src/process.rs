@@ -24,8 +24,12 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::sync::watch;
 
-/// How long a killed process may take to be gone.
+/// How long a killed process may take until none of its threads can run guest code.
 pub(crate) const KILL_TIME: Duration = Duration::from_secs(2);
+/// How long it may take after that to be gone: the kernel gives back all of the guest's memory first.
+pub(crate) const EXIT_TIME: Duration = Duration::from_secs(120);
+/// Pause between two looks at the threads of a killed process: threads end without announcing it to anybody.
+const THREADS_LOOK: Duration = Duration::from_millis(5);
 /// Lines of a VMM's log quoted when it does not start.
 const LOG_LINES_QUOTED: usize = 5;
 /// Bytes of a VMM's log looked at for that.
@@ -126,9 +130,12 @@ impl VmmProcess {
     }
 
     /// Processes started for `directory`, recorded or not.
-    pub(crate) fn find_strays(directory: &VmDirectory) -> io::Result<Vec<Self>> {
+    pub(crate) async fn find_strays(directory: &VmDirectory) -> io::Result<Vec<Self>> {
         let mut found = Vec::new();
-        for pid in procfs::processes_with_argument(&directory.api_socket()) {
+        let socket = directory.api_socket();
+        // Looking through all processes takes a while on a full host.
+        let scan = move || procfs::processes_with_argument(&socket);
+        for pid in tokio::task::spawn_blocking(scan).await?? {
             if let Some(stat) = procfs::process_stat(pid) {
                 found.extend(Self::find(ProcessId {
                     pid,
@@ -158,29 +165,60 @@ impl VmmProcess {
         }
     }
 
-    /// Kills it and waits until it is gone, at most [`KILL_TIME`].
+    /// Kills it and waits until it is gone, at most [`KILL_TIME`] and [`EXIT_TIME`].
     pub(crate) async fn kill(&self) -> io::Result<Exit> {
+        self.kill_guest().await?;
+        self.until_gone().await
+    }
+
+    /// Kills it and waits until no guest code can run in it any more, at most [`KILL_TIME`]. The process itself may
+    /// take much longer to be gone.
+    pub(crate) async fn kill_guest(&self) -> io::Result<()> {
         match pidfd_send_signal(&*self.pidfd, Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => {}
             Err(error) => return Err(error.into()),
         }
-        tokio::time::timeout(KILL_TIME, self.exited())
+        let stopped = async {
+            tokio::select! {
+                biased;
+                _ = self.exited() => Ok(()),
+                stopped = self.until_no_guest_runs() => stopped,
+            }
+        };
+        tokio::time::timeout(KILL_TIME, stopped)
             .await
-            .map_err(|_| {
-                let detail = format!(
-                    "process {} was killed and is not gone after {KILL_TIME:?}",
-                    self.id.pid
-                );
-                io::Error::new(io::ErrorKind::TimedOut, detail)
-            })
+            .unwrap_or_else(|_| Err(self.outlasted("still runs its guest", KILL_TIME)))
+    }
+
+    /// Should another process have got the same number meanwhile, its threads only delay the answer.
+    async fn until_no_guest_runs(&self) -> io::Result<()> {
+        while procfs::runs_guest(self.id.pid)? {
+            tokio::time::sleep(THREADS_LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// Waits until a killed process is gone, at most [`EXIT_TIME`].
+    pub(crate) async fn until_gone(&self) -> io::Result<Exit> {
+        tokio::time::timeout(EXIT_TIME, self.exited())
+            .await
+            .map_err(|_| self.outlasted("is not gone", EXIT_TIME))
+    }
+
+    fn outlasted(&self, what: &str, time: Duration) -> io::Error {
+        let detail = format!(
+            "process {} was killed and {what} after {time:?}",
+            self.id.pid
+        );
+        io::Error::new(io::ErrorKind::TimedOut, detail)
     }
 }
 
-/// Kills whatever was started for `directory`.
+/// Kills whatever was started for `directory`; returns when no guest code can run in it any more.
 pub(crate) async fn kill_strays(directory: &VmDirectory) -> io::Result<()> {
-    for stray in VmmProcess::find_strays(directory)? {
+    for stray in VmmProcess::find_strays(directory).await? {
         tracing::warn!(pid = stray.id.pid, directory = %directory.path().display(), "killing a VMM left behind");
-        stray.kill().await?;
+        stray.kill_guest().await?;
     }
     Ok(())
 }
@@ -280,6 +318,7 @@ mod tests {
             VmmProcess::spawn(&fixture.program, &fixture.directory, AfterAgent::Dies).unwrap();
         // Between fork and exec the child still has our own command line.
         while VmmProcess::find_strays(&fixture.directory)
+            .await
             .unwrap()
             .is_empty()
         {
@@ -289,6 +328,7 @@ mod tests {
         process.exited().await;
         assert!(
             VmmProcess::find_strays(&fixture.directory)
+                .await
                 .unwrap()
                 .is_empty()
         );

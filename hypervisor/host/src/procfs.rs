@@ -3,6 +3,7 @@
 
 use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::usage::Pressure;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 use uuid::Uuid;
@@ -161,21 +162,78 @@ pub(crate) fn resident(pid: i32) -> Bytes {
         .unwrap_or_default()
 }
 
-/// Processes one of whose arguments is `argument`.
-pub(crate) fn processes_with_argument(argument: &Path) -> Vec<i32> {
+/// Processes one of whose arguments is `argument`. One that cannot be looked at is an error, unless it has ended:
+/// "nothing found" must mean that there is nothing.
+pub(crate) fn processes_with_argument(argument: &Path) -> io::Result<Vec<i32>> {
     use std::os::unix::ffi::OsStrExt;
-    let Ok(entries) = std::fs::read_dir("/proc") else {
-        return Vec::new();
-    };
-    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
     let wanted = argument.as_os_str().as_bytes();
-    pids.filter(|pid| {
-        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        arguments
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
+            continue;
+        };
+        let arguments = match std::fs::read(format!("/proc/{pid}/cmdline")) {
+            Err(error) if has_ended(&error) => continue,
+            read => read?,
+        };
+        if arguments
             .split(|byte| *byte == 0)
             .any(|argument| argument == wanted)
-    })
-    .collect()
+        {
+            found.push(pid);
+        }
+    }
+    Ok(found)
+}
+
+/// Name of a thread that runs guest code, without its number.
+const VCPU_THREAD: &str = "vcpu";
+/// `PF_EXITING` (`include/linux/sched.h`): the thread is past the point from which it could return to user mode.
+const EXITING: u64 = 0x4;
+
+/// Whether a thread, by its `/proc/<pid>/task/<tid>/stat`, may still run guest code. Text that is not understood
+/// says that it may.
+pub(crate) fn parse_runs_guest(stat: &str) -> bool {
+    let Some((head, tail)) = stat.rsplit_once(')') else {
+        return true;
+    };
+    let is_vcpu = head
+        .split_once('(')
+        .is_none_or(|(_, name)| name.starts_with(VCPU_THREAD));
+    // Numbered in proc(5) from 1: `state` is 3, the first after the name, and `flags` 9.
+    let mut fields = tail.split_ascii_whitespace();
+    let dead = matches!(fields.next(), Some("Z" | "X" | "x"));
+    let flags = fields.nth(5).and_then(|flags| flags.parse::<u64>().ok());
+    is_vcpu && !dead && flags.is_none_or(|flags| flags & EXITING == 0)
+}
+
+/// Whether any thread of a process may still run guest code; `false` if there is no such process.
+pub(crate) fn runs_guest(pid: i32) -> io::Result<bool> {
+    let threads = match std::fs::read_dir(format!("/proc/{pid}/task")) {
+        Err(error) if has_ended(&error) => return Ok(false),
+        threads => threads?,
+    };
+    for thread in threads {
+        let thread = match thread {
+            Err(error) if has_ended(&error) => continue,
+            thread => thread?,
+        };
+        let stat = match std::fs::read_to_string(thread.path().join("stat")) {
+            Err(error) if has_ended(&error) => continue,
+            stat => stat?,
+        };
+        if parse_runs_guest(&stat) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// How `/proc` says that a process or thread is no more.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound
+        || error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error())
 }
 
 /// The id of this boot of the host.
@@ -249,9 +307,40 @@ mod tests {
         assert_eq!(process_stat(me).unwrap().alive, Alive::Yes);
         assert!(resident(me) > Bytes(0));
         let program = std::env::args_os().next().unwrap();
-        assert!(processes_with_argument(Path::new(&program)).contains(&me));
+        assert!(
+            processes_with_argument(Path::new(&program))
+                .unwrap()
+                .contains(&me)
+        );
         assert!(boot_id().is_some());
         assert!(memory_total() > Mib(0));
+    }
+
+    #[test]
+    fn only_a_vcpu_thread_that_is_not_exiting_can_run_guest_code() {
+        assert!(parse_runs_guest("7 (vcpu0) R 1 1 1 0 -1 4194368 0 0"));
+        assert!(!parse_runs_guest("7 (vcpu0) R 1 1 1 0 -1 4194372 0 0"));
+        assert!(!parse_runs_guest("7 (vcpu0) Z 1 1 1 0 -1 4194368 0 0"));
+        assert!(!parse_runs_guest("7 (godwit) D 1 1 1 0 -1 4194368 0 0"));
+        assert!(parse_runs_guest("7 (vcpu0) R"));
+    }
+
+    #[test]
+    fn a_process_runs_guest_code_as_long_as_it_has_a_vcpu_thread() {
+        let me = i32::try_from(std::process::id()).unwrap();
+        let (named, is_named) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let vcpu = std::thread::Builder::new().name("vcpu0".into());
+        let vcpu = vcpu
+            .spawn(move || {
+                named.send(()).unwrap();
+                let _ = ended.recv();
+            })
+            .unwrap();
+        is_named.recv().unwrap();
+        assert!(runs_guest(me).unwrap());
+        drop(end);
+        vcpu.join().unwrap();
     }
 
     proptest! {

@@ -232,6 +232,9 @@ pub struct Heartbeat {
     pub incarnation: Uuid,
     /// Grows with every heartbeat of an incarnation.
     pub sequence: u64,
+    /// Number of the latest reply whose orders this incarnation has carried out, all of them; 0 before the first.
+    #[serde(default)]
+    pub obeyed: u64,
     /// Everything it knows.
     pub report: HostReport,
 }
@@ -239,6 +242,10 @@ pub struct Heartbeat {
 /// What the server answers to a heartbeat.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeartbeatReply {
+    /// Grows with every reply of a server process to this host; echoed as [`Heartbeat::obeyed`]. 0: nothing to
+    /// acknowledge.
+    #[serde(default)]
+    pub number: u64,
     /// The lease now ends this long after the agent *sent* the heartbeat.
     pub lease_ms: u64,
     /// Things to put right at once.

@@ -164,7 +164,10 @@ async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: 
                 });
                 return;
             }
-            Some(Resolution::End) => return source.destroy(vm, epoch),
+            Some(Resolution::End) => {
+                let _ = source.destroy(vm, epoch);
+                return;
+            }
             Some(Resolution::Open) | None => tokio::time::sleep(RETRY).await,
         }
     }

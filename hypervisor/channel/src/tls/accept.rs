@@ -2,7 +2,7 @@
 
 use super::Peer;
 use crate::pki::Holder;
-use crate::serve::{self, Accept};
+use crate::serve::{self, Accept, Prepared, Standing};
 use axum::{Extension, Router};
 use rustls::ServerConfig;
 use std::future::Future;
@@ -59,7 +59,7 @@ impl Accept for Listener {
         self.listener.accept().await.map(|(stream, _)| stream)
     }
 
-    async fn prepare(&self, raw: TcpStream, router: Router) -> io::Result<(Self::Io, Router)> {
+    async fn prepare(&self, raw: TcpStream, router: Router) -> io::Result<Prepared<Self::Io>> {
         raw.set_nodelay(true)?;
         let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(raw));
         let stream = handshake.await.map_err(|_| io::ErrorKind::TimedOut)??;
@@ -68,7 +68,15 @@ impl Accept for Listener {
             None => Peer::Anonymous,
             Some(certificate) => Holder::of(certificate).map_err(io::Error::other)?.into(),
         };
-        Ok((stream, router.layer(Extension(peer))))
+        let standing = match peer {
+            Peer::Server | Peer::Host(_) => Standing::Known,
+            Peer::Anonymous => Standing::Stranger,
+        };
+        Ok(Prepared {
+            io: stream,
+            router: router.layer(Extension(peer)),
+            standing,
+        })
     }
 }
 

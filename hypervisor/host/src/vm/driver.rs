@@ -5,7 +5,7 @@ use super::handover::Handover;
 use super::ledger::Refusal;
 use super::observe::{Observation, Observer};
 use super::registry::{Adopted, Context, Doom, Handle, MAX_WAITING_COMMANDS, Registry};
-use super::stop::Stopping;
+use super::stop::{Stopping, being_destroyed};
 use crate::admission::Fence;
 use crate::process::{Exit, VmmProcess};
 use crate::record::{End, Purpose, VmDirectory, VmRecord};
@@ -73,6 +73,8 @@ pub(super) struct Driver {
     pub(super) doom: watch::Receiver<Doom>,
     /// Orders to destroy that were carried out.
     pub(super) destructions: u64,
+    /// The VMM killed last; the kernel may still be giving back its memory.
+    pub(super) former: Option<VmmProcess>,
 }
 
 /// Where the fence of a VM that is not here is.
@@ -116,11 +118,14 @@ impl Driver {
             prepared: None,
             doom: doomed,
             destructions: 0,
+            former: None,
         };
         if let Some(adopted) = adopted {
             driver.take_over(adopted);
         }
-        let task = tokio::spawn(driver.run(registry.clone(), commands, arriving));
+        // Whoever asks may be on another runtime, and VMMs must be spawned on this one (see `sys::detach`).
+        let runtime = registry.context().runtime.clone();
+        let task = runtime.spawn(driver.run(registry.clone(), commands, arriving));
         // A driver ends by itself; only tests make away with it.
         #[cfg(not(test))]
         drop(task);
@@ -147,7 +152,8 @@ impl Driver {
                 // Under the lock nobody can send: a driver that has nothing leaves no command behind.
                 let mut drivers = registry.drivers();
                 if commands.is_empty() {
-                    drivers.remove(&self.vm);
+                    drivers.by_vm.remove(&self.vm);
+                    drivers.ended += 1;
                     return;
                 }
             }
@@ -284,7 +290,7 @@ impl Driver {
         tokio::select! {
             biased;
             Ok(_) = doom.wait_for(|doom| doom.orders > carried_out && doom.epoch >= epoch) => {
-                Err(Problem::conflict("destroyed", format!("VM {} is being destroyed", self.vm)))
+                Err(being_destroyed(self.vm))
             }
             answer = call => answer.map_err(CallError::into_problem),
         }

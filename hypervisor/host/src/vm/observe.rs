@@ -49,6 +49,8 @@ pub(super) struct Observation {
 pub(super) struct Observer {
     /// Grows with every command: what was seen before a command says nothing about what it did.
     turn: Arc<AtomicU64>,
+    /// Of the VMM that is looked at.
+    pid: i32,
     /// Held by whoever uses the VM's dirty log: a sample, or a migration.
     dirty_log: Arc<Mutex<()>>,
     pace: watch::Sender<Duration>,
@@ -72,6 +74,7 @@ impl Observer {
         let task = tokio::spawn(looker.keep_looking(paces));
         Self {
             turn,
+            pid,
             dirty_log,
             pace,
             _task: AbortOnDropHandle::new(task),
@@ -83,8 +86,10 @@ impl Observer {
         self.turn.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// Whether it is of this VMM, not of one before it, and no command was sent since.
     pub(super) fn is_current(&self, observation: &Observation) -> bool {
-        observation.turn == self.turn.load(Ordering::Acquire)
+        i32::try_from(observation.info.pid) == Ok(self.pid)
+            && observation.turn == self.turn.load(Ordering::Acquire)
     }
 
     /// The guest has been asked to stop: look more often.

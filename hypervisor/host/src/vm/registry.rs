@@ -35,13 +35,22 @@ pub(crate) struct Context {
     pub(crate) migration_address: IpAddr,
     pub(crate) control: ControlPlane,
     pub(crate) board: Board,
+    /// Where drivers run.
+    pub(crate) runtime: tokio::runtime::Handle,
 }
 
 /// All drivers of this agent.
 #[derive(Debug)]
 pub(crate) struct Registry {
     context: Arc<Context>,
-    drivers: Mutex<BTreeMap<VmId, Handle>>,
+    drivers: Mutex<Drivers>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Drivers {
+    pub(super) by_vm: BTreeMap<VmId, Handle>,
+    /// How many have ended: a fence read before one did may be out of date.
+    pub(super) ended: u64,
 }
 
 #[derive(Debug)]
@@ -66,7 +75,7 @@ impl Registry {
     pub(crate) fn new(context: Arc<Context>) -> Arc<Self> {
         Arc::new(Self {
             context,
-            drivers: Mutex::new(BTreeMap::new()),
+            drivers: Mutex::new(Drivers::default()),
         })
     }
 
@@ -90,17 +99,23 @@ impl Registry {
     /// Hands a command to the VM's driver.
     pub(crate) fn tell(self: &Arc<Self>, vm: VmId, command: Command) -> Result<(), Problem> {
         let mut drivers = self.drivers();
-        let handle = match drivers.entry(vm) {
-            Entry::Occupied(driver) => driver.into_mut(),
-            Entry::Vacant(place) => {
-                let fence = self
-                    .context
-                    .state
-                    .read_fence(vm)
-                    .map_err(|error| unwritable(&error))?;
-                place.insert(Driver::spawn(self, vm, fence.unwrap_or_default(), None))
+        while !drivers.by_vm.contains_key(&vm) {
+            let ended = drivers.ended;
+            drop(drivers);
+            // The disk is not waited for under the lock.
+            let fence = self.context.state.read_fence(vm);
+            let fence = fence.map_err(|error| unwritable(&error))?;
+            drivers = self.drivers();
+            if drivers.ended == ended
+                && let Entry::Vacant(place) = drivers.by_vm.entry(vm)
+            {
+                place.insert(Driver::spawn(self, vm, fence.unwrap_or_default(), None));
             }
-        };
+        }
+        let handle = drivers
+            .by_vm
+            .get(&vm)
+            .expect("it was there or has just been inserted, under this lock");
         let doomed = match &command {
             Command::Destroy(epoch, _) => Some(*epoch),
             _ => None,
@@ -131,17 +146,19 @@ impl Registry {
 
     /// VMs with a driver.
     pub(crate) fn vms(&self) -> Vec<VmId> {
-        self.drivers().keys().copied().collect()
+        self.drivers().by_vm.keys().copied().collect()
     }
 
     /// As if the agent had been killed: no driver does anything any more.
     #[cfg(test)]
     pub(crate) async fn abort_drivers(&self) {
         self.drivers()
+            .by_vm
             .values()
             .for_each(|handle| handle.task.abort());
         while !self
             .drivers()
+            .by_vm
             .values()
             .all(|handle| handle.task.is_finished())
         {
@@ -149,7 +166,7 @@ impl Registry {
         }
     }
 
-    pub(super) fn drivers(&self) -> MutexGuard<'_, BTreeMap<VmId, Handle>> {
+    pub(super) fn drivers(&self) -> MutexGuard<'_, Drivers> {
         // Every critical section leaves the map whole.
         self.drivers.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -169,5 +186,5 @@ pub(crate) struct Adopted {
 pub(crate) fn adopt(registry: &Arc<Registry>, adopted: Adopted) {
     let (vm, fence) = (adopted.record.vm, adopted.record.fence);
     let handle = Driver::spawn(registry, vm, fence, Some(adopted));
-    registry.drivers().insert(vm, handle);
+    registry.drivers().by_vm.insert(vm, handle);
 }

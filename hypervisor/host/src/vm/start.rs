@@ -35,6 +35,7 @@ const LONGEST_LOOK: Duration = Duration::from_millis(50);
 impl Driver {
     /// `PUT /v1/vms/{vm}`.
     pub(super) async fn start(&mut self, ask: StartVm) -> Result<VmReport, Problem> {
+        self.not_doomed(ask.epoch)?;
         self.check_spec(&ask.spec)?;
         let mut fence = self.fence;
         let admission = fence
@@ -44,11 +45,11 @@ impl Driver {
             return self.repeat(ask.epoch, ask.generation);
         }
         if self.runs_already(&ask)? {
-            self.fence = fence;
             self.change_record(|record| {
                 record.generation = ask.generation;
                 record.fence = fence;
             })?;
+            self.fence = fence;
             return self.answer();
         }
         self.fence = fence;
@@ -118,6 +119,7 @@ impl Driver {
 
     /// `PUT /v1/vms/{vm}/incoming`.
     pub(super) async fn prepare(&mut self, ask: PrepareIncoming) -> Result<IncomingReady, Problem> {
+        self.not_doomed(ask.epoch)?;
         self.check_spec(&ask.spec)?;
         let mut fence = self.fence;
         let admission = fence
@@ -225,6 +227,7 @@ impl Driver {
     /// gone before.
     async fn spawn_vmm(&mut self, mut record: VmRecord) -> Result<UdsClient, Problem> {
         self.end_process().await?;
+        self.wait_for_former(record.epoch).await?;
         let prepared = self
             .directory
             .create()

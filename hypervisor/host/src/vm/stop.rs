@@ -9,7 +9,7 @@ use crate::admission::{Admission, Stale};
 use crate::process;
 use crate::record::End;
 use godwit_wire::host_api::{StopMode, StopVm, VmCommand, VmReport};
-use godwit_wire::id::Epoch;
+use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::{Command as VmmCommand, PauseReason, StopReason, VmmInfo, VmmState};
 use http::Method;
@@ -196,12 +196,31 @@ impl Driver {
             Some(holding) => {
                 tracing::info!(vm = %self.vm, %epoch, here = %holding.record.epoch, "destroying the VM")
             }
-            None if epoch < self.fence.epoch => return Ok(()),
+            None if epoch < self.fence.epoch && self.fence_kept == FenceKept::OnDisk => {
+                return Ok(());
+            }
             None => {}
         }
         self.fence.close(epoch);
         self.leave().await?;
         self.context.board.retract(self.vm);
+        match self.fence_kept {
+            FenceKept::OnDisk => Ok(()),
+            // Nothing runs; but the order is fulfilled only when the next agent would refuse late starts as well.
+            FenceKept::InMemory => Err(Problem::internal(format!(
+                "the fence of VM {} could not be written down",
+                self.vm
+            ))
+            .with_remedy("make room on the agent's state directory, and check its permissions")),
+        }
+    }
+
+    /// Refuses what an order to destroy that waits behind it would end at once.
+    pub(super) fn not_doomed(&self, epoch: Epoch) -> Result<(), Problem> {
+        let doom = *self.doom.borrow();
+        if doom.orders > self.destructions && doom.epoch >= epoch {
+            return Err(being_destroyed(self.vm));
+        }
         Ok(())
     }
 
@@ -240,7 +259,8 @@ impl Driver {
         Ok(())
     }
 
-    /// Kills the VMM process and any other that was started for this VM; returns when they are gone.
+    /// Kills the VMM process and any other that was started for this VM; returns when no guest code can run in them
+    /// any more, which does not wait for the kernel to give back their memory.
     pub(super) async fn end_process(&mut self) -> Result<(), Problem> {
         let unkillable = |vm, error: std::io::Error| {
             Problem::internal(format!(
@@ -250,9 +270,16 @@ impl Driver {
         if let Some(live) = self.live() {
             let process = live.process.clone();
             process
-                .kill()
+                .kill_guest()
                 .await
                 .map_err(|error| unkillable(self.vm, error))?;
+            let (vm, ending) = (self.vm, process.clone());
+            tokio::spawn(async move {
+                if let Err(error) = ending.until_gone().await {
+                    tracing::error!(%vm, %error, "a killed VMM still holds its memory");
+                }
+            });
+            self.former = Some(process);
         }
         process::kill_strays(&self.directory)
             .await
@@ -270,11 +297,41 @@ impl Driver {
         Ok(())
     }
 
+    /// A new VMM needs the memory of the one before it. Not waited for if the VM must go.
+    pub(super) async fn wait_for_former(&mut self, epoch: Epoch) -> Result<(), Problem> {
+        let Some(former) = self.former.take() else {
+            return Ok(());
+        };
+        let carried_out = self.destructions;
+        let mut doom = self.doom.clone();
+        let gone = tokio::select! {
+            biased;
+            Ok(_) = doom.wait_for(|doom| doom.orders > carried_out && doom.epoch >= epoch) => {
+                Err(being_destroyed(self.vm))
+            }
+            gone = former.until_gone() => gone.map(drop).map_err(|error| Problem::internal(error.to_string())),
+        };
+        if gone.is_err() {
+            self.former = Some(former);
+        }
+        gone
+    }
+
     /// The agent ends and takes its VMMs along; the record stays, so that a successor reports the VM as gone.
     pub(super) async fn kill_process(&mut self) -> Result<(), Problem> {
         self.end_process().await?;
+        if let Some(former) = self.former.take() {
+            former
+                .until_gone()
+                .await
+                .map_err(|error| Problem::internal(error.to_string()))?;
+        }
         self.directory
             .remove_sockets()
             .map_err(|error| unwritable(&error))
     }
+}
+
+pub(super) fn being_destroyed(vm: VmId) -> Problem {
+    Problem::conflict("destroyed", format!("VM {vm} is being destroyed"))
 }

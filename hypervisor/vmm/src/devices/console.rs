@@ -80,6 +80,11 @@ pub struct ConsoleReader {
 }
 
 impl ConsoleReader {
+    /// Stream position up to which output was taken or missed.
+    pub const fn position(&self) -> u64 {
+        self.position
+    }
+
     /// Waits for output that this reader has not had, and takes it. `None` when the machine's process ends.
     pub async fn next(&mut self) -> Option<Vec<u8>> {
         let position = self.position;

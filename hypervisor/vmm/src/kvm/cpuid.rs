@@ -187,7 +187,21 @@ fn brand(entries: &[kvm_cpuid_entry2]) -> String {
         .flat_map(u32::to_le_bytes)
         .take_while(|&byte| byte != 0)
         .collect();
-    String::from_utf8_lossy(&bytes).trim().to_owned()
+    let brand = String::from_utf8_lossy(&bytes).trim().to_owned();
+    if brand.is_empty() {
+        model_name().unwrap_or_default()
+    } else {
+        brand
+    }
+}
+
+/// The host kernel's word, where KVM passes no brand string on.
+fn model_name() -> Option<String> {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").ok()?;
+    let line = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
 }
 
 /// CPUID of vCPU number `vcpu` of `vcpus` in a guest limited to `baseline`.

@@ -21,8 +21,8 @@ pub struct VmState {
 }
 
 impl VmState {
-    /// Reads the state. vCPUs must be stopped.
-    pub fn save(vm: &VmFd) -> Result<Self, KvmError> {
+    /// Reads the state. vCPUs must be stopped; `clock_ns` is kvmclock as sampled together with their TSCs.
+    pub fn save(vm: &VmFd, clock_ns: u64) -> Result<Self, KvmError> {
         let mut irqchips = Vec::with_capacity(CHIPS.len());
         for chip_id in CHIPS {
             let mut chip = kvm_irqchip {
@@ -33,11 +33,10 @@ impl VmState {
                 .map_err(KvmError::during("KVM_GET_IRQCHIP"))?;
             irqchips.push(chip);
         }
-        let clock = vm.get_clock().map_err(KvmError::during("KVM_GET_CLOCK"))?;
         Ok(Self {
             pit: vm.get_pit2().map_err(KvmError::during("KVM_GET_PIT2"))?,
             irqchips,
-            clock_ns: clock.clock,
+            clock_ns,
         })
     }
 

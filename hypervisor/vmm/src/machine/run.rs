@@ -158,12 +158,22 @@ impl Machine {
             .iter()
             .map(|vcpu| vcpu.call(|_| ()))
             .collect::<Result<Vec<_>, _>>()?;
-        answers.into_iter().try_for_each(super::vcpu::Answer::wait)
+        let stopped = answers.into_iter().try_for_each(super::vcpu::Answer::wait);
+        if stopped.is_err() {
+            // Some have stopped and some have not: none may be left behind in between.
+            self.run()?;
+        }
+        stopped
     }
 
     /// Saves everything but memory, and when guest time was sampled. vCPUs must be paused.
     pub fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {
         let (at, sampled) = (ClockAdvance::now(0), Instant::now());
+        let clock_ns = self
+            .vm
+            .get_clock()
+            .map_err(KvmError::during("KVM_GET_CLOCK"))?
+            .clock;
         let answers = self
             .vcpus
             .iter()
@@ -178,7 +188,7 @@ impl Machine {
             .collect::<Result<Vec<_>, MachineError>>()?;
         let saved = SavedMachine {
             version: SAVED_VERSION,
-            vm: VmState::save(&self.vm)?,
+            vm: VmState::save(&self.vm, clock_ns)?,
             vcpus,
             serial: self.bus.serial().save(),
         };
@@ -200,10 +210,6 @@ impl Machine {
                 self.vcpus.len()
             )));
         }
-        self.bus
-            .serial()
-            .restore(&saved.serial, irq_line(&self.vm)?)
-            .map_err(|error| MachineError::BadState(error.to_string()))?;
         let advance = ClockAdvance::now(age.as_nanos() as u64);
         saved.vm.restore(&self.vm, advance.elapsed_ns())?;
         let answers = self
@@ -220,9 +226,15 @@ impl Machine {
                 })
             })
             .collect::<Result<Vec<_>, _>>()?;
-        answers
-            .into_iter()
-            .try_for_each(|answer| Ok(answer.wait()??))
+        for answer in answers {
+            answer.wait()??;
+        }
+        // Last, because it raises the interrupts that were pending: the chips they go through must be there. One
+        // too many does no harm.
+        self.bus
+            .serial()
+            .restore(&saved.serial, irq_line(&self.vm)?)
+            .map_err(|error| MachineError::BadState(error.to_string()))
     }
 
     /// The log of what the guest writes.

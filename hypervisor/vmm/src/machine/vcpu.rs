@@ -7,8 +7,8 @@
 //! ```
 //!
 //! While waiting the thread executes calls (save, restore, …) on its vCPU; while running it is in `KVM_RUN` or
-//! handles an exit. It looks at the stop flag and, after every interruption, at the lease before it enters the
-//! guest again: a process that was frozen past its lease therefore never runs guest code again, whatever the
+//! handles an exit. It looks at the stop flag after every interruption, and at the lease each time before it enters
+//! the guest: a process that was frozen past its lease therefore never runs guest code again, whatever the
 //! rest of it does.
 
 use super::MachineError;
@@ -254,6 +254,10 @@ impl Runner {
     /// Handles exits until a kick, or until the guest cannot go on.
     fn run_until_interrupted(&mut self) -> Next {
         loop {
+            // A process that was frozen while it handled an exit must not enter the guest past its lease.
+            if !self.gate.lease_allows() {
+                return Next::Enter;
+            }
             let exit = self.vcpu.vcpu().run();
             if let Err(error) = &exit
                 && matches!(error.errno(), libc::EINTR | libc::EAGAIN)

@@ -279,8 +279,12 @@ impl GuestRam {
         Ok(stretches)
     }
 
-    /// Takes host memory for all of `stretches`, on several CPUs at once.
-    pub fn populate_all(&self, stretches: &[Stretch]) -> Result<(), RamError> {
+    /// Takes host memory for all of `stretches`, on several CPUs at once, as long as `go_on` says so.
+    pub fn populate_all(
+        &self,
+        stretches: &[Stretch],
+        go_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), RamError> {
         let pieces: Vec<Stretch> = stretches
             .iter()
             .flat_map(|stretch| {
@@ -295,6 +299,9 @@ impl GuestRam {
         let next = AtomicUsize::new(0);
         let work = || {
             while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if !go_on() {
+                    break;
+                }
                 self.populate(piece.address, piece.pages)?;
             }
             Ok(())
@@ -457,22 +464,28 @@ mod tests {
                 pages: 1,
             },
         ];
-        ram.populate_all(&stretches).unwrap();
+        ram.populate_all(&stretches, &|| true).unwrap();
         assert_eq!(ram.resident(), Bytes(4 * PAGE_BYTES));
         assert_eq!(ram.touched(9).unwrap(), [stretches[1], stretches[0]]);
         assert_eq!(ram.touched(1).unwrap(), [stretches[1]]);
         assert!(
-            ram.populate_all(&[Stretch {
-                address: 16 << 20,
-                pages: 1
-            }])
+            ram.populate_all(
+                &[Stretch {
+                    address: 16 << 20,
+                    pages: 1
+                }],
+                &|| true
+            )
             .is_err()
         );
         assert!(
-            ram.populate_all(&[Stretch {
-                address: u64::MAX,
-                pages: 1
-            }])
+            ram.populate_all(
+                &[Stretch {
+                    address: u64::MAX,
+                    pages: 1
+                }],
+                &|| true
+            )
             .is_err()
         );
     }

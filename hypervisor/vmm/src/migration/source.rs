@@ -10,7 +10,7 @@ use super::convergence::{Decision, RoundOutcome};
 use super::hand_over::{HandOverError, SourceHandOver};
 use super::ledger::Ledger;
 use super::pages::{Guest, PageSender, PagesError};
-use super::stream::{FrameStream, StreamError};
+use super::stream::{FrameStream, StreamError, brief};
 use crate::kvm::{DirtyBitmap, DirtyLog, KvmError};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::GuestRam;
@@ -31,6 +31,10 @@ use std::time::{Duration, Instant};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Device state, last acknowledgement and commit, before they have been measured.
 const EXPECTED_FIXED_COST: Duration = Duration::from_millis(10);
+/// The last pass is broken off when it takes this many times the downtime limit,
+const BLACKOUT_PATIENCE: u32 = 3;
+/// but not sooner than this: below it a busy machine alone makes the difference.
+const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Rounds shorter than this say little about the link.
 const TELLING_ROUND: Duration = Duration::from_millis(50);
 
@@ -91,6 +95,22 @@ impl Outgoing {
         Ok(())
     }
 
+    /// Tells the target that nothing more will come, so that it frees what it has.
+    fn say_goodbye(&self, reason: &str) {
+        if let Some(mut stream) = self
+            .stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
+            // In the middle of a frame it reads as garbage, which ends the target's part just as well.
+            let _ = stream.send(&ToTarget::Abort {
+                reason: brief(reason),
+            });
+            stream.shutdown();
+        }
+    }
+
     fn hang_up(&self) {
         if let Some(stream) = &*self.stream.lock().unwrap_or_else(PoisonError::into_inner) {
             stream.shutdown();
@@ -131,6 +151,10 @@ enum SourceError {
     Encode(String),
     #[error(transparent)]
     Pages(PagesError),
+    #[error(
+        "the last pass took several times the limit of {limit_ms} ms, because the link became slow"
+    )]
+    BlackoutTooLong { limit_ms: u64 },
     #[error(transparent)]
     HandOver(#[from] HandOverError),
     #[error("cancelled")]
@@ -171,7 +195,7 @@ pub fn send_machine(
         Err(error) => {
             let (phase, reason) = match session.ledger.status().phase {
                 MigrationPhase::Cancelled => (MigrationPhase::Cancelled, None),
-                _ => (MigrationPhase::Failed, Some(error.to_string())),
+                _ => (MigrationPhase::Failed, Some(brief(&error.to_string()))),
             };
             // Refused only when the store has already decided; then the owner has acted on it.
             if session
@@ -182,6 +206,7 @@ pub fn send_machine(
                 tracing::warn!(migration = %request.migration, %error, "the migration ended; the guest stays here");
                 machine.resume();
             }
+            outgoing.say_goodbye(&error.to_string());
         }
     }
 }
@@ -207,6 +232,10 @@ impl Session<'_> {
             .stream
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone().map_err(connect)?);
+        // A cancel that came before there was a connection to hang up is heeded here.
+        if self.ledger.hand_over() != SourceHandOver::Copying {
+            return Err(SourceError::Cancelled);
+        }
         stream.send(&ToTarget::Hello {
             version: PROTOCOL_VERSION,
             oldest_version: OLDEST_PROTOCOL_VERSION,
@@ -262,7 +291,19 @@ impl Session<'_> {
         for (bitmap, left) in last.iter_mut().zip(&rest) {
             bitmap.merge(left);
         }
-        self.send_round(&mut pages, log, &last, round + 1, Guest::Paused)?;
+        let patience = self.patience();
+        pages
+            .out()
+            .limit_writes(patience)
+            .map_err(StreamError::from)?;
+        self.send_round(
+            &mut pages,
+            log,
+            &last,
+            round + 1,
+            Guest::Paused,
+            Some(paused + patience),
+        )?;
         let mut state = Vec::new();
         ciborium::into_writer(&saved, &mut state)
             .map_err(|error| SourceError::Encode(error.to_string()))?;
@@ -309,7 +350,7 @@ impl Session<'_> {
         let mut rate = 0;
         for round in 1.. {
             let (started, sent_before) = (Instant::now(), pages.sent().bytes);
-            self.send_round(pages, log, &rest, round, Guest::Runs)?;
+            self.send_round(pages, log, &rest, round, Guest::Runs, None)?;
             let sent_pages = pages.sent().pages();
             pages.out().send(&ToTarget::EndOfRound {
                 round,
@@ -322,7 +363,8 @@ impl Session<'_> {
             let duration = started.elapsed();
             let measured = ((pages.sent().bytes - sent_before) as f64
                 / duration.as_secs_f64().max(1e-6)) as u64;
-            if rate == 0 || duration >= TELLING_ROUND {
+            // A short round says little, and one over untouched memory sends little; but what was seen can be done.
+            if duration >= TELLING_ROUND && measured * 2 > rate || measured > rate {
                 rate = measured;
             }
             let previous_rest_bytes = rest_bytes;
@@ -375,6 +417,7 @@ impl Session<'_> {
         dirty: &[DirtyBitmap],
         round: u32,
         guest: Guest,
+        deadline: Option<Instant>,
     ) -> Result<(), SourceError> {
         let (started, before, planned) = (Instant::now(), pages.sent(), bytes_of(dirty));
         let note = |sent: super::pages::Sent| {
@@ -394,13 +437,29 @@ impl Session<'_> {
         };
         let result = pages.send_round(log, dirty, guest, |sent| {
             note(sent);
-            match self.ledger.hand_over() {
-                SourceHandOver::Copying => ControlFlow::Continue(()),
-                _ => ControlFlow::Break(()),
+            let late = deadline.is_some_and(|deadline| Instant::now() > deadline);
+            if late || self.ledger.hand_over() != SourceHandOver::Copying {
+                return ControlFlow::Break(());
             }
+            ControlFlow::Continue(())
         });
         note(pages.sent());
-        Ok(result?)
+        match result {
+            Err(PagesError::Stopped)
+                if deadline.is_some_and(|deadline| Instant::now() > deadline) =>
+            {
+                Err(SourceError::BlackoutTooLong {
+                    limit_ms: self.request.policy.downtime_limit_ms,
+                })
+            }
+            result => Ok(result?),
+        }
+    }
+
+    /// How long the last pass may take before the guest goes on here after all: the link is not what it was.
+    fn patience(&self) -> Duration {
+        let limit = Duration::from_millis(self.request.policy.downtime_limit_ms);
+        (limit * BLACKOUT_PATIENCE).max(LEAST_PATIENCE)
     }
 
     /// Everything is sent: hears what the target says, but decides nothing that the store has not decided.

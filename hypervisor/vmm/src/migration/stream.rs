@@ -7,13 +7,15 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 /// A peer that says nothing for this long is taken for dead.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// Unacknowledged data older than this ends the connection (TCP_USER_TIMEOUT).
 const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
+/// Longest reason that is passed on.
+const MAX_REASON_CHARS: usize = 512;
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(2);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_PROBES: u32 = 5;
@@ -30,6 +32,9 @@ pub enum StreamError {
     /// A control message that cannot be read.
     #[error("a control message cannot be read: {0}")]
     Message(#[from] serde_json::Error),
+    /// A control message longer than the other end would read.
+    #[error("a control message of {0} bytes is too long to send")]
+    TooLong(usize),
     /// A frame that does not belong here.
     #[error("a {got:?} frame came where {expected} was expected")]
     Unexpected {
@@ -38,6 +43,11 @@ pub enum StreamError {
         /// What should have come.
         expected: &'static str,
     },
+}
+
+/// `reason` as far as it goes on the wire and into a status: peers' words come back in it.
+pub(super) fn brief(reason: &str) -> String {
+    reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
 /// One migration connection.
@@ -92,10 +102,9 @@ impl FrameStream {
     /// Sends one control message.
     pub(super) fn send<T: Serialize>(&mut self, message: &T) -> Result<(), StreamError> {
         let payload = serde_json::to_vec(message)?;
-        assert!(
-            payload.len() <= MAX_CONTROL_BYTES as usize,
-            "control messages are short"
-        );
+        if payload.len() > MAX_CONTROL_BYTES as usize {
+            return Err(StreamError::TooLong(payload.len()));
+        }
         self.send_frame(FrameHeader::control(payload.len() as u32), &payload)
     }
 
@@ -158,6 +167,49 @@ impl FrameStream {
         let mut bytes = vec![0; header.length as usize];
         self.socket.read_exact(&mut bytes)?;
         Ok(bytes)
+    }
+
+    /// Reads a control message that must have arrived whole after `limit`, however slowly its bytes come.
+    pub(super) fn receive_within<T: DeserializeOwned>(
+        &mut self,
+        limit: Duration,
+    ) -> Result<T, StreamError> {
+        let deadline = Instant::now() + limit;
+        let mut header = [0; FRAME_HEADER_BYTES];
+        self.read_until(deadline, &mut header)?;
+        let header = FrameHeader::decode(&header)?;
+        if header.kind != FrameKind::Control {
+            return Err(StreamError::Unexpected {
+                got: header.kind,
+                expected: "a control message",
+            });
+        }
+        let mut payload = vec![0; header.length as usize];
+        self.read_until(deadline, &mut payload)?;
+        Ok(serde_json::from_slice(&payload)?)
+    }
+
+    fn read_until(&mut self, deadline: Instant, buffer: &mut [u8]) -> io::Result<()> {
+        let mut read = 0;
+        while read < buffer.len() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            self.socket.set_read_timeout(Some(left))?;
+            match self.socket.read(&mut buffer[read..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(more) => read += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes writes fail that take longer than `limit`.
+    pub(super) fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+        self.socket.set_write_timeout(Some(limit))
     }
 
     /// Reads a control message and refuses anything else.

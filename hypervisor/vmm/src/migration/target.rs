@@ -3,7 +3,7 @@
 
 use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
-use super::stream::{FrameStream, StreamError};
+use super::stream::{FrameStream, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::{GuestRam, RamError};
 use godwit_wire::id::Epoch;
@@ -86,10 +86,9 @@ impl Incoming {
         )
     }
 
-    /// Tells the source that the guest runs here.
+    /// Tells the source that the guest runs here, which ends the connection.
     pub fn announce_running(&self, epoch: Epoch) {
-        let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(stream) = &mut *stream
+        if let Some(mut stream) = self.take_stream()
             && let Err(error) = stream.send(&ToSource::Running { epoch })
         {
             tracing::warn!(%error, "the source was not told that the guest runs here; the store will tell it");
@@ -98,19 +97,39 @@ impl Incoming {
 
     /// The migration is void.
     pub fn abort(&self, reason: &str) -> Result<(), HandOverError> {
+        let reason = brief(reason);
         self.ledger.step(
             TargetHandOver::abort,
             MigrationPhase::Failed,
-            Some(reason.to_owned()),
+            Some(reason.clone()),
         )?;
         self.listener.close();
-        if let Some(stream) = &mut *self.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            let _ = stream.send(&ToSource::Abort {
-                reason: reason.to_owned(),
-            });
+        if let Some(mut stream) = self.take_stream() {
+            let _ = stream.send(&ToSource::Abort { reason });
             stream.shutdown();
         }
         Ok(())
+    }
+
+    /// From here on an abort ends this connection, whatever it is waiting for.
+    fn publish(&self, stream: &FrameStream) -> io::Result<()> {
+        let mut published = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.ledger.hand_over() == TargetHandOver::Void {
+            stream.shutdown();
+        }
+        *published = Some(stream.try_clone()?);
+        Ok(())
+    }
+
+    fn take_stream(&self) -> Option<FrameStream> {
+        self.stream
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    fn wanted(&self) -> bool {
+        self.ledger.hand_over() == TargetHandOver::Filling
     }
 }
 
@@ -270,9 +289,9 @@ impl Session<'_> {
                             return Ok(());
                         }
                         ToTarget::Abort { reason } => return Err(TargetError::Aborted(reason)),
-                        other @ ToTarget::Hello { .. } => {
+                        ToTarget::Hello { .. } => {
                             return Err(TargetError::OutOfTurn {
-                                got: format!("{other:?}"),
+                                got: "a second hello".into(),
                                 expected: "pages",
                             });
                         }
@@ -284,22 +303,23 @@ impl Session<'_> {
 
     /// Takes connections until one is the expected source; the others are told why not and dropped.
     fn accept(&self) -> Result<(FrameStream, Verify), TargetError> {
-        loop {
+        while self.incoming.wanted() {
             let (socket, peer) = self
                 .incoming
                 .listener
                 .0
                 .accept()
                 .map_err(TargetError::Listen)?;
-            match self.shake_hands(socket) {
-                Ok(Ok((stream, verify))) => {
-                    *self
-                        .incoming
-                        .stream
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner) =
-                        Some(stream.try_clone().map_err(StreamError::from)?);
-                    return Ok((stream, verify));
+            let greeted = FrameStream::new(socket)
+                .map_err(StreamError::from)
+                .and_then(|stream| {
+                    self.incoming.publish(&stream)?;
+                    self.shake_hands(stream)
+                });
+            match greeted {
+                Ok(Ok(accepted)) => {
+                    self.incoming.listener.close();
+                    return Ok(accepted);
                 }
                 Ok(Err(refusal)) => {
                     tracing::warn!(%peer, %refusal, "a migration connection was refused")
@@ -308,34 +328,33 @@ impl Session<'_> {
                     tracing::warn!(%peer, %error, "a connection to the migration port was dropped")
                 }
             }
+            drop(self.incoming.take_stream());
         }
+        Err(TargetError::Aborted("nobody waits for it any more".into()))
     }
 
     fn shake_hands(
         &self,
-        socket: TcpStream,
+        mut stream: FrameStream,
     ) -> Result<Result<(FrameStream, Verify), Refusal>, StreamError> {
-        let mut stream = FrameStream::new(socket)?;
-        stream.socket().set_read_timeout(Some(HELLO_TIMEOUT))?;
-        let hello: ToTarget = stream.receive()?;
-        match self.judge(&hello) {
-            Ok((verify, touched)) => {
-                if let Err(error) = self.ram.populate_all(touched) {
-                    let refusal = Refusal::NoMemory(error.to_string());
-                    stream.send(&ToSource::Refuse {
-                        reason: refusal.to_string(),
-                    })?;
-                    return Ok(Err(refusal));
-                }
+        let hello: ToTarget = stream.receive_within(HELLO_TIMEOUT)?;
+        stream.limit_silence()?;
+        let judged = self.judge(&hello).and_then(|(verify, touched)| {
+            let populated = self.ram.populate_all(touched, &|| self.incoming.wanted());
+            populated
+                .map(|()| verify)
+                .map_err(|error| Refusal::NoMemory(error.to_string()))
+        });
+        match judged {
+            Ok(verify) => {
                 stream.send(&ToSource::Accept {
                     version: PROTOCOL_VERSION,
                 })?;
-                let socket = stream.socket().try_clone()?;
-                Ok(Ok((FrameStream::new(socket)?, verify)))
+                Ok(Ok((stream, verify)))
             }
             Err(refusal) => {
                 stream.send(&ToSource::Refuse {
-                    reason: refusal.to_string(),
+                    reason: brief(&refusal.to_string()),
                 })?;
                 Ok(Err(refusal))
             }
@@ -376,10 +395,10 @@ impl Session<'_> {
         self.cpu
             .admits(spec.cpu, Some(&cpu.signature))
             .map_err(Refusal::Cpu)?;
-        let memory_pages = self.ram.size().pages();
-        if touched.len() > MAX_TOUCHED_STRETCHES
-            || touched.iter().any(|stretch| stretch.pages > memory_pages)
-        {
+        let pages = touched
+            .iter()
+            .fold(0, |sum: u64, stretch| sum.saturating_add(stretch.pages));
+        if touched.len() > MAX_TOUCHED_STRETCHES || pages > self.ram.size().pages() {
             return Err(Refusal::Touched);
         }
         Ok((*verify, touched))

@@ -90,6 +90,7 @@ impl DriverHandle {
             resets: 0,
             state: state_sender,
             migration: Migration::None,
+            before_hand_over: Arrival::Run,
         };
         std::thread::Builder::new()
             .name("driver".into())
@@ -199,6 +200,8 @@ pub(super) struct Driver {
     resets: u64,
     state: watch::Sender<VmmState>,
     migration: Migration,
+    /// What the guest was doing when it was paused for the hand-over under way.
+    before_hand_over: Arrival,
 }
 
 impl Driver {
@@ -387,8 +390,15 @@ impl Driver {
                 if *self.state.borrow() != VmmState::Running {
                     return;
                 }
-                tracing::warn!(epoch = %self.epoch, "the lease ran out: the guest stands still");
                 self.stop_vcpus();
+                // One vCPU may report what another reported before the lease was renewed.
+                if let Some(machine) = &self.machine
+                    && machine.lease_allows()
+                    && machine.run().is_ok()
+                {
+                    return;
+                }
+                tracing::warn!(epoch = %self.epoch, "the lease ran out: the guest stands still");
                 self.enter(VmmState::Paused {
                     reason: PauseReason::LeaseExpired,
                 });
@@ -417,8 +427,9 @@ impl Driver {
         }
     }
 
-    /// A fresh machine from the same spec, as after pressing a PC's reset button.
+    /// A fresh machine from the same spec, as after pressing a PC's reset button. It runs if the old one did.
     fn reset(&mut self) {
+        let before = self.state.borrow().clone();
         self.drop_machine();
         let (Some(spec), lease) = (self.spec.clone(), self.lease.clone()) else {
             return;
@@ -427,15 +438,23 @@ impl Driver {
             .build_machine(&spec, lease.as_deref())
             .and_then(|machine| {
                 machine.load(self.builtin)?;
-                machine.run()?;
-                Ok(machine)
+                match before {
+                    VmmState::Running
+                    | VmmState::Paused {
+                        reason: PauseReason::HandOver,
+                    } => {
+                        machine.run()?;
+                        Ok((machine, VmmState::Running))
+                    }
+                    still => Ok((machine, still)),
+                }
             });
         match booted {
-            Ok(machine) => {
+            Ok((machine, state)) => {
                 self.machine = Some(machine);
                 self.resets += 1;
                 self.publish_serial();
-                self.enter(VmmState::Running);
+                self.enter(state);
             }
             Err(error) => {
                 let detail = error.problem("spec").detail;
@@ -473,6 +492,8 @@ impl Driver {
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.machine = None;
+        // Events of the machine that is gone may still be queued; they mean nothing any more.
+        self.machine_number += 1;
     }
 
     fn publish_serial(&self) {

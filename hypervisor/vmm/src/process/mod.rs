@@ -93,39 +93,14 @@ async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
         }))
     });
 
-    let alone = match args.spec() {
-        None => None,
-        Some(spec) => {
-            let request = CreateRequest {
-                vm: VmId::fresh(),
-                epoch: Epoch(1),
-                spec,
-                lease: None,
-            };
-            driver
-                .call(|d| d.create(request))
-                .await
-                .map_err(VmmError::Refused)?;
-            // What is typed from now on waits in the serial port until the guest reads it.
-            let terminal = (args.serial_socket.is_none()).then(|| serial::attach_terminal(&driver));
-            driver
-                .call(|d| d.boot(Command { epoch: Epoch(1) }))
-                .await
-                .map_err(VmmError::Refused)?;
-            terminal
-        }
-    };
     let outcome = tokio::select! {
-        outcome = ended.recv() => outcome.unwrap_or(Outcome::Dismissed),
-        () = terminate => Outcome::Dismissed,
-        outcome = wait_if_alone(&driver, args.spec().is_some()) => outcome,
+        outcome = ended.recv() => Ok(outcome.unwrap_or(Outcome::Dismissed)),
+        () = terminate => Ok(Outcome::Dismissed),
+        outcome = run_alone(&args, &driver) => outcome,
     };
     drop(close);
     if let Some(task) = api_task {
         let _ = task.await;
-    }
-    if let Some(terminal) = alone {
-        terminal.finish(&driver).await;
     }
     driver.dismiss().await;
     for socket in [&args.api_socket, &args.serial_socket]
@@ -134,22 +109,45 @@ async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
     {
         let _ = std::fs::remove_file(socket);
     }
-    match outcome {
+    match outcome? {
         Outcome::Dismissed | Outcome::Stopped(_) => Ok(()),
         Outcome::Fault(detail) => Err(VmmError::Fault(detail)),
     }
 }
 
-/// A VMM that was started with a machine on its command line ends with it; one that is commanded through its
-/// socket waits for the next command.
-async fn wait_if_alone(driver: &DriverHandle, alone: bool) -> Outcome {
-    if !alone {
+/// A VMM that was started with a machine on its command line boots it and ends with it; one that is commanded
+/// through its socket waits for commands.
+async fn run_alone(args: &VmmArgs, driver: &DriverHandle) -> Result<Outcome, VmmError> {
+    let Some(spec) = args.spec() else {
         return std::future::pending().await;
-    }
-    match driver.wait_until_over().await {
+    };
+    let request = CreateRequest {
+        vm: VmId::fresh(),
+        epoch: Epoch(1),
+        spec,
+        lease: None,
+    };
+    driver
+        .call(|d| d.create(request))
+        .await
+        .map_err(VmmError::Refused)?;
+    // What is typed from now on waits in the serial port until the guest reads it.
+    let terminal = args
+        .serial_socket
+        .is_none()
+        .then(|| serial::attach_terminal(driver));
+    driver
+        .call(|d| d.boot(Command { epoch: Epoch(1) }))
+        .await
+        .map_err(VmmError::Refused)?;
+    let outcome = match driver.wait_until_over().await {
         Outcome::Stopped(StopReason::Failed { detail }) => Outcome::Fault(detail),
         outcome => outcome,
+    };
+    if let Some(terminal) = terminal {
+        terminal.finish(driver).await;
     }
+    Ok(outcome)
 }
 
 fn terminate_signal() -> io::Result<impl Future<Output = ()>> {

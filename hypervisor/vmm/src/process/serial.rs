@@ -3,23 +3,45 @@
 use super::driver::DriverHandle;
 use godwit_channel::uds::Listener;
 use std::io::{self, IsTerminal, Read, Write};
+use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 
+/// Consoles attached at once.
+const MAX_CLIENTS: usize = 64;
+/// How long a client that sends nothing more still gets output.
+const LINGER: Duration = Duration::from_secs(30);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long the guest's last output may take to reach the terminal.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Input is taken in pieces of at most this size.
 const INPUT_BYTES: usize = 4096;
 
 /// Serves consoles until the process ends.
 pub(super) async fn serve(listener: Listener, driver: DriverHandle) {
+    let places = Arc::new(Semaphore::new(MAX_CLIENTS));
     loop {
         match listener.accept().await {
-            Ok(client) => {
-                tokio::spawn(attend(client, driver.clone()));
-            }
+            Ok(client) => match places.clone().try_acquire_owned() {
+                Ok(place) => {
+                    let driver = driver.clone();
+                    tokio::spawn(async move {
+                        attend(client, driver).await;
+                        drop(place);
+                    });
+                }
+                Err(_) => tracing::warn!(
+                    limit = MAX_CLIENTS,
+                    "a console was turned away: too many are attached"
+                ),
+            },
             Err(error) => {
-                tracing::error!(%error, "consoles can no longer attach");
-                return;
+                tracing::error!(%error, "a console could not attach");
+                // Nothing announces when the kernel has file descriptors again.
+                tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
@@ -45,8 +67,8 @@ async fn attend(client: UnixStream, driver: DriverHandle) {
                         tracing::warn!(%problem, bytes = read, "serial input was dropped");
                     }
                 }
-                // A client may close its sending half and go on listening.
-                Ok(0) => return std::future::pending().await,
+                // A client may close its sending half and go on listening, but one that is gone looks the same.
+                Ok(0) => return tokio::time::sleep(LINGER).await,
                 Err(_) => return,
             }
         }
@@ -57,14 +79,14 @@ async fn attend(client: UnixStream, driver: DriverHandle) {
     }
 }
 
-/// This process's terminal as the console.
+/// This process's terminal as the console; given back when dropped.
 pub(super) struct Terminal {
     output: JoinHandle<()>,
     written: tokio::sync::watch::Receiver<u64>,
     restore: Option<rustix::termios::Termios>,
 }
 
-/// Connects standard input and output with the guest. A terminal is put into raw mode until [`Terminal::finish`].
+/// Connects standard input and output with the guest. A terminal is put into raw mode.
 pub(super) fn attach_terminal(driver: &DriverHandle) -> Terminal {
     let restore = io::stdin().is_terminal().then(raw_mode).flatten();
     let typist = driver.clone();
@@ -81,15 +103,15 @@ pub(super) fn attach_terminal(driver: &DriverHandle) -> Terminal {
     let (progress, written) = tokio::sync::watch::channel(0);
     let output = tokio::spawn(async move {
         while let Some(bytes) = reader.next().await {
-            let mut stdout = io::stdout().lock();
-            if stdout
-                .write_all(&bytes)
-                .and_then(|()| stdout.flush())
-                .is_err()
-            {
+            // A pager that does not read must hold up nothing but the output.
+            let wrote = tokio::task::spawn_blocking(move || {
+                let mut stdout = io::stdout().lock();
+                stdout.write_all(&bytes).and_then(|()| stdout.flush())
+            });
+            if !matches!(wrote.await, Ok(Ok(()))) {
                 return;
             }
-            progress.send_modify(|written| *written += bytes.len() as u64);
+            progress.send_replace(reader.position());
         }
     });
     Terminal {
@@ -100,10 +122,16 @@ pub(super) fn attach_terminal(driver: &DriverHandle) -> Terminal {
 }
 
 impl Terminal {
-    /// Writes what the guest still said, and gives the terminal back.
+    /// Writes what the guest still said.
     pub(super) async fn finish(mut self, driver: &DriverHandle) {
         let all = driver.console().written();
-        let _ = self.written.wait_for(|written| *written >= all).await;
+        let written = self.written.wait_for(|written| *written >= all);
+        let _ = tokio::time::timeout(LAST_WORDS, written).await;
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
         self.output.abort();
         if let Some(before) = &self.restore {
             let _ = rustix::termios::tcsetattr(

@@ -54,17 +54,20 @@ pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> 
 }
 
 async fn throughput(report: &mut Report, shuttle: &mut Shuttle) -> anyhow::Result<()> {
-    let (mut tcp, mut migration, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
-    let mut before = tcp_mb_per_s()?;
+    let (mut tcp, mut distinct, mut migration, mut ratios) =
+        (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let mut before = tcp_mb_per_s(Buffers::Reused)?;
     for _ in 0..THROUGHPUT_RUNS {
         let flight = shuttle.fly().await?.mb_per_s;
-        let after = tcp_mb_per_s()?;
+        let after = tcp_mb_per_s(Buffers::Reused)?;
+        distinct.push(tcp_mb_per_s(Buffers::Distinct)?);
         ratios.push(flight / ((before + after) / 2.0));
         migration.push(flight);
         tcp.push(after);
         before = after;
     }
     report.raw("tcp_loopback_mb_per_s", "MB/s", &tcp);
+    report.raw("tcp_loopback_memory_to_memory_mb_per_s", "MB/s", &distinct);
     report.raw("migration_mb_per_s", "MB/s", &migration);
     let median = report.raw("migration_throughput_ratio_to_tcp", "ratio", &ratios);
     report.figure(
@@ -162,28 +165,39 @@ impl Shuttle {
     }
 }
 
+/// Which memory the bytes of the plain TCP transfer come from and go to.
+#[derive(Clone, Copy)]
+enum Buffers {
+    /// One small buffer at each end, over and over: the link alone.
+    Reused,
+    /// As much memory as bytes at each end, as a migration has it.
+    Distinct,
+}
+
 /// Plain TCP over loopback: one connection, writes of 1 MiB, from the first byte to the receiver's word that it
 /// has all.
-fn tcp_mb_per_s() -> anyhow::Result<f64> {
+fn tcp_mb_per_s(buffers: Buffers) -> anyhow::Result<f64> {
+    let memory = match buffers {
+        Buffers::Reused => TCP_WRITE_BYTES,
+        Buffers::Distinct => TCP_BYTES,
+    };
+    // Written once, so that no page fault is measured.
+    let (source, mut sink) = (vec![0x5a_u8; memory], vec![0xa5_u8; memory]);
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let receiver = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut stream, _) = listener.accept()?;
-        let mut chunk = vec![0; TCP_WRITE_BYTES];
-        let mut left = TCP_BYTES;
-        while left > 0 {
-            match stream.read(&mut chunk)? {
-                0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-                read => left -= read,
-            }
+        for write in 0..TCP_BYTES / TCP_WRITE_BYTES {
+            let at = write * TCP_WRITE_BYTES % memory;
+            stream.read_exact(&mut sink[at..at + TCP_WRITE_BYTES])?;
         }
         stream.write_all(&[1])
     });
     let mut stream = TcpStream::connect(address)?;
-    let chunk = vec![0x5a; TCP_WRITE_BYTES];
     let start = Instant::now();
-    for _ in 0..TCP_BYTES / TCP_WRITE_BYTES {
-        stream.write_all(&chunk)?;
+    for write in 0..TCP_BYTES / TCP_WRITE_BYTES {
+        let at = write * TCP_WRITE_BYTES % memory;
+        stream.write_all(&source[at..at + TCP_WRITE_BYTES])?;
     }
     stream.read_exact(&mut [0])?;
     let elapsed_s = start.elapsed().as_secs_f64();

@@ -32,13 +32,15 @@ fn text<'a>(resource: &'a Value, field: &str) -> &'a str {
         .unwrap_or_else(|| panic!("no {field} in {resource}"))
 }
 
-/// The VM's memory is whole.
-async fn verify(cluster: &Cluster, name: &str) {
+/// The VM's memory is whole; returns how much of it is filled.
+async fn verify(cluster: &Cluster, name: &str) -> u64 {
+    const PAGES_PER_MIB: u64 = 256;
     let mut shell: Serial = cluster.shell(name).await.expect("the console");
-    shell
+    let verified = shell
         .command("verify")
         .await
         .expect("no page was lost, torn or stale");
+    verified.number("verified_pages") / PAGES_PER_MIB
 }
 
 /// Watches until the VM has settled: one copy runs, on the host the store names, and stays the only one.

@@ -90,6 +90,7 @@ impl Host {
             migration_address: [127, 0, 0, 1].into(),
             control: server.control.clone(),
             board: Board::default(),
+            runtime: tokio::runtime::Handle::current(),
         }));
         adopt_all(&registry).await.unwrap();
         Self {
@@ -394,7 +395,7 @@ impl Machine {
         let inner = self.inner.lock().unwrap();
         VmmInfo {
             version: "test".into(),
-            pid: 1,
+            pid: self.process.id().pid.try_into().unwrap(),
             vm: inner.vm,
             epoch: inner.epoch,
             spec: Some(spec()),

@@ -3,6 +3,7 @@
 use super::*;
 use crate::machine::SavedMachine;
 use crate::migration::{HandOverError, SourceMachine, TargetMachine};
+use godwit_wire::id::MigrationId;
 use std::time::Duration;
 
 impl Driver {
@@ -62,7 +63,10 @@ impl Driver {
         let (ram, cpu, owner) = (
             self.machine()?.ram().clone(),
             self.cpu()?,
-            Owner(self.handle.clone()),
+            Owner {
+                driver: self.handle.clone(),
+                migration: request.migration,
+            },
         );
         spawn("migration-in", move || {
             receive_machine(&incoming, &request, &cpu, &ram, &owner)
@@ -101,7 +105,13 @@ impl Driver {
             (Some(vm), Some(spec)) => (vm, spec),
             _ => return Err(Problem::internal("a machine without identity")),
         };
-        let (cpu, owner) = (self.cpu()?, Owner(self.handle.clone()));
+        let (cpu, owner) = (
+            self.cpu()?,
+            Owner {
+                driver: self.handle.clone(),
+                migration: request.migration,
+            },
+        );
         self.migration = Migration::Outgoing(outgoing.clone());
         let status = outgoing.ledger.status();
         spawn("migration-out", move || {
@@ -209,12 +219,16 @@ impl Driver {
                 Some(Arrival::StayPaused) => self.enter(VmmState::Paused {
                     reason: PauseReason::Requested,
                 }),
-                _ => {
-                    self.machine()?
-                        .run()
-                        .map_err(|error| error.problem("spec"))?;
-                    self.enter(VmmState::Running);
-                }
+                _ => match self.machine()?.run() {
+                    Ok(()) => self.enter(VmmState::Running),
+                    Err(error) => {
+                        // The VM is this side's now, whatever happens: it must be seen to need help.
+                        let detail = error.to_string();
+                        self.enter(VmmState::Paused {
+                            reason: PauseReason::Fault { detail },
+                        });
+                    }
+                },
             }
             incoming.announce_running(command.epoch);
         }
@@ -259,48 +273,67 @@ impl Driver {
         })
     }
 
-    /// Lets a guest that was paused for the hand-over go on here.
+    /// Lets a guest that was paused for the hand-over go on here as it was, if it may.
     fn resume_after_migration(&mut self) {
-        if (*self.state.borrow()
-            != VmmState::Paused {
-                reason: PauseReason::HandOver,
-            })
+        let may_run = match &self.migration {
+            Migration::Outgoing(outgoing) => outgoing.ledger.hand_over().may_run(),
+            _ => false,
+        };
+        if !may_run
+            || *self.state.borrow()
+                != (VmmState::Paused {
+                    reason: PauseReason::HandOver,
+                })
         {
             return;
         }
         let Some(machine) = &self.machine else { return };
-        let state = match machine.run() {
-            // If the lease is over the vCPUs stop themselves at once and say so.
-            Ok(()) => VmmState::Running,
-            Err(error) => VmmState::Paused {
-                reason: PauseReason::Fault {
-                    detail: error.to_string(),
+        let state = match self.before_hand_over {
+            Arrival::StayPaused => VmmState::Paused {
+                reason: PauseReason::Requested,
+            },
+            Arrival::Run => match machine.run() {
+                // If the lease is over the vCPUs stop themselves at once and say so.
+                Ok(()) => VmmState::Running,
+                Err(error) => VmmState::Paused {
+                    reason: PauseReason::Fault {
+                        detail: error.to_string(),
+                    },
                 },
             },
         };
         self.enter(state);
     }
 
+    /// Whether `migration` is the latest one: the thread of an earlier one may still be ending, and has no say.
+    fn is_current(&self, migration: MigrationId) -> bool {
+        self.migration_status()
+            .is_some_and(|status| status.migration == migration)
+    }
+
     fn pause_for_hand_over(&mut self) -> Result<Arrival, MachineError> {
         let state = self.state.borrow().clone();
-        match state {
+        self.before_hand_over = match state {
             VmmState::Running => {
                 self.machine
                     .as_ref()
                     .ok_or(MachineError::VcpuGone(0))?
                     .pause()?;
-                self.enter(VmmState::Paused {
-                    reason: PauseReason::HandOver,
-                });
-                Ok(Arrival::Run)
+                Arrival::Run
             }
             VmmState::Paused {
                 reason: PauseReason::Requested,
-            } => Ok(Arrival::StayPaused),
-            state => Err(MachineError::BadState(format!(
-                "the machine is {state:?} and cannot be handed over"
-            ))),
-        }
+            } => Arrival::StayPaused,
+            _ => {
+                return Err(MachineError::BadState(
+                    "the machine has stopped or cannot go on".into(),
+                ));
+            }
+        };
+        self.enter(VmmState::Paused {
+            reason: PauseReason::HandOver,
+        });
+        Ok(self.before_hand_over)
     }
 
     fn migrated_away(&mut self) {
@@ -346,45 +379,79 @@ fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Problem
         .map_err(|error| Problem::internal(format!("a thread cannot be started: {error}")))
 }
 
-/// The driver, as migration threads know it.
-struct Owner(DriverHandle);
+/// The driver, as the threads of one migration know it.
+struct Owner {
+    driver: DriverHandle,
+    migration: MigrationId,
+}
 
-const DRIVER_GONE: &str = "this VMM is ending";
+impl Owner {
+    /// Lets the driver take a step of this migration, if it is still the latest one.
+    fn step<T: Send + 'static>(
+        &self,
+        step: impl FnOnce(&mut Driver) -> Result<T, MachineError> + Send + 'static,
+    ) -> Result<T, MachineError> {
+        let migration = self.migration;
+        let done = self.driver.call_blocking(move |driver| {
+            if driver.is_current(migration) {
+                step(driver)
+            } else {
+                Err(MachineError::BadState(
+                    "another migration has taken its place".into(),
+                ))
+            }
+        });
+        done.unwrap_or_else(|| Err(MachineError::BadState("this VMM is ending".into())))
+    }
+
+    fn post(&self, step: fn(&mut Driver)) {
+        let migration = self.migration;
+        self.driver.post(move |driver| {
+            if driver.is_current(migration) {
+                step(driver);
+            }
+        });
+    }
+}
+
+const MACHINE_GONE: &str = "the machine is gone";
 
 impl SourceMachine for Owner {
     fn pause(&self) -> Result<Arrival, MachineError> {
-        let paused = self.0.call_blocking(Driver::pause_for_hand_over);
-        paused.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+        self.step(Driver::pause_for_hand_over)
     }
 
     fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {
-        let saved = self.0.call_blocking(|driver| match &driver.machine {
-            Some(machine) => machine.save(),
-            None => Err(MachineError::BadState("the machine is gone".into())),
-        });
-        saved.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+        self.step(|driver| match (&driver.machine, &*driver.state.borrow()) {
+            (
+                Some(machine),
+                VmmState::Paused {
+                    reason: PauseReason::HandOver,
+                },
+            ) => machine.save(),
+            _ => Err(MachineError::BadState(MACHINE_GONE.into())),
+        })
     }
 
     fn resume(&self) {
-        self.0.post(Driver::resume_after_migration);
+        self.post(Driver::resume_after_migration);
     }
 
     fn gone(&self) {
-        self.0.post(Driver::migrated_away);
+        self.post(Driver::migrated_away);
     }
 }
 
 impl TargetMachine for Owner {
     fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError> {
         let asked = Instant::now();
-        let restored = self.0.call_blocking(move |driver| match &driver.machine {
+        self.step(move |driver| match &driver.machine {
             Some(machine) => machine.restore(saved, age + asked.elapsed()),
-            None => Err(MachineError::BadState("the machine is gone".into())),
-        });
-        restored.unwrap_or_else(|| Err(MachineError::BadState(DRIVER_GONE.into())))
+            None => Err(MachineError::BadState(MACHINE_GONE.into())),
+        })
     }
 
     fn void(&self) {
-        self.0.post(Driver::void_incoming);
+        self.post(Driver::void_incoming);
     }
 }
