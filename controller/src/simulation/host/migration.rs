@@ -127,7 +127,7 @@ async fn receive(
                 return;
             }
             Some(CommitReply::Refused { .. }) => {
-                target.destroy(vm, epoch);
+                let _ = target.destroy(vm, epoch);
                 return;
             }
             None => tokio::time::sleep(RETRY).await,
