@@ -34,7 +34,7 @@ pub fn skip(reason: impl Display) {
 
 /// Returns from the test, reported as skipped, unless the expression is `Ok`; then it is the value.
 ///
-/// ```
+/// ```no_run
 /// # fn missing() -> Result<u32, String> { Err("no such thing here".into()) }
 /// fn test() {
 ///     let thing = godwit_tests::require!(missing());
