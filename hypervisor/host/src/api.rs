@@ -1,22 +1,19 @@
 //! What the agent serves to the control plane (`godwit_wire::host_api` has the table).
 
 use crate::facts::HostSampler;
-use crate::vm::{Command, Registry};
+use crate::vm::{Command, Registry, Reply};
 use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use axum::routing::{get, post, put};
+use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Json, Router, middleware};
 use godwit_channel::problem::{self, Answer, JsonBody, PathArgs, QueryArgs, Refusal};
 use godwit_channel::{tls, upgrade};
-use godwit_wire::host_api::{
-    CancelMigration, HostFacts, HostReport, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing,
-    StartVm, StopVm, VmCommand, VmReport,
-};
+use godwit_wire::host_api::{HostFacts, HostReport, SERIAL_UPGRADE};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::IncomingReady;
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 use tokio::net::UnixStream;
 
@@ -45,15 +42,20 @@ type Shared = State<Arc<Agent>>;
 
 /// The agent's API; everything in it is for the control plane only.
 pub(crate) fn router(agent: Arc<Agent>) -> Router {
+    const PUT: MethodFilter = MethodFilter::PUT;
+    const POST: MethodFilter = MethodFilter::POST;
     Router::new()
         .route("/v1/host", get(host))
-        .route("/v1/vms/{vm}", put(start).delete(destroy))
-        .route("/v1/vms/{vm}/stop", post(stop))
-        .route("/v1/vms/{vm}/pause", post(pause))
-        .route("/v1/vms/{vm}/resume", post(resume))
-        .route("/v1/vms/{vm}/incoming", put(prepare))
-        .route("/v1/vms/{vm}/outgoing", post(send))
-        .route("/v1/vms/{vm}/migration/cancel", post(cancel))
+        .route("/v1/vms/{vm}", hand_on(PUT, Command::Start).delete(destroy))
+        .route("/v1/vms/{vm}/stop", hand_on(POST, Command::Stop))
+        .route("/v1/vms/{vm}/pause", hand_on(POST, Command::Pause))
+        .route("/v1/vms/{vm}/resume", hand_on(POST, Command::Resume))
+        .route("/v1/vms/{vm}/incoming", hand_on(PUT, Command::Prepare))
+        .route("/v1/vms/{vm}/outgoing", hand_on(POST, Command::Send))
+        .route(
+            "/v1/vms/{vm}/migration/cancel",
+            hand_on(POST, Command::Cancel),
+        )
         .route("/v1/vms/{vm}/serial", get(serial))
         .fallback(problem::no_such_path)
         .method_not_allowed_fallback(problem::method_not_allowed)
@@ -66,95 +68,23 @@ async fn host(State(agent): Shared) -> Json<HostReport> {
     Json(agent.report())
 }
 
-async fn start(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<StartVm>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Start(ask, reply))
-            .await?,
-    ))
-}
-
-async fn stop(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<StopVm>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Stop(ask, reply))
-            .await?,
-    ))
-}
-
-async fn pause(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<VmCommand>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Pause(ask, reply))
-            .await?,
-    ))
-}
-
-async fn resume(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<VmCommand>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Resume(ask, reply))
-            .await?,
-    ))
-}
-
-async fn prepare(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<PrepareIncoming>,
-) -> Answer<IncomingReady> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Prepare(ask, reply))
-            .await?,
-    ))
-}
-
-async fn send(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<StartOutgoing>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Send(ask, reply))
-            .await?,
-    ))
-}
-
-async fn cancel(
-    State(agent): Shared,
-    PathArgs(vm): PathArgs<VmId>,
-    JsonBody(ask): JsonBody<CancelMigration>,
-) -> Answer<VmReport> {
-    Ok(Json(
-        agent
-            .registry
-            .ask(vm, |reply| Command::Cancel(ask, reply))
-            .await?,
-    ))
+/// A method that hands its body, as a command, to the driver of the VM in the path.
+fn hand_on<B, T>(
+    method: MethodFilter,
+    command: fn(B, Reply<T>) -> Command,
+) -> MethodRouter<Arc<Agent>>
+where
+    B: DeserializeOwned + Send + 'static,
+    T: Serialize + Send + 'static,
+{
+    let handler = move |State(agent): Shared,
+                        PathArgs(vm): PathArgs<VmId>,
+                        JsonBody(ask): JsonBody<B>| async move {
+        let done = agent.registry.ask(vm, |reply| command(ask, reply)).await;
+        let answer: Answer<T> = done.map(Json).map_err(Refusal);
+        answer
+    };
+    on(method, handler)
 }
 
 #[derive(Debug, Deserialize)]
