@@ -258,11 +258,12 @@ fn new_vm(name: &str) -> NewVm {
     NewVm {
         name: name.into(),
         spec: MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus: 1,
             memory_mib: Mib(512),
             boot: Boot::Pilot,
             cpu: CpuBaseline::V2,
+            devices: Default::default(),
         },
         intent: PowerIntent::Running,
         host: None,

@@ -450,6 +450,9 @@ impl View {
                 Some("its host's lease ran out; it resumes when the host is back"),
             ),
             Some(VmmState::Paused {
+                reason: PauseReason::Storage { detail, .. },
+            }) => status(VmState::Paused, Some(detail)),
+            Some(VmmState::Paused {
                 reason: PauseReason::Fault { detail },
             }) => status(VmState::Failed, Some(detail)),
             Some(VmmState::Empty | VmmState::Created) => status(VmState::Starting, None),

@@ -86,6 +86,7 @@ async fn join(
 
 fn beat(host: HostId, sequence: u64, name: &str) -> Heartbeat {
     let report = HostReport {
+        pools: Vec::new(),
         facts: facts(name),
         usage: HostUsage::default(),
         vms: Vec::new(),
@@ -149,6 +150,7 @@ async fn a_host_joins_once_per_token_and_gets_its_lease_by_heartbeat() {
     assert_eq!(
         reply,
         HeartbeatReply {
+            peers: Vec::new(),
             number: reply.number,
             lease_ms: 6_000,
             orders: Vec::new()
@@ -216,11 +218,12 @@ fn stopped(name: &str) -> NewVm {
     NewVm {
         name: name.into(),
         spec: MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus: 1,
             memory_mib: Mib(64),
             boot: Boot::Pilot,
             cpu: CpuBaseline::V2,
+            devices: Default::default(),
         },
         intent: PowerIntent::Stopped,
         host: None,

@@ -40,6 +40,7 @@ impl<'a> Flight<'a> {
     ) -> anyhow::Result<Self> {
         let migration = MigrationId::fresh();
         let incoming = IncomingRequest {
+            attachments: Default::default(),
             vm: request.vm,
             epoch: request.epoch,
             spec: request.spec.clone(),

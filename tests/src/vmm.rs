@@ -128,11 +128,12 @@ impl Vmm {
 /// A machine that boots the pilot.
 pub fn pilot(vcpus: u8, memory: Mib) -> MachineSpec {
     MachineSpec {
-        machine_type: MachineType::Godwit1,
+        machine_type: MachineType::Godwit2,
         vcpus,
         memory_mib: memory,
         boot: Boot::Pilot,
         cpu: CpuBaseline::default(),
+        devices: Default::default(),
     }
 }
 
@@ -162,6 +163,7 @@ pub fn greeting(spec: &MachineSpec) -> &'static str {
 /// A request for a new VM of this spec under epoch 1, without a lease.
 pub fn new_vm(spec: MachineSpec) -> CreateRequest {
     CreateRequest {
+        attachments: Default::default(),
         vm: VmId::fresh(),
         epoch: Epoch(1),
         spec,

@@ -274,7 +274,7 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
     };
     let body = CreateVm {
         spec: Some(MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus,
             memory_mib,
             boot,

@@ -128,7 +128,7 @@ pub(super) async fn create(client: &Client, hosts: u8) -> Result<Vec<Vm>, DemoEr
         let body = CreateVm {
             name: role.name.to_owned(),
             spec: Some(MachineSpec {
-                machine_type: MachineType::Godwit1,
+                machine_type: MachineType::Godwit2,
                 vcpus: role.vcpus,
                 memory_mib: role.memory_mib,
                 boot: Boot::Pilot,

@@ -53,7 +53,7 @@ pub struct MachineSpec {
     #[serde(default)]
     pub machine_type: MachineType,
     /// Number of vCPUs, 1 to 8.
-    #[schema(minimum = 1, maximum = 8)]
+    #[schema(minimum = 1, maximum = 64)]
     pub vcpus: u8,
     /// Guest memory.
     #[schema(minimum = 16, maximum = 262144)]
@@ -69,9 +69,12 @@ pub struct MachineSpec {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub enum MachineType {
     /// In-kernel irqchip, COM1, ACPI.
-    #[default]
     #[serde(rename = "godwit-1")]
     Godwit1,
+    /// With a PCI Express bus, virtio devices and a power button.
+    #[default]
+    #[serde(rename = "godwit-2")]
+    Godwit2,
 }
 
 /// What a machine boots.

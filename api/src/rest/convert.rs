@@ -87,6 +87,7 @@ fn spec(spec: &MachineSpec) -> api::MachineSpec {
     api::MachineSpec {
         machine_type: match spec.machine_type {
             MachineType::Godwit1 => api::MachineType::Godwit1,
+            MachineType::Godwit2 => api::MachineType::Godwit2,
         },
         vcpus: spec.vcpus,
         memory_mib: spec.memory_mib.0,
@@ -111,6 +112,7 @@ pub(super) fn machine(spec: api::MachineSpec) -> MachineSpec {
     MachineSpec {
         machine_type: match spec.machine_type {
             api::MachineType::Godwit1 => MachineType::Godwit1,
+            api::MachineType::Godwit2 => MachineType::Godwit2,
         },
         vcpus: spec.vcpus,
         memory_mib: Mib(spec.memory_mib),
@@ -132,6 +134,7 @@ pub(super) fn machine(spec: api::MachineSpec) -> MachineSpec {
             api::CpuBaseline::V4 => CpuBaseline::V4,
             api::CpuBaseline::Host => CpuBaseline::Host,
         },
+        devices: Default::default(),
     }
 }
 

@@ -108,7 +108,7 @@ async fn create(
 
 fn pilot_template() -> MachineSpec {
     MachineSpec {
-        machine_type: MachineType::Godwit1,
+        machine_type: MachineType::Godwit2,
         vcpus: 1,
         memory_mib: 64,
         boot: Boot::Pilot,

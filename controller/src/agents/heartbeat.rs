@@ -94,6 +94,7 @@ pub(super) async fn answer(
         );
     }
     Ok(HeartbeatReply {
+        peers: Vec::new(),
         number,
         lease_ms: LEASE_DURATION.as_millis() as u64,
         orders: judgement.orders,

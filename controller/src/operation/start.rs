@@ -270,6 +270,7 @@ async fn tell(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, E
         return Err(Ended::GaveUp);
     };
     let command = StartVm {
+        networks: Vec::new(),
         name: vm.name.clone(),
         epoch: placed.epoch,
         generation: placed.generation,

@@ -597,6 +597,7 @@ async fn beat_for_ever(host: Arc<SimHost>) {
                 incarnation: state.incarnation,
                 sequence: state.sequence,
                 report: HostReport {
+                    pools: Vec::new(),
                     facts: state.facts.clone(),
                     usage: HostUsage::default(),
                     vms: ids.into_iter().filter_map(|id| state.report(id)).collect(),

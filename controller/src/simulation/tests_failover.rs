@@ -274,6 +274,7 @@ async fn a_second_machine_with_the_identity_of_a_host_that_is_heard_proves_nothi
             sequence,
             obeyed: 0,
             report: HostReport {
+                pools: Vec::new(),
                 facts: facts.clone(),
                 usage: HostUsage::default(),
                 vms: Vec::new(),

@@ -141,6 +141,7 @@ mod tests {
             guest_resident_bytes: Bytes(0),
             counters: Counters::default(),
             vcpus: Vec::new(),
+            devices: Vec::new(),
             migration: None,
         }))
     }

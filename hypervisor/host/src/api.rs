@@ -31,6 +31,7 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn report(&self) -> HostReport {
         HostReport {
+            pools: Vec::new(),
             facts: self.facts.clone(),
             usage: self.sampler.usage(),
             vms: self.registry.context().board.reports(),

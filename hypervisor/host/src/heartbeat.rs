@@ -253,6 +253,7 @@ mod tests {
 
     fn reply(orders: Vec<Order>) -> HeartbeatReply {
         HeartbeatReply {
+            peers: Vec::new(),
             number: 7,
             lease_ms: 6_000,
             orders,

@@ -379,11 +379,12 @@ pub(crate) mod tests {
 
     pub(crate) fn spec() -> MachineSpec {
         MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus: 1,
             memory_mib: Mib(64),
             boot: Boot::Pilot,
             cpu: CpuBaseline::V2,
+            devices: Default::default(),
         }
     }
 

@@ -12,6 +12,12 @@
 //! | `POST /v1/vms/{vm}/outgoing` | [`StartOutgoing`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/migration/cancel` | [`CancelMigration`] | [`VmReport`] |
 //! | `DELETE /v1/vms/{vm}?epoch=E` | | `204`; kills what is left of the VM and forgets it |
+//! | `POST /v1/pools/{pool}/images/{image}` | [`ImportImage`](crate::storage::ImportImage) | [`ImageReport`](crate::storage::ImageReport) |
+//! | `PUT /v1/pools/{pool}/images/{image}/content` | the bytes | [`ImageReport`](crate::storage::ImageReport) |
+//! | `GET`, `DELETE /v1/pools/{pool}/images/{image}` | | [`ImageReport`](crate::storage::ImageReport); `204` |
+//! | `POST /v1/pools/{pool}/disks/{disk}` | [`CreateDisk`](crate::storage::CreateDisk) | [`DiskReport`](crate::storage::DiskReport) |
+//! | `POST /v1/pools/{pool}/disks/{disk}/grow` | [`GrowDisk`](crate::storage::GrowDisk) | [`DiskReport`](crate::storage::DiskReport) |
+//! | `GET`, `DELETE /v1/pools/{pool}/disks/{disk}` | | [`DiskReport`](crate::storage::DiskReport); `204` |
 //! | `GET /v1/vms/{vm}/serial` | `Upgrade: godwit-serial` | raw bytes both ways, first the ring's content |
 //!
 //! The server serves to agents:
@@ -29,6 +35,8 @@
 use crate::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::migration::{MigrationPolicy, MigrationRole, MigrationStatus};
+use crate::network::{Network, Peers};
+use crate::storage::PoolReport;
 use crate::unit::Mib;
 use crate::usage::{HostUsage, VmUsage};
 use crate::vmm_api::VmmState;
@@ -98,6 +106,9 @@ pub struct HostReport {
     pub usage: HostUsage,
     /// Its VMs, sorted by id, at most [`MAX_VMS_PER_HOST`].
     pub vms: Vec<VmReport>,
+    /// Its storage pools.
+    #[serde(default)]
+    pub pools: Vec<PoolReport>,
 }
 
 /// Starts a VM; repeated with the same generation it changes nothing.
@@ -113,6 +124,9 @@ pub struct StartVm {
     pub spec: MachineSpec,
     /// Whether the VM must stop when this host's lease runs out.
     pub lease: LeasePolicy,
+    /// The networks its cards are plugged into.
+    #[serde(default)]
+    pub networks: Vec<Network>,
 }
 
 /// What a VM does when its host loses contact with the control plane.
@@ -172,6 +186,9 @@ pub struct PrepareIncoming {
     pub spec: MachineSpec,
     /// As in [`StartVm`].
     pub lease: LeasePolicy,
+    /// The networks its cards are plugged into.
+    #[serde(default)]
+    pub networks: Vec<Network>,
     /// The migration.
     pub migration: MigrationId,
 }
@@ -251,6 +268,9 @@ pub struct HeartbeatReply {
     /// Things to put right at once.
     #[serde(default)]
     pub orders: Vec<Order>,
+    /// Addresses of all hosts of the pool.
+    #[serde(default)]
+    pub peers: Peers,
 }
 
 /// Something the store knows and the agent does not.

@@ -56,6 +56,23 @@ id!(
     MaintenanceId
 );
 
+id!(
+    /// A storage pool, the same on every host that sees its directory.
+    PoolId
+);
+id!(
+    /// An image that disks are made from.
+    ImageId
+);
+id!(
+    /// A disk of a storage pool.
+    DiskId
+);
+id!(
+    /// A network of the pool.
+    NetworkId
+);
+
 /// Ownership counter of a VM: grows by one each time the store gives the VM to a host.
 ///
 /// Agents and VMMs refuse commands that carry an older one (DESIGN: never twice, barrier 1).

@@ -8,7 +8,13 @@ pub mod id;
 
 pub mod problem;
 
+pub mod devices;
+
 pub mod machine;
+
+pub mod storage;
+
+pub mod network;
 
 pub mod lease;
 

@@ -1,12 +1,13 @@
 //! The machine a VM is: what must be the same on every host it runs on.
 
+use crate::devices::Devices;
 use crate::problem::FieldProblem;
 use crate::unit::Mib;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Most vCPUs a machine can have today.
-pub const MAX_VCPUS: u8 = 8;
+pub const MAX_VCPUS: u8 = 64;
 /// Least guest memory: kernel, page tables and a little room.
 pub const MIN_MEMORY: Mib = Mib(16);
 /// Most guest memory: keeps RAM below the 39-bit physical addresses every x86-64 CPU has.
@@ -29,15 +30,21 @@ pub struct MachineSpec {
     /// CPU features the guest sees.
     #[serde(default)]
     pub cpu: CpuBaseline,
+    /// Disks, network cards and the rest.
+    #[serde(flatten)]
+    pub devices: Devices,
 }
 
 /// A versioned machine platform.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum MachineType {
-    /// In-kernel irqchip, COM1, ACPI, keyboard-controller reset.
-    #[default]
+    /// In-kernel irqchip, COM1, ACPI, keyboard-controller reset. No PCI bus, so no disks and no network.
     #[serde(rename = "godwit-1")]
     Godwit1,
+    /// `godwit-1` with a PCI Express bus (ECAM, MSI-X), virtio devices and an ACPI power button.
+    #[default]
+    #[serde(rename = "godwit-2")]
+    Godwit2,
 }
 
 /// What a machine boots.
@@ -46,7 +53,7 @@ pub enum MachineType {
 pub enum Boot {
     /// The test and demo guest that is built into the program.
     Pilot,
-    /// An uncompressed x86-64 Linux ELF (`vmlinux`).
+    /// A Linux kernel: bzImage, or an uncompressed x86-64 ELF (`vmlinux`).
     Linux {
         /// Path of the kernel on the host.
         kernel: PathBuf,
@@ -177,6 +184,14 @@ impl MachineSpec {
                 "choose a size within the limits",
             ));
         }
+        if self.machine_type == MachineType::Godwit1 && self.devices != Devices::default() {
+            found.push(FieldProblem::new(
+                at("machine_type"),
+                "a machine of type godwit-1 has no disks, network cards or other devices",
+                "use godwit-2",
+            ));
+        }
+        self.devices.problems(prefix, self.memory_mib, &mut found);
         if let Boot::Linux {
             kernel,
             initrd,
@@ -218,16 +233,17 @@ mod tests {
     #[test]
     fn a_spec_with_no_vcpus_names_the_field_and_the_remedy() {
         let spec = MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus: 0,
             memory_mib: Mib(64),
             boot: Boot::Pilot,
             cpu: CpuBaseline::V2,
+            devices: Devices::default(),
         };
         let problems = spec.problems("spec");
         assert_eq!(problems.len(), 1);
         assert_eq!(problems[0].field, "spec.vcpus");
-        assert!(problems[0].remedy.contains("1 to 8"));
+        assert!(problems[0].remedy.contains("1 to 64"));
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Oldest protocol version this program still speaks.
 pub const OLDEST_PROTOCOL_VERSION: u32 = 1;
 /// Longest control message; a longer one is refused before it is read.
-pub const MAX_CONTROL_BYTES: u32 = 64 * 1024;
+pub const MAX_CONTROL_BYTES: u32 = 256 * 1024;
 /// Longest device-and-vCPU state.
 pub const MAX_STATE_BYTES: u32 = 16 * 1024 * 1024;
 /// Most stretches of touched memory that a hello names; the rest is found when it arrives.

@@ -7,6 +7,10 @@
 //! | `PUT /v1/incoming` | [`IncomingRequest`] | [`IncomingReady`] |
 //! | `POST /v1/boot`, `/v1/pause`, `/v1/resume`, `/v1/kill` | [`Command`] | [`VmmInfo`] |
 //! | `POST /v1/stop` | [`Command`] | [`VmmInfo`]; asks the guest to stop, returns at once |
+//! | `POST /v1/snapshot` | [`SnapshotRequest`] | [`SnapshotInfo`] |
+//! | `PUT /v1/restore` | [`RestoreRequest`] | [`VmmInfo`] |
+//! | `POST /v1/disks/{name}/resize` | [`ResizeDisk`] | [`VmmInfo`] |
+//! | `POST /v1/balloon` | [`BalloonRequest`] | [`VmmInfo`] |
 //! | `POST /v1/dirty-rate` | [`DirtyRateRequest`] | [`DirtyRate`] |
 //! | `POST /v1/outgoing` | [`OutgoingRequest`] | [`MigrationStatus`] |
 //! | `GET /v1/migration?after=SEQ&wait_ms=MS` | | [`MigrationStatus`]; waits until `sequence > SEQ` |
@@ -17,11 +21,13 @@
 //! `abort` is the store's word that the migration is void (source: run again, target: forget the machine);
 //! `release` is the store's word that the target owns the VM (source: end).
 
+use crate::devices::Attachments;
 use crate::id::{Epoch, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::migration::{MigrationPolicy, MigrationStatus};
-use crate::unit::Bytes;
+use crate::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -37,6 +43,9 @@ pub struct CreateRequest {
     /// The lease page to watch; a machine without one runs until it is told otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<PathBuf>,
+    /// Where this host has what the spec names.
+    #[serde(default)]
+    pub attachments: Attachments,
 }
 
 /// Builds the machine and waits for its content from another VMM.
@@ -51,6 +60,9 @@ pub struct IncomingRequest {
     /// As in [`CreateRequest`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<PathBuf>,
+    /// As in [`CreateRequest`].
+    #[serde(default)]
+    pub attachments: Attachments,
     /// The migration to accept; any other is refused.
     pub migration: MigrationId,
     /// Where to listen; port 0 takes a free one.
@@ -92,6 +104,89 @@ pub struct MigrationCommand {
     pub migration: MigrationId,
     /// For `commit`: the epoch under which the target runs; else the machine's present epoch.
     pub epoch: Epoch,
+}
+
+/// Saves the machine to a directory. It goes on as it was, running or paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// Must be the machine's epoch.
+    pub epoch: Epoch,
+    /// A directory that does not exist yet, or is empty.
+    pub directory: PathBuf,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotInfo {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// Room it takes.
+    pub bytes: Bytes,
+    /// How long the guest stood still.
+    pub pause_us: u64,
+}
+
+/// Builds the machine as it was saved; it is paused then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreRequest {
+    /// Identity of the VM.
+    pub vm: VmId,
+    /// Epoch under which it may run here.
+    pub epoch: Epoch,
+    /// As in [`CreateRequest`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<PathBuf>,
+    /// As in [`CreateRequest`]; absent takes the files that the snapshot's spec names.
+    #[serde(default)]
+    pub attachments: Attachments,
+    /// The snapshot.
+    pub directory: PathBuf,
+}
+
+/// Makes a disk larger, or tells the guest that it has become larger.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResizeDisk {
+    /// Must be the machine's epoch.
+    pub epoch: Epoch,
+    /// New size; never smaller than the present one.
+    pub bytes: Bytes,
+}
+
+/// Sets how much memory the guest shall give back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BalloonRequest {
+    /// Must be the machine's epoch.
+    pub epoch: Epoch,
+    /// Memory the guest shall keep; its full size deflates the balloon.
+    pub keep_mib: Mib,
+}
+
+/// Counters of one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceInfo {
+    /// Name in the spec, or `rng`, `balloon`, `console`, `vsock`, `seed`.
+    pub name: String,
+    /// `block`, `net`, …
+    pub kind: String,
+    /// Whether its driver works with it.
+    pub driver: DriverState,
+    /// Counters by name.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// What a device's driver does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum DriverState {
+    /// No driver has set it up.
+    Absent,
+    /// It works.
+    Working,
+    /// The driver broke the rules; the device waits for a reset.
+    NeedsReset {
+        /// What the driver did.
+        reason: String,
+    },
 }
 
 /// Asks how fast the guest dirties memory.
@@ -142,6 +237,13 @@ pub enum PauseReason {
     LeaseExpired,
     /// A migration's blackout, or its outcome is not known yet.
     HandOver,
+    /// A disk cannot be written without losing the guest's data: the pool is full, say.
+    Storage {
+        /// Name of the disk.
+        disk: String,
+        /// What stands in the way.
+        detail: String,
+    },
     /// KVM could not go on.
     Fault {
         /// What it said.
@@ -227,6 +329,9 @@ pub struct VmmInfo {
     /// Its vCPUs.
     #[serde(default)]
     pub vcpus: Vec<VcpuInfo>,
+    /// Its devices, in the order of the bus.
+    #[serde(default)]
+    pub devices: Vec<DeviceInfo>,
     /// The latest migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationStatus>,

@@ -37,6 +37,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         return Err(Why::failed("the VM is gone"));
     };
     let prepare = PrepareIncoming {
+        networks: Vec::new(),
         name: vm.name.clone(),
         epoch: migration.epoch,
         generation: migration.prepare_generation,

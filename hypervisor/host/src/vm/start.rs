@@ -100,6 +100,7 @@ impl Driver {
 
     async fn run_machine(&mut self, record: VmRecord) -> Result<(), Problem> {
         let request = CreateRequest {
+            attachments: Default::default(),
             vm: self.vm,
             epoch: record.epoch,
             spec: record.spec.clone(),
@@ -185,6 +186,7 @@ impl Driver {
         ask: &PrepareIncoming,
     ) -> Result<IncomingReady, Problem> {
         let request = IncomingRequest {
+            attachments: Default::default(),
             vm: self.vm,
             epoch: ask.epoch,
             spec: ask.spec.clone(),

@@ -251,6 +251,7 @@ async fn a_vm_that_hangs_in_its_start_can_be_destroyed_at_once() {
 
 fn prepare(migration: MigrationId, epoch: u64, generation: u64) -> PrepareIncoming {
     PrepareIncoming {
+        networks: Vec::new(),
         name: "guest".into(),
         epoch: Epoch(epoch),
         generation: Generation(generation),

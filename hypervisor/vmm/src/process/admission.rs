@@ -62,6 +62,9 @@ fn describe(state: &VmmState) -> String {
                 "it stopped itself because its host's lease ran out".into()
             }
             PauseReason::HandOver => "it is being handed over to another host".into(),
+            PauseReason::Storage { disk, detail } => {
+                format!("it waits because disk {disk} cannot be written: {detail}")
+            }
             PauseReason::Fault { detail } => format!("it cannot go on: {detail}"),
         },
     }

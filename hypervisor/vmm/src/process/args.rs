@@ -73,11 +73,12 @@ impl VmmArgs {
             (None, false) => return None,
         };
         Some(MachineSpec {
-            machine_type: MachineType::Godwit1,
+            machine_type: MachineType::Godwit2,
             vcpus: self.vcpus,
             memory_mib: Mib(self.memory_mib),
             boot,
             cpu: self.cpu,
+            devices: Default::default(),
         })
     }
 }

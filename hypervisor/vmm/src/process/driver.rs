@@ -245,6 +245,7 @@ impl Driver {
             guest_resident_bytes: resident,
             counters,
             vcpus,
+            devices: Vec::new(),
             migration: self.migration_status(),
         })
     }

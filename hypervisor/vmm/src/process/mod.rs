@@ -122,6 +122,7 @@ async fn run_alone(args: &VmmArgs, driver: &DriverHandle) -> Result<Outcome, Vmm
         return std::future::pending().await;
     };
     let request = CreateRequest {
+        attachments: Default::default(),
         vm: VmId::fresh(),
         epoch: Epoch(1),
         spec,

@@ -27,6 +27,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
     let spec = vmm::pilot(1, Mib(64));
     let listen = SocketAddr::from(([127, 0, 0, 1], 0));
     let request = IncomingRequest {
+        attachments: Default::default(),
         vm,
         epoch,
         spec: spec.clone(),

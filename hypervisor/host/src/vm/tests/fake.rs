@@ -39,6 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) fn start(epoch: u64, generation: u64) -> StartVm {
     StartVm {
+        networks: Vec::new(),
         name: "guest".into(),
         epoch: Epoch(epoch),
         generation: Generation(generation),
@@ -409,6 +410,7 @@ impl Machine {
             guest_resident_bytes: Bytes(0),
             counters: Counters::default(),
             vcpus: Vec::new(),
+            devices: Vec::new(),
             migration: inner.migration.clone(),
         }
     }

@@ -40,14 +40,16 @@ fn cpu(level: CpuBaseline) -> CpuFacts {
 
 fn target() -> Fixture {
     let spec = MachineSpec {
-        machine_type: MachineType::Godwit1,
+        machine_type: MachineType::Godwit2,
         vcpus: 1,
         memory_mib: Mib(16),
         boot: Boot::Pilot,
         cpu: CpuBaseline::Host,
+        devices: Default::default(),
     };
     let (listener, address) = MigrationListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let request = IncomingRequest {
+        attachments: Default::default(),
         vm: VmId::fresh(),
         epoch: Epoch(3),
         spec: spec.clone(),

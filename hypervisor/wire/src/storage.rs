@@ -1,0 +1,162 @@
+//! Storage pools, images and disks, as the host agents report and change them.
+//!
+//! A pool is a directory with a `godwit-pool.json` that holds its [`PoolId`]: two hosts that report the same id see
+//! the same directory, so the pool is shared. Inside:
+//!
+//! ```text
+//! godwit-pool.json             PoolMark
+//! images/<image>.qcow2|raw     read-only bases; <image>.json beside holds their ImageReport
+//! disks/<disk>.qcow2|raw       disks, thin copies of images; <disk>.json: DiskReport; <disk>.lock: the epoch lock
+//! ```
+
+use crate::devices::DiskFormat;
+use crate::id::{DiskId, ImageId, PoolId};
+use crate::unit::Bytes;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Most pools of a host.
+pub const MAX_POOLS: usize = 32;
+/// Smallest and largest disk.
+pub const MIN_DISK: Bytes = Bytes(1 << 20);
+/// Largest disk.
+pub const MAX_DISK: Bytes = Bytes(64 << 40);
+
+/// A pool as one host sees it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolReport {
+    /// Which pool; the same on every host that shares it.
+    pub pool: PoolId,
+    /// Name the operator gave it (`--storage NAME=DIR`).
+    pub name: String,
+    /// Room in all.
+    pub total_bytes: Bytes,
+    /// Room left.
+    pub free_bytes: Bytes,
+    /// Why it cannot be used now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+}
+
+/// State of a long piece of work on a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum WorkState {
+    /// Under way.
+    Working {
+        /// Done so far.
+        done_bytes: Bytes,
+        /// To do in all, as far as known.
+        total_bytes: Bytes,
+    },
+    /// Done: the thing can be used.
+    Ready,
+    /// It failed, and nothing is left of it.
+    Failed {
+        /// Why, and what would help.
+        reason: String,
+    },
+}
+
+/// An image in a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageReport {
+    /// Which.
+    pub image: ImageId,
+    /// Whether it can be used.
+    #[serde(flatten)]
+    pub state: WorkState,
+    /// Format it is kept in.
+    pub format: DiskFormat,
+    /// Size of the disk it holds.
+    pub virtual_bytes: Bytes,
+    /// Room it takes.
+    pub file_bytes: Bytes,
+    /// SHA-256 of the file that was imported, in hexadecimal.
+    pub sha256: String,
+}
+
+/// A disk in a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// Which.
+    pub disk: DiskId,
+    /// Whether it can be used.
+    #[serde(flatten)]
+    pub state: WorkState,
+    /// Format.
+    pub format: DiskFormat,
+    /// Size the guest sees.
+    pub virtual_bytes: Bytes,
+    /// Room it takes.
+    pub file_bytes: Bytes,
+    /// The image it is a thin copy of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<ImageId>,
+}
+
+/// Imports an image. Repeating it while it works, or after it is done, answers with the present report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportImage {
+    /// Where from.
+    pub source: ImportSource,
+    /// Format of the source; absent means: look at it. (Nobody hostile has written to it yet as a disk.)
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// Refuse it unless this is its SHA-256.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+}
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum ImportSource {
+    /// A file on the host.
+    Path {
+        /// Absolute path.
+        path: PathBuf,
+    },
+    /// Bytes that are sent afterwards with `PUT …/content`.
+    Upload {
+        /// How many.
+        bytes: Bytes,
+    },
+}
+
+/// Creates a disk. Repeating it answers with the present report.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CreateDisk {
+    /// Size the guest sees; absent takes the size of what it is made from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes: Option<Bytes>,
+    /// Format of the new disk; [`DiskFormat::Qcow2`] for thin copies.
+    pub format: DiskFormat,
+    /// What it is made from.
+    pub from: DiskOrigin,
+}
+
+/// What a new disk is made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum DiskOrigin {
+    /// Nothing: it reads as zeros.
+    Blank,
+    /// A thin copy of an image.
+    Image {
+        /// The image.
+        image: ImageId,
+    },
+    /// A full copy of another disk that no running machine writes.
+    Disk {
+        /// The disk.
+        disk: DiskId,
+    },
+}
+
+/// Makes a disk larger; a machine that runs with it here sees it at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GrowDisk {
+    /// The new size; never smaller than the present one.
+    pub bytes: Bytes,
+}
