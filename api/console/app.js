@@ -15,11 +15,14 @@ import { DialogHost, dialogIsOpen, openDialog } from './parts/dialog.js';
 import { Icon, Logo } from './parts/icon.js';
 import { NoticeHost } from './parts/notices.js';
 import { Empty, Loading } from './parts/placeholder.js';
+import { DisksView } from './views/disks.js';
 import { EventsView } from './views/events.js';
 import { HostView } from './views/host.js';
 import { HostsView } from './views/hosts.js';
+import { ImagesView } from './views/images.js';
 import { MaintenanceView } from './views/maintenance.js';
 import { MaintenancesView } from './views/maintenances.js';
+import { NetworksView, NetworkView } from './views/networks.js';
 import { OperationsView } from './views/operations.js';
 import { OverviewView } from './views/overview.js';
 import { PageHead } from './views/page.js';
@@ -33,6 +36,9 @@ const SECTIONS = [
     .filter((item) => item.severity !== 'info').length, alarm: true },
   { name: 'hosts', title: 'Hosts', key: 'h', list: HostsView, one: HostView, count: (pool) => pool.host.size },
   { name: 'vms', title: 'VMs', key: 'v', list: VmsView, one: VmView, count: (pool) => pool.vm.size },
+  { name: 'images', title: 'Images', key: 'i', list: ImagesView, count: (pool) => pool.image.size },
+  { name: 'disks', title: 'Disks', key: 'd', list: DisksView, count: (pool) => pool.disk.size },
+  { name: 'networks', title: 'Networks', key: 'n', list: NetworksView, one: NetworkView, count: (pool) => pool.network.size },
   { name: 'maintenance', title: 'Maintenance', key: 'm', list: MaintenancesView, one: MaintenanceView,
     count: (pool) => [...pool.maintenance.values()].filter(isOpen).length },
   { name: 'operations', title: 'Operations', key: 'p', list: OperationsView, one: OperationsView,

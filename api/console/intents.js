@@ -9,6 +9,8 @@ import { EvacuateDialog } from './dialogs/evacuate.js';
 import { MaintenanceDialog } from './dialogs/maintenance.js';
 import { MigrateDialog } from './dialogs/migrate.js';
 import { AddHostDialog } from './dialogs/add-host.js';
+import { CreateDiskDialog, CreateImageDialog, GrowDiskDialog } from './dialogs/storage.js';
+import { CreateNetworkDialog } from './dialogs/create-network.js';
 
 const GRACE_MS = 30_000;
 
@@ -47,7 +49,7 @@ export function vmIntents(vm) {
     is('stopped', 'failed', 'pending') && {
       id: 'delete', label: 'Delete…', danger: true,
       run: () => afterConfirm({ title: `Delete ${vm.name}?`,
-        text: 'The VM and its record are removed from the pool. This cannot be taken back.', verb: 'Delete', danger: true },
+        text: 'The VM and the disks that were created with it are removed from the pool. This cannot be taken back.', verb: 'Delete', danger: true },
         () => perform(`Delete ${vm.name}`, () => remove(`/v1/vms/${vm.id}`))),
     },
   ];
@@ -77,6 +79,27 @@ export function hostIntents(host) {
   return all.filter(Boolean);
 }
 
+const deletion = (kind, thing, text) => ({
+  id: 'delete', label: 'Delete…', danger: true,
+  run: () => afterConfirm({ title: `Delete ${thing.name}?`, text, verb: 'Delete', danger: true },
+    () => perform(`Delete ${thing.name}`, () => remove(`/v1/${kind}/${thing.id}`))),
+});
+
+export const imageIntents = (image) => (image.operation ? [] : [deletion('images', image, 'Disks can no longer be made from it.')]);
+export const networkIntents = (network) => [deletion('networks', network, 'It must have no VMs.')];
+
+export function diskIntents(disk) {
+  if (disk.operation || disk.state !== 'ready') return [];
+  return [
+    { id: 'grow', label: 'Grow…', main: true, run: () => openDialog(GrowDiskDialog, { disk }) },
+    { id: 'clone', label: 'Clone…', run: () => openDialog(CreateDiskDialog, { cloneOf: disk }) },
+    !disk.attached_to && deletion('disks', disk, 'Everything on it is lost. This cannot be taken back.'),
+  ].filter(Boolean);
+}
+
+export const createImage = () => openDialog(CreateImageDialog);
+export const createDisk = () => openDialog(CreateDiskDialog);
+export const createNetwork = () => openDialog(CreateNetworkDialog);
 export const createVm = () => openDialog(CreateVmDialog);
 export const addHost = () => openDialog(AddHostDialog);
 

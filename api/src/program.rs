@@ -4,8 +4,9 @@
 //! server about hosts.
 
 use crate::cli::{
-    ClientOptions, EventCommand, Failure, HostCommand, MaintenanceCommand, MigrationCommand,
-    OperationCommand, Session, VmCommand,
+    ClientOptions, DiskCommand, EventCommand, Failure, HostCommand, ImageCommand,
+    MaintenanceCommand, MigrationCommand, NetworkCommand, OperationCommand, PoolCommand, Session,
+    VmCommand,
 };
 use crate::demo::{self, DemoArgs};
 use crate::server::{self, ServerArgs};
@@ -54,6 +55,18 @@ enum Role {
     /// Work with VMs.
     #[command(subcommand)]
     Vm(VmCommand),
+    /// Work with images that disks are made from.
+    #[command(subcommand)]
+    Image(ImageCommand),
+    /// Work with disks.
+    #[command(subcommand)]
+    Disk(DiskCommand),
+    /// Work with networks.
+    #[command(subcommand)]
+    Network(NetworkCommand),
+    /// Look at storage pools.
+    #[command(subcommand)]
+    Pool(PoolCommand),
     /// Take every VM off a host, and back.
     #[command(subcommand)]
     Maintenance(MaintenanceCommand),
@@ -136,6 +149,22 @@ pub fn main() -> ExitCode {
             &matches,
             |session| async move { command.run(&session).await },
         ),
+        Role::Image(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Disk(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Network(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
+        Role::Pool(command) => ask(
+            &matches,
+            |session| async move { command.run(&session).await },
+        ),
         Role::Maintenance(command) => {
             ask(
                 &matches,
@@ -167,12 +196,16 @@ pub fn main() -> ExitCode {
 }
 
 /// Nouns whose commands ask the server.
-const ASKING: [&str; 6] = [
+const ASKING: [&str; 10] = [
+    "disk",
     "event",
     "host",
+    "image",
     "maintenance",
     "migration",
+    "network",
     "operation",
+    "pool",
     "vm",
 ];
 /// The command beneath an asking noun that does not.

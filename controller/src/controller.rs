@@ -10,14 +10,16 @@ use crate::intent::{Accepted, Intent, NewJoinToken, Preview};
 use crate::ledger::{Blocking, Ledger};
 use crate::loops;
 use crate::model::limits::MAX_JOIN_TOKENS;
-use crate::model::{Actor, Event, JoinToken, Subject};
+use crate::model::{Actor, Event, ImageState, JoinToken, Subject};
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::view::View;
+use axum::body::Body;
 use godwit_channel::pki::{self, Authority, Identity};
 use godwit_channel::tls::{self, Listener};
-use godwit_wire::id::VmId;
+use godwit_wire::id::{ImageId, VmId};
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::storage::ImportSource;
 use jiff::Timestamp;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,9 @@ pub use crate::drive::host_driver::Duplex;
 const STORE_FILE: &str = "store.db";
 /// Longest life of a join token.
 const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How long an upload waits until a host has been told to receive it.
+const RECEIVER_TIME: Duration = Duration::from_secs(10);
 
 /// How a server's controller is set up.
 #[derive(Clone, Debug)]
@@ -310,6 +315,50 @@ impl Controller {
     /// Events from now on. A reader that lags goes back to [`events_after`](Self::events_after).
     pub fn subscribe_events(&self) -> broadcast::Receiver<Arc<Event>> {
         self.core.ledger.subscribe_events()
+    }
+
+    /// Sends the bytes of an image that waits for them to the host that receives them: `length` bytes, as announced.
+    /// Waits until a host has been told.
+    pub async fn upload_image(
+        &self,
+        image: ImageId,
+        length: u64,
+        content: Body,
+    ) -> Result<(), Problem> {
+        let receiver = |view: &View| {
+            let Some(image) = view.images.get(&image) else {
+                return Some(Err(Problem::not_found("image", image)));
+            };
+            match (&image.source, &image.state) {
+                (ImportSource::Upload { bytes }, _) if bytes.0 != length => {
+                    let detail = format!("{length} bytes come and {} were announced", bytes.0);
+                    Some(Err(Problem::conflict("wrong-length", detail)
+                        .with_remedy("create the image anew with the right length")))
+                }
+                (ImportSource::Upload { .. }, ImageState::Uploading { host }) => {
+                    Some(Ok((image.pool, *host)))
+                }
+                (ImportSource::Upload { .. }, ImageState::Importing) => None,
+                _ => {
+                    let detail = format!("{} does not wait for bytes", image.name);
+                    Some(Err(Problem::conflict("not-uploading", detail).with_remedy(
+                        "create another image with an upload as its source",
+                    )))
+                }
+            }
+        };
+        let waiting = tokio::time::timeout(RECEIVER_TIME, self.core.until(receiver));
+        let (pool, host) = waiting.await.map_err(|_| {
+            let detail = "no host is ready to receive the image yet";
+            Problem::conflict("no-receiver", detail).with_remedy("try again in a moment")
+        })??;
+        let address = self.core.address(host);
+        let address = address.ok_or_else(|| Problem::not_found("host", host))?;
+        let driver = &self.core.driver;
+        let sent = driver.upload_image(address, pool, image, length, content);
+        sent.await
+            .map(drop)
+            .map_err(godwit_channel::CallError::into_problem)
     }
 
     /// The serial console of a VM, from the host that has it now; it ends when the VM leaves that host, and the

@@ -2,9 +2,15 @@
 //!
 //! A dry run is the same decision with the draft thrown away.
 
+mod devices;
+
 pub(crate) mod host;
 
 mod maintenance;
+
+mod network;
+
+mod storage;
 
 mod vm;
 
@@ -48,7 +54,7 @@ pub(crate) fn decide(
     match intent {
         Intent::CreateVm(new) => vm::create(view, draft, new, actor),
         Intent::ChangeVm { vm, change } => vm::change(view, draft, *vm, change, actor),
-        Intent::DeleteVm { vm } => vm::delete(view, draft, *vm, actor),
+        Intent::DeleteVm { vm, disks } => vm::delete(view, draft, *vm, *disks, actor),
         Intent::StartVm { vm, host } => vm::start(view, draft, *vm, *host, actor),
         Intent::StopVm { vm, mode } => vm::stop(view, draft, *vm, *mode, actor),
         Intent::RebootVm { vm, mode } => vm::reboot(view, draft, *vm, *mode, actor),
@@ -63,6 +69,13 @@ pub(crate) fn decide(
         Intent::EvacuateHost { host, reason } => host::evacuate(view, draft, *host, reason, actor),
         Intent::RemoveHost { host } => host::remove(view, draft, *host, actor),
         Intent::ConfirmHostOff { host } => host::confirm_off(view, draft, *host, actor),
+        Intent::CreateImage(new) => storage::create_image(view, draft, new, actor),
+        Intent::DeleteImage { image } => storage::delete_image(view, draft, *image, actor),
+        Intent::CreateDisk(new) => storage::create_disk(view, draft, new, actor),
+        Intent::GrowDisk { disk, bytes } => storage::grow_disk(view, draft, *disk, *bytes, actor),
+        Intent::DeleteDisk { disk } => storage::delete_disk(view, draft, *disk, actor),
+        Intent::CreateNetwork(new) => network::create(view, draft, new, actor),
+        Intent::DeleteNetwork { network } => network::delete(view, draft, *network, actor),
         Intent::CreateMaintenance(new) => maintenance::create(view, draft, new, actor),
         Intent::StartMaintenance { maintenance } => {
             maintenance::start(view, draft, *maintenance, actor)
@@ -129,7 +142,12 @@ fn cancel_operation(
     }
     let kind = operation.work.kind();
     let remedy = match &operation.work {
-        Work::Start { .. } | Work::Migrate { .. } | Work::Evacuate { .. } => None,
+        Work::Start { .. }
+        | Work::Migrate { .. }
+        | Work::Evacuate { .. }
+        | Work::Provision { .. }
+        | Work::CreateImage { .. }
+        | Work::CreateDisk { .. } => None,
         Work::Drain { .. } => Some("cancel the maintenance"),
         Work::Restore { .. } => Some("cordon the host to keep further VMs off it"),
         _ => Some("wait until it ends"),

@@ -1,12 +1,20 @@
 //! What can be asked of the controller, and what it answers.
 
+mod devices;
+
+pub use devices::{
+    NewDevices, NewDisk, NewDiskSource, NewImage, NewNetwork, NewNic, NewVmDisk, NicAddress,
+};
+
 use crate::model::{
-    HostRejection, MaintenancePlan, MaintenancePolicy, PowerIntent, RestoreOnCancel, ReturnPolicy,
+    DisksOnDelete, HostRejection, MaintenancePlan, MaintenancePolicy, PowerIntent, RestoreOnCancel,
+    ReturnPolicy,
 };
 use godwit_wire::host_api::{LeasePolicy, StopMode};
-use godwit_wire::id::{HostId, MaintenanceId, OperationId, VmId};
+use godwit_wire::id::{DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::MigrationPolicy;
+use godwit_wire::unit::Bytes;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -26,6 +34,8 @@ pub enum Intent {
     DeleteVm {
         /// Which VM.
         vm: VmId,
+        /// What becomes of its disks.
+        disks: DisksOnDelete,
     },
     /// Places a VM and starts it.
     StartVm {
@@ -102,6 +112,34 @@ pub enum Intent {
         /// Which host.
         host: HostId,
     },
+    /// Imports an image.
+    CreateImage(NewImage),
+    /// Deletes an image that no disk is based on.
+    DeleteImage {
+        /// Which.
+        image: ImageId,
+    },
+    /// Makes a disk.
+    CreateDisk(NewDisk),
+    /// Makes a disk larger, also while a VM runs with it.
+    GrowDisk {
+        /// Which.
+        disk: DiskId,
+        /// Its new size.
+        bytes: Bytes,
+    },
+    /// Deletes a disk that no VM has.
+    DeleteDisk {
+        /// Which.
+        disk: DiskId,
+    },
+    /// Makes a network.
+    CreateNetwork(NewNetwork),
+    /// Deletes a network that no VM is plugged into.
+    DeleteNetwork {
+        /// Which.
+        network: NetworkId,
+    },
     /// Plans a maintenance.
     CreateMaintenance(NewMaintenance),
     /// Plans it again and, if nothing stands in the way, drains the host.
@@ -128,8 +166,10 @@ pub enum Intent {
 pub struct NewVm {
     /// Unique among the living.
     pub name: String,
-    /// The machine.
+    /// The machine, before `devices` are added.
     pub spec: MachineSpec,
+    /// Disks, network cards and the rest, as the operator names them.
+    pub devices: NewDevices,
     /// What it shall do at once; [`PowerIntent::Paused`] is not accepted.
     pub intent: PowerIntent,
     /// Only there.
@@ -145,8 +185,10 @@ pub struct NewVm {
 pub struct VmChange {
     /// New name.
     pub name: Option<String>,
-    /// New machine; only while the VM is off.
+    /// New machine, whose devices are not looked at; only while the VM is off.
     pub spec: Option<MachineSpec>,
+    /// New devices; only while the VM is off.
+    pub devices: NewDevices,
     /// New lease policy; only while the VM is off.
     pub lease: Option<LeasePolicy>,
     /// New maintenance policy.
@@ -186,6 +228,12 @@ pub enum Resource {
     Maintenance(MaintenanceId),
     /// An operation.
     Operation(OperationId),
+    /// An image.
+    Image(ImageId),
+    /// A disk.
+    Disk(DiskId),
+    /// A network.
+    Network(NetworkId),
 }
 
 /// What an intent would do.

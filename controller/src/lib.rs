@@ -41,6 +41,7 @@ mod simulation;
 
 pub use controller::{Controller, ControllerConfig, Duplex, StartError};
 pub use intent::{
-    Accepted, Intent, NewJoinToken, NewMaintenance, NewVm, Placement, Preview, Resource, VmChange,
+    Accepted, Intent, NewDevices, NewDisk, NewDiskSource, NewImage, NewJoinToken, NewMaintenance,
+    NewNetwork, NewNic, NewVm, NewVmDisk, NicAddress, Placement, Preview, Resource, VmChange,
 };
 pub use view::View;

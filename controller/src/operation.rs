@@ -15,7 +15,11 @@ mod moves;
 
 mod power;
 
+mod provision;
+
 mod start;
+
+mod storage;
 
 use crate::core::Core;
 use crate::model::{Actor, Operation, OperationState, Subject, Work};
@@ -23,6 +27,7 @@ use context::Context;
 use godwit_wire::id::OperationId;
 use jiff::Timestamp;
 use std::sync::Arc;
+pub(crate) use storage::begin_deletion;
 
 /// How an executor ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,6 +92,12 @@ async fn execute(core: &Arc<Core>, id: OperationId) {
         Work::Stop { .. } | Work::Delete { .. } | Work::Restart { .. } => halt::run(&context).await,
         Work::Pause { .. } | Work::Resume { .. } => power::run(&context).await,
         Work::Migrate { .. } => migrate::run(&context).await,
+        Work::Provision { .. } => provision::run(&context).await,
+        Work::CreateImage { .. }
+        | Work::DeleteImage { .. }
+        | Work::CreateDisk { .. }
+        | Work::GrowDisk { .. }
+        | Work::DeleteDisk { .. } => storage::run(&context).await,
         Work::Evacuate { .. } | Work::Drain { .. } | Work::Restore { .. } => {
             moves::run(&context).await
         }

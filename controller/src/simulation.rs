@@ -9,6 +9,8 @@ mod driver;
 
 mod host;
 
+mod storage;
+
 mod tests;
 
 mod tests_crash;
@@ -17,11 +19,13 @@ mod tests_failover;
 
 mod tests_maintenance;
 
+mod tests_storage;
+
 use crate::controller::Controller;
 use crate::core::Settings;
 use crate::intent::{Accepted, Intent, NewVm};
 use crate::model::{
-    Actor, Host, HostState, MaintenancePolicy, OperationState, PowerIntent, VmState,
+    Actor, DiskState, Host, HostState, MaintenancePolicy, OperationState, PowerIntent, VmState,
 };
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
@@ -29,20 +33,24 @@ use crate::view::View;
 use crash::{CrashStore, Life};
 use driver::SimDriver;
 use godwit_wire::host_api::{HostFacts, LeasePolicy};
-use godwit_wire::id::{HostId, OperationId, VmId};
+use godwit_wire::id::{HostId, OperationId, PoolId, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, CpuFacts, MachineSpec, MachineType};
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Mib;
 use host::{Server, SimHost};
 use jiff::Timestamp;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use storage::SimPool;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 /// Longest any test waits for something, in simulated time.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// The pool that all hosts see; host 1 has the pool after it for itself, and so on.
+const SHARED: PoolId = PoolId(Uuid::from_u128(0x5707_0000));
 
 /// Hosts by id.
 type SimHosts = Arc<BTreeMap<HostId, Arc<SimHost>>>;
@@ -101,7 +109,11 @@ impl Pool {
                 .map(|(id, facts)| (id, SimHost::new(id, facts, server.clone())))
                 .collect(),
         );
-        for host in hosts.values() {
+        let shared = SimPool::new(SHARED, "shared");
+        for (number, host) in hosts.values().enumerate() {
+            host.give_pool(shared.clone());
+            let own = PoolId(Uuid::from_u128(SHARED.0.as_u128() + 1 + number as u128));
+            host.give_pool(SimPool::new(own, &format!("local-{}", number + 1)));
             host.join(hosts.clone());
         }
         let twice = Arc::new(Mutex::new(None));
@@ -124,6 +136,36 @@ impl Pool {
             .await;
         }
         pool
+    }
+
+    /// The pool that only this host sees.
+    fn local(number: u128) -> PoolId {
+        PoolId(Uuid::from_u128(SHARED.0.as_u128() + number))
+    }
+
+    /// The pools hold what the records say and nothing else; so do the keys that make addresses and writers unique.
+    fn check_storage(&self) {
+        let view = self.view();
+        let (mut disks, mut images) = (BTreeSet::new(), BTreeSet::new());
+        for pool in self.hosts.values().flat_map(|host| host.pools()) {
+            disks.extend(pool.disks());
+            images.extend(pool.images());
+        }
+        let known: BTreeSet<_> = view.disks.keys().copied().collect();
+        assert_eq!(disks, known, "disks in the pools and in the records");
+        let known: BTreeSet<_> = view.images.keys().copied().collect();
+        assert_eq!(images, known, "images in the pools and in the records");
+        for disk in view.disks.values() {
+            assert_eq!((&disk.state, disk.operation), (&DiskState::Ready, None));
+        }
+        let held = |prefix: &str| self.store.list(prefix).unwrap().0.len();
+        let specs = || view.vms.values().map(|vm| &vm.spec);
+        let leases: usize = specs().map(|spec| crate::view::leases(spec).count()).sum();
+        assert_eq!(held("lease/"), leases, "leases");
+        let attached: usize = specs()
+            .map(|spec| crate::view::attachments(spec).count())
+            .sum();
+        assert_eq!(held("attachment/"), attached, "attachments");
     }
 
     fn server_now(&self) -> (crate::agents::Agents, Arc<Life>) {
@@ -265,6 +307,7 @@ fn new_vm(name: &str) -> NewVm {
             cpu: CpuBaseline::V2,
             devices: Default::default(),
         },
+        devices: Default::default(),
         intent: PowerIntent::Running,
         host: None,
         lease: LeasePolicy::Watched,

@@ -3,15 +3,23 @@
 //! A view is cheap to hand out (one `Arc`) and cheap to renew: records are shared between views, so two views
 //! can be compared record by record with [`Arc::ptr_eq`].
 
+mod storage;
+
+pub use storage::{Attachment, Pool, PoolHost, attachments, leases};
+
 use crate::model::limits::VMM_OVERHEAD;
 use crate::model::{
-    Host, HostState, Liveness, Maintenance, MaintenanceState, Migration, MoveState, Operation,
-    OperationState, PowerIntent, Retry, StepState, Trouble, Vm, VmState, Work,
+    Disk, Host, HostState, Image, Liveness, Maintenance, MaintenanceState, Migration, MoveState,
+    Network, Operation, OperationState, PowerIntent, ProvisionCause, Retry, StepState, Trouble, Vm,
+    VmState, Work,
 };
 use crate::store::Revision;
 use godwit_wire::host_api::{LeasePolicy, VmReport};
-use godwit_wire::id::{Epoch, HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use godwit_wire::id::{
+    DiskId, Epoch, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, VmId,
+};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole};
+use godwit_wire::storage::PoolReport;
 use godwit_wire::unit::Mib;
 use godwit_wire::usage::{HostUsage, VmUsage};
 use godwit_wire::vmm_api::{PauseReason, StopReason, VmmState};
@@ -43,6 +51,12 @@ pub struct View {
     pub maintenances: Records<MaintenanceId, Maintenance>,
     /// Migrations, also ended ones.
     pub migrations: Records<MigrationId, Migration>,
+    /// Images.
+    pub images: Records<ImageId, Image>,
+    /// Disks.
+    pub disks: Records<DiskId, Disk>,
+    /// Networks.
+    pub networks: Records<NetworkId, Network>,
     /// What is known of each host and is not stored.
     pub observed: Records<HostId, Observed>,
     pub(crate) index: Arc<Index>,
@@ -63,6 +77,8 @@ pub struct Observed {
     pub missing: BTreeMap<VmId, u32>,
     /// Its VMs, from that heartbeat.
     pub vms: BTreeMap<VmId, VmReport>,
+    /// Its storage pools, from that heartbeat.
+    pub pools: Vec<PoolReport>,
 }
 
 impl Observed {
@@ -75,6 +91,7 @@ impl Observed {
             usage: HostUsage::default(),
             missing: BTreeMap::new(),
             vms: BTreeMap::new(),
+            pools: Vec::new(),
         }
     }
 }
@@ -129,12 +146,16 @@ pub(crate) struct Index {
     committed: BTreeMap<HostId, Committed>,
     by_owner: BTreeMap<HostId, Vec<VmId>>,
     left_behind: BTreeMap<HostId, Vec<VmId>>,
+    storage: storage::StorageIndex,
 }
 
 #[derive(Debug, Default)]
 struct Names {
     vms: BTreeMap<String, VmId>,
     hosts: BTreeMap<String, HostId>,
+    images: BTreeMap<String, ImageId>,
+    disks: BTreeMap<String, DiskId>,
+    networks: BTreeMap<String, NetworkId>,
 }
 
 /// Whether names have changed since the last index.
@@ -160,6 +181,21 @@ impl Index {
                     .values()
                     .map(|host| (host.name().to_owned(), host.id))
                     .collect(),
+                images: view
+                    .images
+                    .values()
+                    .map(|image| (image.name.clone(), image.id))
+                    .collect(),
+                disks: view
+                    .disks
+                    .values()
+                    .map(|disk| (disk.name.clone(), disk.id))
+                    .collect(),
+                networks: view
+                    .networks
+                    .values()
+                    .map(|network| (network.name().to_owned(), network.id()))
+                    .collect(),
             }),
         };
         let mut index = Self {
@@ -167,6 +203,7 @@ impl Index {
             ..Self::default()
         };
         for vm in view.vms.values() {
+            index.storage.add(vm);
             if let Some(owner) = vm.owner {
                 index.committed.entry(owner).or_default().add(vm);
                 index.by_owner.entry(owner).or_default().push(vm.id);
@@ -360,6 +397,12 @@ impl View {
         }
         if let Some(operation) = operation {
             match &operation.work {
+                Work::Provision {
+                    cause: ProvisionCause::Create { .. },
+                    ..
+                } => {
+                    return status(VmState::Pending, Some("its disks are being made".into()));
+                }
                 Work::Start { .. } => return status(VmState::Starting, None),
                 Work::Restart { .. } => return status(VmState::Starting, Some("rebooting".into())),
                 Work::Stop { .. } | Work::Delete { .. } => return status(VmState::Stopping, None),

@@ -150,7 +150,7 @@ async fn a_host_joins_once_per_token_and_gets_its_lease_by_heartbeat() {
     assert_eq!(
         reply,
         HeartbeatReply {
-            peers: Vec::new(),
+            peers: vec![[127, 0, 0, 1].into()],
             number: reply.number,
             lease_ms: 6_000,
             orders: Vec::new()
@@ -225,6 +225,7 @@ fn stopped(name: &str) -> NewVm {
             cpu: CpuBaseline::V2,
             devices: Default::default(),
         },
+        devices: Default::default(),
         intent: PowerIntent::Stopped,
         host: None,
         lease: LeasePolicy::Watched,

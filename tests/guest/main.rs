@@ -4,7 +4,9 @@
 //! It speaks the pilot's language (`ok key=value …` or `error …`, one line per command), so that a test can drive
 //! either guest. It depends on nothing but `std` and is linked statically, because it is alone in its initramfs.
 
+mod button;
 mod dirtier;
+mod disk;
 mod memory;
 mod sys;
 mod ticks;
@@ -19,13 +21,14 @@ use ticks::Ticks;
 const RESERVE_MIB: u64 = 24;
 /// Received alone on a line, this byte (Ctrl-D, EOT) powers the guest off.
 const POWER_OFF_BYTE: u8 = 0x04;
-const HELP: &str = "ok commands=ticks,fill,dirty,stop,verify,uptime,halt,reset,help \
-usage=\"ticks [reset] | fill <MiB> | dirty <MiB/s> <working set MiB> | stop | verify | uptime | halt | reset\"";
+const HELP: &str = "ok commands=ticks,fill,dirty,stop,verify,disk,uptime,halt,reset,help \
+usage=\"ticks [reset] | fill <MiB> | dirty <MiB/s> <working set MiB> | stop | verify | disk … | uptime | halt | reset\"";
 
 fn main() {
     sys::mount_kernel_filesystems();
     sys::make_console_raw();
     let agent = Agent::start();
+    button::watch(power_button);
     print_line(&format!(
         "guest-agent ready vcpus={} memory_mib={} clock={}",
         sys::online_cpus(),
@@ -48,6 +51,7 @@ struct Agent {
     memory: Arc<Mutex<Memory>>,
     dirtier: Dirtier,
     ticks: Arc<Ticks>,
+    disk: disk::Current,
 }
 
 impl Agent {
@@ -57,6 +61,7 @@ impl Agent {
             dirtier: Dirtier::start(Arc::clone(&memory)),
             memory,
             ticks: Ticks::start(),
+            disk: disk::Current::default(),
         }
     }
 
@@ -92,6 +97,7 @@ impl Agent {
                 Ok("ok stopped".into())
             }
             ["verify"] => self.verify(),
+            ["disk", words @ ..] => disk::execute(&self.disk, words),
             ["uptime"] => Ok(format!("ok uptime_ms={}", sys::uptime_ms())),
             ["halt"] => halt(),
             ["reset"] => {
@@ -153,6 +159,11 @@ fn check_capacity(argument: &str, mib: u64, held_mib: u64) -> Result<(), String>
 fn number(argument: &str, text: &str) -> Result<u64, String> {
     text.parse()
         .map_err(|_| format!("argument <{argument}> is not a whole number: '{text}'; send: help"))
+}
+
+fn power_button() -> ! {
+    print_line("ok power button");
+    halt()
 }
 
 fn halt() -> ! {

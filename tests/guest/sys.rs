@@ -28,9 +28,9 @@ const TCSANOW: c_int = 0;
 const RB_POWER_OFF: c_int = 0x4321_fedc;
 const RB_AUTOBOOT: c_int = 0x0123_4567;
 
-/// Mounts /proc and /sys, from which this program reads facts about the guest.
+/// Mounts /proc and /sys, from which this program reads facts about the guest, and /dev, where input devices are.
 pub(crate) fn mount_kernel_filesystems() {
-    for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys")] {
+    for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         let [kind, target] =
             [kind, target].map(|text| CString::new(text).expect("constants hold no NUL"));
         // SAFETY: all strings are NUL-terminated and outlive the call; no data is passed.

@@ -7,6 +7,7 @@ pub mod skip;
 
 pub mod program;
 
+pub mod tap;
 pub mod test_dir;
 
 pub mod process;

@@ -117,7 +117,8 @@ fn decompressed(kernel: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 /// The guest has no dynamic loader, so its init is linked statically.
-fn build_agent(folder: &Path) -> anyhow::Result<PathBuf> {
+/// Compiles `guest-agent` into `folder`.
+pub fn build_agent(folder: &Path) -> anyhow::Result<PathBuf> {
     let agent = folder.join("guest-agent");
     let status = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))
         .current_dir(program::checkout())

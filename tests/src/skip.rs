@@ -20,6 +20,14 @@ pub fn skip(reason: impl Display) {
         (Ok(binary), Ok(test)) => format!("{binary} {test}"),
         _ => std::thread::current().name().unwrap_or("a test").to_owned(),
     };
+    skip_named(&test, reason);
+}
+
+/// Reports `test` as skipped, for harnesses that know the names of their tests.
+///
+/// # Panics
+/// When the skip log cannot be written.
+pub fn skip_named(test: &str, reason: impl Display) {
     eprintln!("SKIPPED {test}: {reason}");
     if let Some(path) = std::env::var_os(SKIP_LOG_ENV) {
         let mut log = OpenOptions::new()

@@ -2,7 +2,7 @@
 
 import { html, useState } from '../lib/ui.js';
 import { post, tryPost } from '../lib/api.js';
-import { hosts } from '../lib/pool.js';
+import { hosts, images, networks } from '../lib/pool.js';
 import { go } from '../lib/router.js';
 import { store } from '../lib/store.js';
 import { Dialog } from '../parts/dialog.js';
@@ -13,7 +13,21 @@ import { useAnswer, useRequest } from './form.js';
 
 const ASK_AFTER_MS = 350;
 const NEW = { name: '', vcpus: 1, memory: 64, boot: 'pilot', kernel: '', initrd: '', cmdline: 'console=ttyS0', cpu: 'x86-64-v2', host: '',
-  lease: 'watched', policy: 'migrate', start: true };
+  lease: 'watched', policy: 'migrate', start: true, image: '', imageSize: '', disk: '', network: '', sshKey: '', userData: '' };
+const GIB = 2 ** 30;
+
+const size = (gib) => (gib ? { bytes: Math.round(Number(gib) * GIB) } : {});
+
+function devices(form) {
+  const disks = [form.image && { name: 'root', image: form.image, ...size(form.imageSize) }, form.disk && size(form.disk)].filter(Boolean);
+  const keys = form.sshKey.split('\n').map((line) => line.trim()).filter(Boolean);
+  const seed = form.image || keys.length > 0 || form.userData;
+  return {
+    ...(disks.length ? { disks } : {}),
+    ...(form.network ? { nics: [{ network: form.network }] } : {}),
+    ...(seed ? { cloud_init: { ssh_keys: keys, ...(form.userData ? { user_data: form.userData } : {}) } } : {}),
+  };
+}
 
 function request(form) {
   const boot = form.boot === 'pilot' ? { kind: 'pilot' } : { kind: 'linux',
@@ -21,6 +35,7 @@ function request(form) {
   return {
     name: form.name,
     spec: { vcpus: Number(form.vcpus), memory_mib: Number(form.memory), boot, cpu: form.cpu },
+    ...devices(form),
     start: form.start,
     ...(form.host ? { host: form.host } : {}),
     lease: form.lease,
@@ -51,8 +66,8 @@ export function CreateVmDialog({ close }) {
           <${Field} label="Name" hint="a–z, digits, dots and dashes" error=${error('name')} wide>
             <input ...${bind('name')} required autofocus autocomplete="off" spellcheck=${false} maxlength="63" data-testid="create-name" />
             <//>
-          <${Field} label="vCPUs" hint="1 to 8" error=${error('spec.vcpus')}>
-            <input ...${bind('vcpus')} type="number" min="1" max="8" required /><//>
+          <${Field} label="vCPUs" hint="1 to 64" error=${error('spec.vcpus')}>
+            <input ...${bind('vcpus')} type="number" min="1" max="64" required /><//>
           <${Field} label="Memory, MiB" hint="16 or more" error=${error('spec.memory_mib')}>
             <input ...${bind('memory')} type="number" min="16" step="1" required /><//>
           <${Field} label="Boots" error=${error('spec.boot')}><select ...${bind('boot')}>
@@ -61,12 +76,28 @@ export function CreateVmDialog({ close }) {
             <select ...${bind('cpu')}><option value="x86-64-v2">x86-64-v2</option><option value="x86-64-v3">x86-64-v3</option>
             <option value="x86-64-v4">x86-64-v4</option><option value="host">host</option></select><//>
           ${form.boot === 'linux' && html`
-            <${Field} label="Kernel" hint="path of an uncompressed vmlinux on the hosts" error=${error('spec.boot.kernel')} wide>
+            <${Field} label="Kernel" hint="path of a bzImage or vmlinux on the hosts" error=${error('spec.boot.kernel')} wide>
               <input ...${bind('kernel')} required placeholder="/var/lib/godwit/vmlinux" spellcheck=${false} /><//>
             <${Field} label="Initial RAM disk" hint="path on the hosts, if it needs one" error=${error('spec.boot.initrd')} wide>
               <input ...${bind('initrd')} spellcheck=${false} /><//>
             <${Field} label="Kernel command line" error=${error('spec.boot.cmdline')} wide>
               <input ...${bind('cmdline')} spellcheck=${false} /><//>`}
+          <${Field} label="First disk" hint="a thin copy of an image" error=${error('disks[0].image')}><select ...${bind('image')} data-testid="create-image">
+            <option value="">None</option>${images(store).filter((image) => image.state === 'ready').map((image) => html`<option key=${image.id}
+              value=${image.name}>${image.name}</option>`)}</select><//>
+          ${form.image && html`<${Field} label="Its size, GiB" hint="the image's, if empty" error=${error('disks[0].bytes')}>
+            <input ...${bind('imageSize')} type="number" min="0.01" step="any" /><//>`}
+          <${Field} label=${form.image ? 'Second disk, GiB' : 'Blank disk, GiB'} hint="none, if empty"
+            error=${error(`disks[${form.image ? 1 : 0}].bytes`) ?? error(`disks[${form.image ? 1 : 0}].pool`)}>
+            <input ...${bind('disk')} type="number" min="0.01" step="any" data-testid="create-disk" /><//>
+          <${Field} label="Network" hint="it gets the lowest free address" error=${error('nics[0].network') ?? error('nics[0].address')}>
+            <select ...${bind('network')} data-testid="create-network"><option value="">None</option>${networks(store).map((network) => html`<option
+              key=${network.id} value=${network.name}>${network.name}${network.subnet ? ` (${network.subnet.cidr})` : ''}</option>`)}</select><//>
+          ${(form.image || form.sshKey || form.userData) && html`
+            <${Field} label="SSH public keys" hint="for the image's default user, one in each line" error=${error('cloud_init.ssh_keys')} wide>
+              <textarea ...${bind('sshKey')} rows="2" spellcheck=${false} placeholder="ssh-ed25519 AAAA… you@there"></textarea><//>
+            <${Field} label="cloud-init user-data" error=${error('cloud_init.user_data')} wide>
+              <textarea ...${bind('userData')} rows="2" spellcheck=${false} placeholder="#cloud-config"></textarea><//>`}
           <${Field} label="Host" error=${error('host')}><select ...${bind('host')}>
             <option value="">Let Godwit choose</option>${hosts(store).map((host) => html`<option key=${host.id}
               value=${host.name}>${host.name}</option>`)}</select>

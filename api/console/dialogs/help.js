@@ -5,7 +5,8 @@ import { Dialog } from '../parts/dialog.js';
 
 const KEYS = [
   ['/', 'Filter this list'],
-  ['g o', 'Overview'], ['g h', 'Hosts'], ['g v', 'VMs'], ['g m', 'Maintenance'], ['g p', 'Operations'], ['g e', 'Events'],
+  ['g o', 'Overview'], ['g h', 'Hosts'], ['g v', 'VMs'], ['g i', 'Images'], ['g d', 'Disks'], ['g n', 'Networks'],
+  ['g m', 'Maintenance'], ['g p', 'Operations'], ['g e', 'Events'],
   ['n', 'Create a VM'],
   ['Esc', 'Close a dialog or menu'],
   ['Shift+Esc', 'Leave the serial terminal'],

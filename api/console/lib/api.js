@@ -80,6 +80,18 @@ export const get = (path, signal) => call('GET', path, undefined, signal);
 export const post = (path, body = {}, signal) => call('POST', path, body, signal);
 export const remove = (path) => call('DELETE', path);
 
+/** Sends a file; it may take as long as it takes. */
+export async function upload(path, file) {
+  let response;
+  try {
+    response = await fetch(path, { method: 'PUT', headers: headers({ 'Content-Type': 'application/octet-stream' }), body: file });
+  } catch (cause) {
+    throw new ProblemError(unreachable(cause));
+  }
+  if (!response.ok) throw new ProblemError(await problemOf(response));
+  return response.json();
+}
+
 /** Asks what `POST path` would do, without doing it. */
 export const tryPost = (path, body = {}, signal) => call('POST', `${path}?dry_run=true`, body, signal);
 

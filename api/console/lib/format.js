@@ -4,6 +4,7 @@ const NONE = '–';
 const KIB = 1024;
 const MIB = KIB * KIB;
 const GIB = MIB * KIB;
+const TIB = GIB * KIB;
 
 const missing = (value) => value === null || value === undefined || Number.isNaN(value);
 
@@ -15,6 +16,7 @@ function digits(value) {
 
 export function bytes(value) {
   if (missing(value)) return NONE;
+  if (value >= TIB) return `${(value / TIB).toFixed(1)} TiB`;
   if (value >= GIB) return `${(value / GIB).toFixed(1)} GiB`;
   if (value >= 10 * MIB) return `${Math.round(value / MIB)} MiB`;
   if (value >= MIB) return `${(value / MIB).toFixed(1)} MiB`;

@@ -17,6 +17,10 @@ const byName = (a, b) => a.name.localeCompare(b.name, 'en', { numeric: true });
 const newestFirst = (field) => (a, b) => String(b[field] ?? '').localeCompare(String(a[field] ?? ''));
 
 export const hosts = (pool) => [...pool.host.values()].sort(byName);
+export const images = (pool) => [...pool.image.values()].sort(byName);
+export const disks = (pool) => [...pool.disk.values()].sort(byName);
+export const networks = (pool) => [...pool.network.values()].sort(byName);
+export const pools = (pool) => [...pool.pool.values()].sort(byName);
 export const vms = (pool) => [...pool.vm.values()].sort(byName);
 
 /** The item of `kind` with this id or name. */
@@ -167,6 +171,9 @@ export function operationTitle(operation) {
 export function subjectRoute(subject) {
   if (subject.kind === 'vm') return ['vms', subject.name];
   if (subject.kind === 'host') return ['hosts', subject.name];
+  if (subject.kind === 'network') return ['networks', subject.name];
+  if (subject.kind === 'image') return ['images', null];
+  if (subject.kind === 'disk') return ['disks', null];
   if (subject.kind === 'maintenance') return ['maintenance', subject.id];
   return null;
 }

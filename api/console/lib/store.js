@@ -8,7 +8,7 @@ const SAMPLE_MS = 1000;
 /** Views are redrawn at most this often, however fast the server sends. */
 const REDRAW_MS = 100;
 
-export const KINDS = ['vm', 'host', 'operation', 'maintenance', 'migration'];
+export const KINDS = ['vm', 'host', 'operation', 'maintenance', 'migration', 'image', 'disk', 'network', 'pool'];
 
 const emptyMaps = () => Object.fromEntries(KINDS.map((kind) => [kind, new Map()]));
 

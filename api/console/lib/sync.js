@@ -20,6 +20,10 @@ const PATHS = {
   operation: '/v1/operations',
   maintenance: '/v1/maintenances',
   migration: '/v1/migrations',
+  image: '/v1/images',
+  disk: '/v1/disks',
+  network: '/v1/networks',
+  pool: '/v1/pools',
 };
 
 let wake = () => {};

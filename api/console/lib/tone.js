@@ -10,11 +10,13 @@ const MAINTENANCE = {
   planned: 'idle', blocked: 'warn', ready: 'idle', cordoned: 'busy', draining: 'busy', drained: 'ok', working: 'ok',
   verifying: 'busy', restoring: 'busy', done: 'ok', cancelling: 'busy', cancelled: 'idle', failed: 'bad',
 };
+const IMAGE = { importing: 'busy', uploading: 'busy', ready: 'ok', failed: 'bad' };
+const DISK = { creating: 'busy', ready: 'ok', failed: 'bad' };
 const SEVERITY = { info: 'idle', warning: 'warn', error: 'bad' };
 const STEP = { running: 'busy', done: 'ok', failed: 'bad' };
 const MOVE = { waiting: 'idle', moving: 'busy', away: 'ok', returned: 'ok', stayed: 'warn' };
 
-const TONES = { vm: VM, host: HOST, operation: OPERATION, maintenance: MAINTENANCE, severity: SEVERITY, step: STEP, move: MOVE };
+const TONES = { vm: VM, host: HOST, operation: OPERATION, maintenance: MAINTENANCE, severity: SEVERITY, step: STEP, move: MOVE, image: IMAGE, disk: DISK };
 
 /** `ok`, `busy`, `warn`, `bad` or `idle`. */
 export function toneOf(kind, state) {

@@ -59,11 +59,28 @@ export function VmView({ pool, id }) {
           <dl class="facts"><div><dt>Resident</dt><dd>${bytes(vm.usage?.rss_bytes)}</dd></div><div><dt>Exits</dt>
             <dd>${Math.round(vm.usage?.exits_per_s ?? 0).toLocaleString('en')} /s</dd></div></dl>
         </div></section>
+        <${Devices} vm=${vm} />
         <section class="panel"><header class="panel-head"><h2>Facts</h2></header><${Facts} pool=${pool} vm=${vm} now=${now} /></section>
         <section class="panel"><header class="panel-head"><h2>Events</h2></header>
           <${EventLines} events=${events} empty="No events about this VM." /></section>
       </div>
     </div>`;
+}
+
+/** Disks and network cards, if it has some. */
+function Devices({ vm }) {
+  const [disks, nics] = [vm.disks ?? [], vm.nics ?? []];
+  if (disks.length + nics.length === 0) return null;
+  const note = (disk) => [disk.image_name && `copy of ${disk.image_name}`, disk.pool_name && `in ${disk.pool_name}`,
+    disk.access === 'read_only' && 'read only'].filter(Boolean).join(', ');
+  return html`<section class="panel" data-testid="vm-devices"><header class="panel-head"><h2>Disks and network</h2></header>
+    <dl class="facts">
+      ${disks.map((disk) => html`<div key=${disk.name}><dt>${disk.name}</dt><dd>${bytes(disk.bytes)}
+        <span class="quiet"> ${note(disk)}</span></dd></div>`)}
+      ${nics.map((nic) => html`<div key=${nic.name}><dt>${nic.name}</dt><dd><span data-testid="vm-address">${nic.address ?? 'no address'}</span>
+        <span class="quiet"> on </span>${nic.network ? html`<a href=${linkTo('networks', nic.network_name)}>${nic.network_name}</a>`
+        : nic.network_name}<span class="quiet">, ${nic.mac}</span></dd></div>`)}
+    </dl></section>`;
 }
 
 function Facts({ pool, vm, now }) {

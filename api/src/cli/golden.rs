@@ -1,13 +1,16 @@
 //! What the commands print, held against golden texts.
 
 use super::render;
-use crate::resource::{DryRun, Event, Host, Maintenance, Migration, Operation, Vm};
+use crate::resource::{
+    Disk, DryRun, Event, Host, Image, Maintenance, Migration, Network, Operation, Pool, Vm,
+};
 use expect_test::{Expect, expect};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 const VM: &str = "019300aa-0000-7000-8000-000000000001";
+const POOL: &str = "019300aa-0000-7000-8000-0000000000e1";
 const HOST_1: &str = "019300aa-0000-7000-8000-0000000000a1";
 const HOST_2: &str = "019300aa-0000-7000-8000-0000000000a2";
 const MIGRATION: &str = "019300aa-0000-7000-8000-0000000000b1";
@@ -375,5 +378,147 @@ fn an_error_names_every_field_and_the_remedy() {
         expect![[r#"
         The request has fields that cannot be accepted
           spec.vcpus: 9 vCPUs is outside 1..=8; choose a number from 1 to 8"#]],
+    );
+}
+
+#[test]
+fn images_disks_and_pools_are_listed_and_shown() {
+    let pool: Pool = read(json!({
+        "id": POOL, "name": "shared", "shared": true, "total_bytes": 107_374_182_400u64, "free_bytes": 53_687_091_200u64,
+        "hosts": [
+            { "host": HOST_1, "host_name": "host-1", "trouble": null },
+            { "host": HOST_2, "host_name": "host-2", "trouble": "the file system is read-only" }
+        ]
+    }));
+    let image: Image = read(json!({
+        "id": VM, "name": "debian-13", "pool": POOL, "pool_name": "shared", "state": "ready", "reason": null,
+        "format": "qcow2", "virtual_bytes": 3_221_225_472u64, "file_bytes": 419_430_400, "sha256": "0".repeat(64),
+        "disks": 2, "operation": null, "created_at": "2026-01-01T00:00:00Z", "changed_at": "2026-01-01T00:00:00Z"
+    }));
+    let disk: Disk = read(json!({
+        "id": VM, "name": "web-1-root", "pool": POOL, "pool_name": "shared", "bytes": 21_474_836_480u64,
+        "format": "qcow2", "image": VM, "image_name": "debian-13", "attached_to": VM, "attached_to_name": "web-1",
+        "created_with": VM, "state": "ready", "reason": null, "operation": null,
+        "created_at": "2026-01-01T00:00:00Z", "changed_at": "2026-01-01T00:00:00Z"
+    }));
+    check(
+        render::pools(std::slice::from_ref(&pool)),
+        expect![[r#"
+        NAME    SHARED      FREE         OF  HOSTS           ID                                    NOTE
+        shared  yes     50.0 GiB  100.0 GiB  host-1, host-2  019300aa-0000-7000-8000-0000000000e1  host-2: the file system is read-only
+    "#]],
+    );
+    check(
+        render::images(std::slice::from_ref(&image)),
+        expect![[r#"
+        NAME       STATE  POOL    FORMAT     SIZE    ON DISK  DISKS  NOTE
+        debian-13  ready  shared  qcow2   3.0 GiB  400.0 MiB      2
+    "#]],
+    );
+    check(
+        render::image(&image, now()),
+        expect![[r#"
+        Name:    debian-13
+        Id:      019300aa-0000-7000-8000-000000000001
+        State:   ready
+        Pool:    shared
+        Format:  qcow2
+        Size:    3.0 GiB, 400.0 MiB on disk
+        SHA-256: 0000000000000000000000000000000000000000000000000000000000000000
+        Disks:   2 based on it
+        Created: 27h ago
+    "#]],
+    );
+    check(
+        render::disks(std::slice::from_ref(&disk)),
+        expect![[r#"
+        NAME        STATE  POOL    FORMAT      SIZE  IMAGE      VM     NOTE
+        web-1-root  ready  shared  qcow2   20.0 GiB  debian-13  web-1
+    "#]],
+    );
+    check(
+        render::disk(&disk, now()),
+        expect![[r#"
+        Name:      web-1-root
+        Id:        019300aa-0000-7000-8000-000000000001
+        State:     ready
+        Pool:      shared
+        Format:    qcow2
+        Size:      20.0 GiB
+        Image:     debian-13
+        VM:        web-1
+        Goes with: its VM, unless --keep-disks is given
+        Created:   27h ago
+    "#]],
+    );
+}
+
+#[test]
+fn networks_show_their_leases() {
+    let network: Network = read(json!({
+        "id": VM, "name": "web", "transport": { "kind": "vxlan", "vni": 100 }, "mtu": 1450,
+        "subnet": { "cidr": "10.1.2.0/24", "gateway": "10.1.2.1", "dns": ["10.1.2.1", "9.9.9.9"] },
+        "leases": [{ "address": "10.1.2.2", "vm": VM, "vm_name": "web-1" }], "vms": 1,
+        "created_at": "2026-01-01T00:00:00Z", "changed_at": "2026-01-01T00:00:00Z"
+    }));
+    check(
+        render::networks(std::slice::from_ref(&network)),
+        expect![[r#"
+            NAME  TRANSPORT   MTU  SUBNET       LEASES  VMS
+            web   vxlan 100  1450  10.1.2.0/24       1    1
+        "#]],
+    );
+    check(
+        render::network(&network),
+        expect![[r#"
+        Name:      web
+        Id:        019300aa-0000-7000-8000-000000000001
+        Transport: vxlan 100
+        MTU:       1450
+        Subnet:    10.1.2.0/24
+        Gateway:   10.1.2.1
+        DNS:       10.1.2.1, 9.9.9.9
+        VMs:       1
+
+        ADDRESS   VM
+        10.1.2.2  web-1
+    "#]],
+    );
+}
+
+#[test]
+fn a_vm_is_shown_with_its_disks_and_cards() {
+    let mut json = vm_json("web-1", "running");
+    json["disks"] = json!([{
+        "name": "root", "disk": VM, "disk_name": "web-1-root", "pool": POOL, "pool_name": "shared",
+        "bytes": 21_474_836_480u64, "image_name": "debian-13", "access": "read_write"
+    }]);
+    json["nics"] = json!([{
+        "name": "nic-1", "network": VM, "network_name": "web", "mac": "52:54:00:12:34:56", "address": "10.1.2.2",
+        "queue_pairs": 1
+    }]);
+    check(
+        render::vm(&read::<Vm>(json), now()),
+        expect![[r#"
+        Name:        web-1
+        Id:          019300aa-0000-7000-8000-000000000001
+        State:       running
+        Wanted:      running
+        Host:        host-1 (epoch 3)
+        vCPUs:       2 (x86-64-v2)
+        Memory:      1.5 GiB
+        Boots:       the pilot
+        Lease:       watched
+        Maintenance: migrate
+        Uses:        12% CPU, 70.0 MiB resident, 812 exits/s, dirties 4.0 MiB/s
+        Created:     27h ago
+        Changed:     42s ago
+
+        DISK      SIZE  POOL    IMAGE      ACCESS      NAME
+        root  20.0 GiB  shared  debian-13  read_write  web-1-root
+
+        NIC    NETWORK  MAC                ADDRESS
+        nic-1  web      52:54:00:12:34:56  10.1.2.2
+    "#]],
     );
 }

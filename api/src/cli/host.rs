@@ -30,6 +30,9 @@ pub enum HostCommand {
     Evacuate(EvacuateArgs),
     /// Take an empty host out of the pool.
     Remove(NamedArgs),
+    /// Confirm that a host that is given up is off, so that its VMs start elsewhere. Whoever says so while it runs
+    /// makes VMs run twice.
+    ConfirmOff(NamedArgs),
     /// Make a one-time token with which a host can join the pool.
     Token {
         /// Minutes the token can be used.
@@ -101,6 +104,9 @@ impl HostCommand {
                 mark(session, &arguments, "uncordon", &HostReason::default()).await
             }
             Self::Evacuate(arguments) => evacuate(session, arguments).await,
+            Self::ConfirmOff(arguments) => {
+                mark(session, &arguments, "confirm-off", &HostReason::default()).await
+            }
             Self::Remove(arguments) => remove(session, arguments).await,
             Self::Token { ttl_minutes } => {
                 let body = CreateJoinToken {

@@ -16,6 +16,12 @@ mod vm;
 
 mod host;
 
+mod image;
+
+mod disk;
+
+mod network;
+
 mod maintenance;
 
 mod operation;
@@ -27,10 +33,13 @@ mod event;
 #[cfg(test)]
 mod golden;
 
+pub use disk::DiskCommand;
 pub use event::EventCommand;
 pub use host::HostCommand;
+pub use image::{ImageCommand, PoolCommand};
 pub use maintenance::MaintenanceCommand;
 pub use migration::MigrationCommand;
+pub use network::NetworkCommand;
 pub use operation::OperationCommand;
 pub(crate) use table::Table;
 pub use vm::VmCommand;

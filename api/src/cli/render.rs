@@ -1,8 +1,10 @@
 //! Resources as text: pure functions, so that their output can be held against golden files.
 
 mod plan;
+mod storage;
 
 pub(super) use plan::{dry_run, maintenance, maintenances};
+pub(super) use storage::{disk, disks, image, images, network, networks, pools};
 
 use super::table::{Sheet, Table};
 use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};
@@ -95,6 +97,32 @@ pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
         .line("Created", format!("{} ago", age(vm.created_at, now)))
         .line("Changed", format!("{} ago", age(vm.changed_at, now)))
         .to_string();
+    if !vm.disks.is_empty() {
+        let mut table = Table::new(&["DISK", ">SIZE", "POOL", "IMAGE", "ACCESS", "NAME"]);
+        for disk in &vm.disks {
+            table.row([
+                disk.name.clone(),
+                or_dash(disk.bytes.map(bytes)),
+                or_dash(disk.pool_name.as_ref()),
+                or_dash(disk.image_name.as_ref()),
+                name(disk.access),
+                disk.disk_name.clone(),
+            ]);
+        }
+        let _ = write!(text, "\n{table}");
+    }
+    if !vm.nics.is_empty() {
+        let mut table = Table::new(&["NIC", "NETWORK", "MAC", "ADDRESS"]);
+        for nic in &vm.nics {
+            table.row([
+                nic.name.clone(),
+                nic.network_name.clone(),
+                nic.mac.clone(),
+                or_dash(nic.address.as_ref()),
+            ]);
+        }
+        let _ = write!(text, "\n{table}");
+    }
     if let Some(migration) = &vm.migration {
         let _ = write!(text, "\nMigration\n{}", self::migration(migration));
     }

@@ -1,10 +1,12 @@
 //! `godwit vm …`.
 
+use super::words::size;
 use super::{ChangeOptions, Failure, Session, attach, render};
 use crate::resource::{
-    Boot, ChangeVm, CpuBaseline, CreateVm, DryRun, LeasePolicy, MachineSpec, MachineType,
-    MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted,
-    VmMaintenancePolicy, VmState,
+    Boot, ChangeVm, CloudInit, ConsoleKind, CpuBaseline, CreateVm, CreateVmDisk, CreateVmNic,
+    DeleteDisks, DryRun, LeasePolicy, MachineSpec, MachineType, MemoryBacking, MigrateVm,
+    MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmMaintenancePolicy,
+    VmState, Vsock,
 };
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
@@ -12,6 +14,8 @@ use serde::Serialize;
 use std::path::{Path, PathBuf};
 
 /// Commands about VMs.
+// Parsed once per process: a box would only complicate the commands.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, Subcommand)]
 pub enum VmCommand {
     /// List VMs.
@@ -55,7 +59,7 @@ pub enum VmCommand {
     Migrate(MigrateArgs),
     /// Kill a VM if it runs, and forget it.
     #[command(visible_alias = "rm")]
-    Delete(NamedArgs),
+    Delete(DeleteArgs),
     /// Attach this terminal to a VM's serial console; Ctrl-] leaves.
     Console {
         /// Name or id.
@@ -68,16 +72,16 @@ pub enum VmCommand {
 pub struct CreateArgs {
     /// Unique in the pool: a-z, 0-9, '.' and '-'.
     name: String,
-    /// Number of vCPUs.
+    /// Number of vCPUs, 1 to 64.
     #[arg(long, default_value_t = 1)]
     vcpus: u8,
     /// Guest memory in MiB.
-    #[arg(long, default_value_t = 64)]
+    #[arg(long, alias = "memory", default_value_t = 64)]
     memory_mib: u64,
     /// CPU features the guest sees.
     #[arg(long, value_enum, default_value_t)]
     cpu: CpuBaseline,
-    /// Uncompressed Linux kernel on the host; the built-in pilot guest when absent.
+    /// Linux kernel on the host; the built-in pilot guest when absent.
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
     /// Initial RAM disk on the host.
@@ -86,6 +90,48 @@ pub struct CreateArgs {
     /// Kernel command line.
     #[arg(long, requires = "kernel", default_value = "console=ttyS0")]
     cmdline: String,
+    /// First disk: a thin copy of this image.
+    #[arg(long, help_heading = "Devices")]
+    image: Option<String>,
+    /// Size of the first disk, such as 20G; the image's when absent.
+    #[arg(
+        long,
+        value_name = "SIZE",
+        value_parser = size,
+        requires = "image",
+        help_heading = "Devices"
+    )]
+    image_size: Option<u64>,
+    /// A further, blank disk, such as 20G or 20G:data; may be repeated.
+    #[arg(long, value_name = "SIZE[:NAME]", value_parser = new_disk, help_heading = "Devices")]
+    disk: Vec<(u64, Option<String>)>,
+    /// A disk that exists; may be repeated.
+    #[arg(long, value_name = "DISK", help_heading = "Devices")]
+    attach: Vec<String>,
+    /// Storage pool of blank disks; the image's, or the only choice, when absent.
+    #[arg(long, help_heading = "Devices")]
+    pool: Option<String>,
+    /// A network card on this network, with the lowest free address, or with the one given; may be repeated.
+    #[arg(long, value_name = "NETWORK[=ADDRESS]", help_heading = "Devices")]
+    network: Vec<String>,
+    /// Public key for the image's default user: a file, or the key itself; may be repeated.
+    #[arg(long, value_name = "FILE|KEY", help_heading = "cloud-init")]
+    ssh_key: Vec<String>,
+    /// cloud-init's user-data.
+    #[arg(long, value_name = "FILE", help_heading = "cloud-init")]
+    user_data: Option<PathBuf>,
+    /// Host name of the guest; the VM's name when absent.
+    #[arg(long, help_heading = "cloud-init")]
+    hostname: Option<String>,
+    /// Which console the serial stream talks to.
+    #[arg(long, value_enum, default_value_t, help_heading = "Devices")]
+    console: ConsoleKind,
+    /// How its host backs its memory.
+    #[arg(long, value_enum, default_value_t, help_heading = "Devices")]
+    memory_backing: MemoryBacking,
+    /// Sockets between guest and host.
+    #[arg(long, help_heading = "Devices")]
+    vsock: bool,
     /// Host to place it on; the best one when absent.
     #[arg(long)]
     host: Option<String>,
@@ -142,6 +188,18 @@ pub struct StopArgs {
 pub struct NamedArgs {
     /// Name or id.
     vm: String,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+/// A VM to delete.
+#[derive(Debug, Args)]
+pub struct DeleteArgs {
+    /// Name or id.
+    vm: String,
+    /// Keep the disks that were created with it.
+    #[arg(long)]
+    keep_disks: bool,
     #[command(flatten)]
     change: ChangeOptions,
 }
@@ -249,7 +307,87 @@ async fn list(
     session.print(&vms, |vms| render::vms(&vms.items))
 }
 
+fn new_disk(text: &str) -> Result<(u64, Option<String>), String> {
+    match text.split_once(':') {
+        Some((bytes, name)) => Ok((size(bytes)?, Some(name.to_owned()))),
+        None => Ok((size(text)?, None)),
+    }
+}
+
+fn new_disks(arguments: &CreateArgs) -> Vec<CreateVmDisk> {
+    let root = arguments.image.as_ref().map(|image| CreateVmDisk {
+        name: Some("root".into()),
+        image: Some(image.clone()),
+        bytes: arguments.image_size,
+        ..CreateVmDisk::default()
+    });
+    let blank = arguments.disk.iter().map(|(bytes, name)| CreateVmDisk {
+        name: name.clone(),
+        bytes: Some(*bytes),
+        pool: arguments.pool.clone(),
+        ..CreateVmDisk::default()
+    });
+    let existing = arguments.attach.iter().map(|disk| CreateVmDisk {
+        disk: Some(disk.clone()),
+        ..CreateVmDisk::default()
+    });
+    root.into_iter().chain(blank).chain(existing).collect()
+}
+
+fn new_nics(arguments: &CreateArgs) -> Vec<CreateVmNic> {
+    let nic = |text: &String| {
+        let (network, address) = text.split_once('=').unwrap_or((text, "auto"));
+        CreateVmNic {
+            name: None,
+            network: network.to_owned(),
+            mac: None,
+            address: address.to_owned(),
+            queue_pairs: None,
+            limits: Default::default(),
+        }
+    };
+    arguments.network.iter().map(nic).collect()
+}
+
+fn read_file(path: &Path, action: &'static str) -> Result<String, Failure> {
+    std::fs::read_to_string(path).map_err(|source| Failure::Io { action, source })
+}
+
+/// A guest that boots an image gets a seed even when nothing is said: its host name at least.
+fn seed(arguments: &CreateArgs) -> Result<Option<CloudInit>, Failure> {
+    let nothing = arguments.ssh_key.is_empty()
+        && arguments.user_data.is_none()
+        && arguments.hostname.is_none();
+    if nothing && arguments.image.is_none() {
+        return Ok(None);
+    }
+    let mut ssh_keys = Vec::new();
+    for given in &arguments.ssh_key {
+        // A key is two words; a path that is one has better not.
+        let text = match given.contains(' ') {
+            true => given.clone(),
+            false => read_file(Path::new(given), "cannot read the SSH key")?,
+        };
+        let keys = text.lines().map(str::trim);
+        let keys = keys.filter(|line| !line.is_empty() && !line.starts_with('#'));
+        ssh_keys.extend(keys.map(str::to_owned));
+    }
+    let user_data = match &arguments.user_data {
+        Some(path) => read_file(path, "cannot read the user-data")?,
+        None => String::new(),
+    };
+    Ok(Some(CloudInit {
+        hostname: arguments.hostname.clone().unwrap_or_default(),
+        ssh_keys,
+        user_data,
+        ..CloudInit::default()
+    }))
+}
+
 async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure> {
+    let (disks, nics) = (new_disks(&arguments), new_nics(&arguments));
+    let cloud_init = seed(&arguments)?;
+    let vsock = arguments.vsock.then_some(Vsock { cid: 3 });
     let CreateArgs {
         name,
         vcpus,
@@ -281,6 +419,12 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
             cpu,
         }),
         template: None,
+        disks,
+        nics,
+        cloud_init,
+        vsock,
+        console: arguments.console,
+        memory_backing: arguments.memory_backing,
         start: !arguments.no_start,
         host,
         lease,
@@ -308,9 +452,9 @@ async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
     let path = change.path(path(&arguments.vm));
     let body = ChangeVm {
         name: arguments.name,
-        spec: None,
         lease: arguments.lease,
         maintenance_policy: arguments.on_maintenance,
+        ..ChangeVm::default()
     };
     if change.dry_run {
         return session.print_dry_run(&session.client.patch::<DryRun>(&path, &body).await?);
@@ -372,9 +516,19 @@ async fn migrate(session: &Session, arguments: MigrateArgs) -> Result<(), Failur
     act(session, &vm, "migrate", &body, change).await
 }
 
-async fn delete(session: &Session, arguments: NamedArgs) -> Result<(), Failure> {
-    let NamedArgs { vm, change } = arguments;
-    let path = change.path(path(&vm));
+async fn delete(session: &Session, arguments: DeleteArgs) -> Result<(), Failure> {
+    let DeleteArgs {
+        vm,
+        keep_disks,
+        change,
+    } = arguments;
+    let disks = match keep_disks {
+        true => DeleteDisks::Keep,
+        false => DeleteDisks::Delete,
+    };
+    let dry_run = if change.dry_run { "&dry_run=true" } else { "" };
+    let disks = super::words::name(disks);
+    let path = format!("{}?delete_disks={disks}{dry_run}", path(&vm));
     if change.dry_run {
         return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
     }

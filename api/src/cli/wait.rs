@@ -64,6 +64,21 @@ pub(super) async fn for_maintenance(
     Ok(latest)
 }
 
+/// A bar for an upload.
+pub(super) fn upload_bar(name: &str, length: u64) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let style = ProgressStyle::with_template(
+        "{prefix} [{bar:30}] {percent:>3}% {bytes} of {total_bytes}, {bytes_per_sec}",
+    );
+    bar.set_style(
+        style
+            .expect("the template is well-formed")
+            .progress_chars("=> "),
+    );
+    bar.set_prefix(format!("upload {name}"));
+    bar
+}
+
 /// The event stream and the bar.
 struct Watch {
     follow: Follow,

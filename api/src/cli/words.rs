@@ -60,6 +60,25 @@ pub(super) fn milliseconds_of_us(us: u64) -> String {
     format!("{:.1} ms", us as f64 / 1000.0)
 }
 
+/// A size on the command line: `512M`, `20G`, `1.5T`, or a plain number of bytes.
+pub(super) fn size(text: &str) -> Result<u64, String> {
+    let bad = || format!("{text:?} is no size; write it as 512M, 20G or 1T");
+    let trimmed = text.trim_end_matches(['B', 'b']).trim_end_matches(['i']);
+    let (number, unit) = match trimmed.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&trimmed[..at], 1u64 << 10),
+        Some((at, 'M' | 'm')) => (&trimmed[..at], 1 << 20),
+        Some((at, 'G' | 'g')) => (&trimmed[..at], 1 << 30),
+        Some((at, 'T' | 't')) => (&trimmed[..at], 1 << 40),
+        _ => (trimmed, 1),
+    };
+    let value: f64 = number.parse().map_err(|_| bad())?;
+    let bytes = value * unit as f64;
+    if !bytes.is_finite() || bytes < 1.0 || bytes > u64::MAX as f64 / 2.0 {
+        return Err(bad());
+    }
+    Ok(bytes.round() as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,6 +95,16 @@ mod tests {
             "0s",
             "a clock that runs behind is no reason to worry the operator"
         );
+    }
+
+    #[test]
+    fn a_size_is_read_with_its_unit() {
+        assert_eq!(size("20G"), Ok(20 << 30));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(size("512"), Ok(512));
+        for bad in ["", "G", "-1G", "many", "0"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -6,10 +6,12 @@
 mod connect;
 mod events;
 mod serial;
+mod upload;
 
 pub use connect::{ConnectOptions, DEFAULT_SERVER};
 pub use events::{Follow, StreamItem};
 pub use serial::SerialStream;
+pub use upload::Content;
 
 use crate::resource::{List, Problem};
 use bytes::Bytes;

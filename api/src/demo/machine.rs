@@ -10,7 +10,7 @@ const KVM_DEVICE: &str = "/dev/kvm";
 pub enum KvmError {
     /// There is no device.
     #[error(
-        "this machine has no {KVM_DEVICE}\n  remedy: load the module kvm_intel or kvm_amd; if that fails, enable virtualization in the firmware, or nested virtualization where this machine is itself a guest"
+        "this machine has no {KVM_DEVICE}\n  remedy: load the module kvm_intel or kvm_amd; if that fails, enable virtualization in the firmware, or nested virtualization where this machine is itself a guest\n  without it: `tests/run lab try` in a checkout starts a pool of emulated hosts"
     )]
     Missing,
     /// The device is not for this user.

@@ -51,7 +51,7 @@ pub enum Severity {
 /// A resource is gone; sent on the event stream only.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Deleted {
-    /// `vm`, `host`, `operation`, `maintenance` or `migration`.
+    /// `vm`, `host`, `operation`, `maintenance`, `migration`, `image`, `disk`, `network` or `pool`.
     pub kind: String,
     /// Which one.
     pub id: String,

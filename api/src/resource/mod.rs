@@ -3,15 +3,22 @@
 //! The server converts the controller's view into these at the edge; the command line reads them back. JSON is
 //! snake_case, times are RFC 3339 in UTC, numbers carry their unit in their name.
 
+mod device;
 mod event;
 mod host;
 mod maintenance;
 mod migration;
+mod network;
 mod operation;
 mod problem;
 mod request;
+mod storage;
 mod vm;
 
+pub use device::{
+    CloudInit, ConsoleKind, CreateVmDisk, CreateVmNic, DiskAccess, DiskFormat, DiskLimits,
+    MemoryBacking, NicLimits, OnIoError, VmDisk, VmNic, Vsock,
+};
 pub use event::{Deleted, Event, Severity};
 pub use host::{
     Capacity, Committed, CpuFacts, Host, HostFacts, HostState, HostUsage, JoinToken, Pressure,
@@ -21,14 +28,19 @@ pub use maintenance::{
     MoveAction, MovedState, PlannedMove, ReturnPolicy, VmOverride,
 };
 pub use migration::{Migration, MigrationPhase, MigrationProgress, MigrationState};
+pub use network::{CreateNetwork, Lease, Network, NetworkAccepted, Subnet, Transport};
 pub use operation::{
     HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject,
     SubjectKind, VmAccepted,
 };
 pub use problem::{FieldProblem, Problem};
 pub use request::{
-    CancelMaintenance, ChangeVm, CreateJoinToken, CreateMaintenance, CreateVm, HostReason,
-    MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, VmTemplate,
+    CancelMaintenance, ChangeVm, CreateJoinToken, CreateMaintenance, CreateVm, DeleteDisks,
+    HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, VmTemplate,
+};
+pub use storage::{
+    CreateDisk, CreateImage, Disk, DiskAccepted, DiskState, GrowDisk, Image, ImageAccepted,
+    ImageSource, ImageState, Pool, PoolHost,
 };
 pub use vm::{
     Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, PowerIntent, Vm, VmMaintenancePolicy,

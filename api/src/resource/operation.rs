@@ -11,8 +11,8 @@ use uuid::Uuid;
 pub struct Operation {
     /// Never changes.
     pub id: Uuid,
-    /// What is done: `start`, `stop`, `reboot`, `pause`, `resume`, `migrate`, `delete`, `restart`, `evacuate`,
-    /// `drain` or `restore`.
+    /// What is done: `create`, `change`, `start`, `stop`, `reboot`, `pause`, `resume`, `migrate`, `delete`, `restart`,
+    /// `evacuate`, `drain`, `restore`, `create_image`, `delete_image`, `create_disk`, `grow_disk` or `delete_disk`.
     pub kind: String,
     /// What it is done to.
     pub subject: Subject,
@@ -57,6 +57,12 @@ pub enum SubjectKind {
     Maintenance,
     /// An operation.
     Operation,
+    /// An image.
+    Image,
+    /// A disk.
+    Disk,
+    /// A network.
+    Network,
     /// The pool as a whole.
     Pool,
 }

@@ -1,5 +1,6 @@
 //! Bodies of requests.
 
+use super::{CloudInit, ConsoleKind, CreateVmDisk, CreateVmNic, MemoryBacking, Vsock};
 use super::{LeasePolicy, MachineSpec, ReturnPolicy, VmMaintenancePolicy, VmOverride};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -20,6 +21,24 @@ pub struct CreateVm {
     /// A ready-made machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<VmTemplate>,
+    /// Its disks, in the order the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<CreateVmDisk>,
+    /// Its network cards, in the order the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<CreateVmNic>,
+    /// What cloud-init finds; no seed disk when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
+    /// Sockets between guest and host; none when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// Which console the serial stream talks to.
+    #[serde(default)]
+    pub console: ConsoleKind,
+    /// How its host backs its memory.
+    #[serde(default)]
+    pub memory_backing: MemoryBacking,
     /// Whether it starts at once.
     #[serde(default = "yes")]
     pub start: bool,
@@ -52,12 +71,43 @@ pub struct ChangeVm {
     /// A new machine; only while the VM is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spec: Option<MachineSpec>,
+    /// All its disks anew; only while the VM is off. Disks that are left out stay in their pools.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<CreateVmDisk>>,
+    /// All its network cards anew; only while the VM is off. A card that keeps name and network keeps its addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nics: Option<Vec<CreateVmNic>>,
+    /// What cloud-init finds; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cloud_init: Option<CloudInit>,
+    /// Sockets between guest and host; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// Which console the serial stream talks to; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleKind>,
+    /// How its host backs its memory; only while the VM is off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_backing: Option<MemoryBacking>,
     /// What it does when its host loses contact; only while the VM is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeasePolicy>,
     /// What a maintenance does with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maintenance_policy: Option<VmMaintenancePolicy>,
+}
+
+/// What becomes of a VM's disks when it is deleted.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum DeleteDisks {
+    /// All of them stay.
+    Keep,
+    /// Those that were created with it are deleted; others stay.
+    #[default]
+    Delete,
 }
 
 /// Stops a VM.

@@ -1,6 +1,6 @@
 //! Virtual machines.
 
-use super::Migration;
+use super::{CloudInit, ConsoleKind, MemoryBacking, Migration, VmDisk, VmNic, Vsock};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -15,6 +15,24 @@ pub struct Vm {
     pub name: String,
     /// The machine the guest sees.
     pub spec: MachineSpec,
+    /// Its disks, in the order the guest finds them.
+    #[serde(default)]
+    pub disks: Vec<VmDisk>,
+    /// Its network cards, in the order the guest finds them.
+    #[serde(default)]
+    pub nics: Vec<VmNic>,
+    /// What cloud-init finds.
+    #[serde(default)]
+    pub cloud_init: Option<CloudInit>,
+    /// Sockets between guest and host.
+    #[serde(default)]
+    pub vsock: Option<Vsock>,
+    /// Which console the serial stream talks to.
+    #[serde(default)]
+    pub console: ConsoleKind,
+    /// How its host backs its memory.
+    #[serde(default)]
+    pub memory_backing: MemoryBacking,
     /// What the operator wants.
     pub intent: PowerIntent,
     /// What is.
@@ -52,7 +70,7 @@ pub struct MachineSpec {
     /// Versioned platform.
     #[serde(default)]
     pub machine_type: MachineType,
-    /// Number of vCPUs, 1 to 8.
+    /// Number of vCPUs, 1 to 64.
     #[schema(minimum = 1, maximum = 64)]
     pub vcpus: u8,
     /// Guest memory.
@@ -83,7 +101,7 @@ pub enum MachineType {
 pub enum Boot {
     /// The test and demo guest that is built into the program.
     Pilot,
-    /// An uncompressed x86-64 Linux ELF.
+    /// A Linux kernel: bzImage, or an uncompressed x86-64 ELF.
     Linux {
         /// Path of the kernel on the host.
         kernel: String,

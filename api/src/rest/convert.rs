@@ -1,5 +1,9 @@
 //! From the controller's records and observations to the resources of the API.
 
+mod storage;
+
+pub(super) use storage::{disk, image, network, pool};
+
 use crate::resource::{self as api, Problem};
 use godwit_controller::intent::{Placement, Preview};
 use godwit_controller::model;
@@ -19,6 +23,16 @@ pub(super) fn vm(view: &View, vm: &model::Vm) -> api::Vm {
         id: vm.id.0,
         name: vm.name.clone(),
         spec: spec(&vm.spec),
+        disks: storage::vm_disks(view, vm),
+        nics: storage::vm_nics(view, vm),
+        cloud_init: vm.spec.devices.cloud_init.as_ref().map(storage::cloud_init),
+        vsock: vm
+            .spec
+            .devices
+            .vsock
+            .map(|vsock| api::Vsock { cid: vsock.cid }),
+        console: storage::console(vm.spec.devices.console),
+        memory_backing: storage::memory_backing(vm.spec.devices.memory_backing),
         intent: match vm.intent {
             model::PowerIntent::Running => api::PowerIntent::Running,
             model::PowerIntent::Stopped => api::PowerIntent::Stopped,
@@ -134,6 +148,7 @@ pub(super) fn machine(spec: api::MachineSpec) -> MachineSpec {
             api::CpuBaseline::V4 => CpuBaseline::V4,
             api::CpuBaseline::Host => CpuBaseline::Host,
         },
+        // Devices are asked for by name, beside the machine.
         devices: Default::default(),
     }
 }
@@ -325,6 +340,9 @@ fn subject(subject: &model::Subject) -> api::Subject {
             model::SubjectKind::Host => api::SubjectKind::Host,
             model::SubjectKind::Maintenance => api::SubjectKind::Maintenance,
             model::SubjectKind::Operation => api::SubjectKind::Operation,
+            model::SubjectKind::Image => api::SubjectKind::Image,
+            model::SubjectKind::Disk => api::SubjectKind::Disk,
+            model::SubjectKind::Network => api::SubjectKind::Network,
             model::SubjectKind::Pool => api::SubjectKind::Pool,
         },
         id: subject.id,

@@ -2,7 +2,9 @@
 
 use super::access::Caller;
 use super::{Api, convert};
-use crate::resource::{HostAccepted, MaintenanceAccepted, VmAccepted};
+use crate::resource::{
+    DiskAccepted, HostAccepted, ImageAccepted, MaintenanceAccepted, NetworkAccepted, VmAccepted,
+};
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Request};
@@ -11,7 +13,7 @@ use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use godwit_channel::problem::{Refusal, parse_json};
 use godwit_controller::intent::{Accepted, Intent, Resource};
-use godwit_controller::model::{Actor, Host, Maintenance, Vm};
+use godwit_controller::model::{Actor, Disk, Host, Image, Maintenance, Network, Vm};
 use godwit_controller::view::View;
 use godwit_wire::id::MaintenanceId;
 use godwit_wire::problem::{FieldProblem, Problem};
@@ -101,6 +103,30 @@ pub(super) fn host_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Host>
             Problem::not_found("host", name)
                 .with_remedy("`godwit host list` shows the hosts there are"),
         )
+    })
+}
+
+/// The image a path names.
+pub(super) fn image_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Image>, Refusal> {
+    view.find_image(name).ok_or_else(|| {
+        let remedy = "`godwit image list` shows the images there are";
+        Refusal(Problem::not_found("image", name).with_remedy(remedy))
+    })
+}
+
+/// The disk a path names.
+pub(super) fn disk_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Disk>, Refusal> {
+    view.find_disk(name).ok_or_else(|| {
+        let remedy = "`godwit disk list` shows the disks there are";
+        Refusal(Problem::not_found("disk", name).with_remedy(remedy))
+    })
+}
+
+/// The network a path names.
+pub(super) fn network_named<'v>(view: &'v View, name: &str) -> Result<&'v Arc<Network>, Refusal> {
+    view.find_network(name).ok_or_else(|| {
+        let remedy = "`godwit network list` shows the networks there are";
+        Refusal(Problem::not_found("network", name).with_remedy(remedy))
     })
 }
 
@@ -211,6 +237,45 @@ pub(super) fn answer(api: &Api, accepted: Accepted, at_once: StatusCode) -> Resp
                 .into_response()
             });
             (format!("/v1/maintenances/{id}"), body)
+        }
+        Resource::Image(id) => {
+            let image = view
+                .images
+                .get(&id)
+                .map(|image| convert::image(&view, image));
+            let body = image.map(|image| {
+                Json(ImageAccepted {
+                    operation: operation.clone(),
+                    image,
+                })
+                .into_response()
+            });
+            (format!("/v1/images/{id}"), body)
+        }
+        Resource::Disk(id) => {
+            let disk = view.disks.get(&id).map(|disk| convert::disk(&view, disk));
+            let body = disk.map(|disk| {
+                Json(DiskAccepted {
+                    operation: operation.clone(),
+                    disk,
+                })
+                .into_response()
+            });
+            (format!("/v1/disks/{id}"), body)
+        }
+        Resource::Network(id) => {
+            let network = view
+                .networks
+                .get(&id)
+                .map(|network| convert::network(&view, network));
+            let body = network.map(|network| {
+                Json(NetworkAccepted {
+                    operation: operation.clone(),
+                    network,
+                })
+                .into_response()
+            });
+            (format!("/v1/networks/{id}"), body)
         }
         Resource::Operation(id) => {
             let body = convert::operation_of(&view, Some(id))

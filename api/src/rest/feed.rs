@@ -38,6 +38,10 @@ enum Kind {
     Operation,
     Maintenance,
     Migration,
+    Image,
+    Disk,
+    Network,
+    Pool,
 }
 
 impl Kind {
@@ -48,6 +52,10 @@ impl Kind {
             Self::Operation => "operation",
             Self::Maintenance => "maintenance",
             Self::Migration => "migration",
+            Self::Image => "image",
+            Self::Disk => "disk",
+            Self::Network => "network",
+            Self::Pool => "pool",
         }
     }
 }
@@ -251,6 +259,21 @@ impl Memory {
                 (Kind::Operation, id.0),
                 json(&convert::operation(view, operation)),
             );
+        }
+        for (id, pool) in &view.pools() {
+            put((Kind::Pool, id.0), json(&convert::pool(view, pool)));
+        }
+        for (id, network) in view.networks.iter() {
+            put(
+                (Kind::Network, id.0),
+                json(&convert::network(view, network)),
+            );
+        }
+        for (id, image) in view.images.iter() {
+            put((Kind::Image, id.0), json(&convert::image(view, image)));
+        }
+        for (id, disk) in view.disks.iter() {
+            put((Kind::Disk, id.0), json(&convert::disk(view, disk)));
         }
         for (id, maintenance) in view.maintenances.iter() {
             put(

@@ -28,6 +28,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(cordon))
         .routes(routes!(uncordon))
         .routes(routes!(evacuate))
+        .routes(routes!(confirm_off))
         .routes(routes!(create_join_token))
 }
 
@@ -133,6 +134,22 @@ async fn evacuate(
         },
     )
     .await
+}
+
+/// Confirms that a host that is given up is off: its VMs may be started elsewhere, also those that nothing watches.
+/// Whoever says so while the host runs makes VMs run twice.
+#[utoipa::path(
+    post, path = "/v1/hosts/{host}/confirm-off", tag = "hosts", params(("host" = String, Path, description = "Id or name"), ChangeQuery),
+    responses((status = 200, body = HostAccepted), Refused)
+)]
+async fn confirm_off(
+    State(api): State<Api>,
+    by: By,
+    PathArgs(name): PathArgs<String>,
+    QueryArgs(query): QueryArgs<ChangeQuery>,
+) -> Result<Response, Refusal> {
+    let host = id(&api, &name)?;
+    carry_out(&api, &by, query, Intent::ConfirmHostOff { host }).await
 }
 
 /// Makes a one-time token with which a host can join.

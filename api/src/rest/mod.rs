@@ -11,6 +11,8 @@
 
 mod convert;
 
+mod devices;
+
 mod extract;
 
 mod page;
@@ -30,6 +32,10 @@ mod serial;
 mod vms;
 
 mod hosts;
+
+mod storage;
+
+mod networks;
 
 mod maintenances;
 

@@ -1,6 +1,6 @@
 //! The API's description, made from the code.
 
-use super::{Api, events, health, hosts, maintenances, operations, serial, vms};
+use super::{Api, events, health, hosts, maintenances, networks, operations, serial, storage, vms};
 use axum::Router;
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -21,6 +21,8 @@ use utoipa_axum::router::OpenApiRouter;
     tags(
         (name = "vms", description = "Virtual machines"),
         (name = "hosts", description = "Hosts of the pool"),
+        (name = "storage", description = "Storage pools, images and disks"),
+        (name = "networks", description = "Networks and their addresses"),
         (name = "maintenances", description = "Taking every VM off a host, and back"),
         (name = "operations", description = "What takes time"),
         (name = "migrations", description = "Live migrations"),
@@ -55,6 +57,8 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .merge(vms::routes())
         .merge(serial::routes())
         .merge(hosts::routes())
+        .merge(storage::routes())
+        .merge(networks::routes())
         .merge(maintenances::routes())
         .merge(operations::routes())
         .merge(events::routes())

@@ -612,3 +612,81 @@ fn the_description_of_the_api_is_as_published() {
     document.push('\n');
     expect_file!["../../openapi.json"].assert_eq(&document);
 }
+
+#[tokio::test]
+async fn a_network_gives_addresses_to_vms_and_cannot_go_before_them() {
+    let server = server().await;
+    let asked = json!({
+        "name": "web", "transport": { "kind": "vxlan", "vni": 100 },
+        "subnet": { "cidr": "10.1.2.99/24", "gateway": "10.1.2.1", "dns": ["10.1.2.1"] }
+    });
+    let made = server.post("/v1/networks", asked.clone()).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{}", made.body);
+    assert_eq!(made.body["network"]["mtu"], 1450);
+    assert_eq!(made.body["network"]["subnet"]["cidr"], "10.1.2.0/24");
+    assert_problem(
+        &server.post("/v1/networks", asked).await,
+        422,
+        "invalid-request",
+    );
+    let vm = json!({
+        "name": "a", "template": "pilot", "start": false, "nics": [{ "network": "web" }],
+        "cloud_init": { "ssh_keys": ["ssh-ed25519 AAAA me"] }, "console": "virtio"
+    });
+    let made = server.post("/v1/vms", vm).await;
+    assert_eq!(made.status, StatusCode::CREATED, "{}", made.body);
+    let vm = &made.body["vm"];
+    assert_eq!(vm["nics"][0]["address"], "10.1.2.2");
+    assert_eq!(vm["nics"][0]["network_name"], "web");
+    assert_eq!(vm["cloud_init"]["hostname"], "a");
+    assert_eq!(vm["console"], "virtio");
+    let shown = server.get("/v1/networks/web").await;
+    assert_eq!(shown.body["leases"][0]["vm_name"], "a");
+    let refused = server.call(Method::DELETE, "/v1/networks/web", None).await;
+    assert_problem(&refused, 409, "in-use");
+    let gone = server.call(Method::DELETE, "/v1/vms/a", None).await;
+    assert!(gone.status.is_success(), "{}", gone.body);
+    while server.get("/v1/vms/a").await.status.is_success() {
+        let mut changed = server.controller.changed();
+        changed.changed().await.expect("the controller lives");
+    }
+    let gone = server.call(Method::DELETE, "/v1/networks/web", None).await;
+    assert_eq!(gone.status, StatusCode::NO_CONTENT);
+}
+
+#[tokio::test]
+async fn storage_without_a_pool_is_refused_with_the_way_to_get_one() {
+    let server = server().await;
+    let image = json!({ "name": "debian", "source": { "kind": "upload", "bytes": 1024 } });
+    let refused = server.post("/v1/images", image).await;
+    assert_problem(&refused, 422, "invalid-request");
+    assert!(
+        refused.body["fields"][0]["remedy"]
+            .as_str()
+            .is_some_and(|remedy| remedy.contains("--storage")),
+        "{}",
+        refused.body
+    );
+    let vm = json!({
+        "name": "a", "template": "pilot", "start": false,
+        "disks": [{ "bytes": 1_073_741_824u64 }, { "disk": "nothing" }]
+    });
+    let refused = server.post("/v1/vms", vm).await;
+    assert_problem(&refused, 422, "invalid-request");
+    assert_eq!(refused.body["fields"][0]["field"], "disks[1].disk");
+    for path in ["/v1/pools", "/v1/images", "/v1/disks"] {
+        let listed = server.get(path).await;
+        assert_eq!(listed.body["items"], json!([]), "{path}");
+    }
+    for path in ["/v1/images/x", "/v1/disks/x", "/v1/networks/x"] {
+        assert_problem(&server.get(path).await, 404, "not-found");
+    }
+    let request = request(Method::PUT, "/v1/images/x/content").body(Body::from("bytes"));
+    let refused = read(server.send(request.expect("a request")).await).await;
+    assert_problem(&refused, 404, "not-found");
+    assert_problem(
+        &server.post("/v1/hosts/x/confirm-off", json!({})).await,
+        404,
+        "not-found",
+    );
+}

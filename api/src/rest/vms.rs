@@ -1,5 +1,6 @@
 //! `/v1/vms`.
 
+use super::devices::{Asked, devices};
 use super::extract::{
     By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named, submit,
     unknown_in_field, vm_named,
@@ -7,8 +8,8 @@ use super::extract::{
 use super::page::{PageQuery, page};
 use super::{Api, convert};
 use crate::resource::{
-    Boot, ChangeVm, CreateVm, DryRun, List, MachineSpec, MachineType, MigrateVm, MigrationPolicy,
-    StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmTemplate,
+    Boot, ChangeVm, CreateVm, DeleteDisks, DryRun, List, MachineSpec, MachineType, MigrateVm,
+    MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmTemplate,
 };
 use axum::Json;
 use axum::extract::State;
@@ -16,12 +17,14 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use godwit_channel::problem::{JsonBody, PathArgs, QueryArgs, Refusal};
 use godwit_controller::intent::{Intent, NewVm, VmChange};
-use godwit_controller::model::PowerIntent;
+use godwit_controller::model::{DisksOnDelete, PowerIntent};
 use godwit_controller::view::View;
 use godwit_wire::host_api;
 use godwit_wire::id::{HostId, VmId};
 use godwit_wire::migration;
 use godwit_wire::problem::{FieldProblem, Problem};
+use serde::Deserialize;
+use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -88,7 +91,17 @@ async fn create(
         }
     };
     let view = api.controller.view();
+    let asked = Asked {
+        disks: Some(&body.disks),
+        nics: Some(&body.nics),
+        cloud_init: body.cloud_init,
+        vsock: body.vsock,
+        console: Some(body.console),
+        memory_backing: Some(body.memory_backing),
+    };
+    let devices = devices(&view, asked).map_err(|found| Refusal(Problem::invalid(found)))?;
     let intent = Intent::CreateVm(NewVm {
+        devices,
         name: body.name,
         spec: convert::machine(spec),
         intent: if body.start {
@@ -148,7 +161,18 @@ async fn change(
     QueryArgs(query): QueryArgs<ChangeQuery>,
     JsonBody(body): JsonBody<ChangeVm>,
 ) -> Result<Response, Refusal> {
+    let asked = Asked {
+        disks: body.disks.as_deref(),
+        nics: body.nics.as_deref(),
+        cloud_init: body.cloud_init,
+        vsock: body.vsock,
+        console: body.console,
+        memory_backing: body.memory_backing,
+    };
+    let devices =
+        devices(&api.controller.view(), asked).map_err(|found| Refusal(Problem::invalid(found)))?;
     let change = VmChange {
+        devices,
         name: body.name,
         spec: body.spec.map(convert::machine),
         lease: body.lease.map(convert::lease),
@@ -158,9 +182,21 @@ async fn change(
     carry_out(&api, &by, query, Intent::ChangeVm { vm, change }).await
 }
 
-/// Kills a VM if it runs, and forgets it.
+/// Parameters of a deletion.
+#[derive(Clone, Copy, Debug, Default, Deserialize, IntoParams)]
+#[serde(default)]
+#[into_params(parameter_in = Query)]
+struct DeleteQuery {
+    /// Only say what would happen.
+    dry_run: bool,
+    /// What becomes of its disks.
+    #[param(inline)]
+    delete_disks: DeleteDisks,
+}
+
+/// Kills a VM if it runs, and forgets it; its disks are deleted after it is surely gone.
 #[utoipa::path(
-    delete, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Id or name"), ChangeQuery),
+    delete, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Id or name"), DeleteQuery),
     responses(
         (status = 200, description = "What would happen (`dry_run`).", body = DryRun),
         (status = 202, description = "An operation deletes it.", body = VmAccepted),
@@ -172,10 +208,17 @@ async fn delete(
     State(api): State<Api>,
     by: By,
     PathArgs(name): PathArgs<String>,
-    QueryArgs(query): QueryArgs<ChangeQuery>,
+    QueryArgs(query): QueryArgs<DeleteQuery>,
 ) -> Result<Response, Refusal> {
     let vm = id(&api, &name)?;
-    carry_out(&api, &by, query, Intent::DeleteVm { vm }).await
+    let disks = match query.delete_disks {
+        DeleteDisks::Keep => DisksOnDelete::Keep,
+        DeleteDisks::Delete => DisksOnDelete::Delete,
+    };
+    let change = ChangeQuery {
+        dry_run: query.dry_run,
+    };
+    carry_out(&api, &by, change, Intent::DeleteVm { vm, disks }).await
 }
 
 /// Places a VM on a host and starts it.

@@ -13,9 +13,13 @@ use godwit_wire::host_api::{
 };
 use godwit_wire::id::{Epoch, HostId, VmId};
 use godwit_wire::lease::LEASE_DURATION;
+use godwit_wire::network::Peers;
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::MAX_POOLS;
+use godwit_wire::vmm_api::{PauseReason, VmmState};
 use jiff::Timestamp;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use tokio::time::Instant;
 use uuid::Uuid;
 
@@ -62,6 +66,7 @@ pub(super) async fn answer(
         || differs(host, &beat.report)
         || view.liveness(id).is_silent();
     settle(core, id, beat.obeyed).await?;
+    let stalls = stalls(&view, id, &beat.report);
     let (number, judgement, standing) = if news {
         // During a turn nobody takes VMs from this host; after it, the host is heard again.
         let mut turn = core.ledger.turn().await;
@@ -84,6 +89,7 @@ pub(super) async fn answer(
         let (number, judgement) = look(core, id, &beat.report, Standing::Steady);
         (number, judgement, Standing::Steady)
     };
+    tell_stalls(core, id, stalls).await;
     if !judgement.orders.is_empty() || standing == Standing::Returning {
         tracing::info!(host = host.name(), orders = ?judgement.orders, ?standing, "orders for a host");
     }
@@ -94,11 +100,92 @@ pub(super) async fn answer(
         );
     }
     Ok(HeartbeatReply {
-        peers: Vec::new(),
+        peers: peers(&core.view()),
         number,
         lease_ms: LEASE_DURATION.as_millis() as u64,
         orders: judgement.orders,
     })
+}
+
+/// Addresses of all hosts, for networks that flood to each of them.
+fn peers(view: &View) -> Peers {
+    let addresses: BTreeSet<IpAddr> = view
+        .hosts
+        .values()
+        .map(|host| host.facts.address.ip())
+        .filter(|address| !address.is_unspecified())
+        .collect();
+    addresses.into_iter().collect()
+}
+
+/// A VM that began or ceased to stand still because of its storage.
+#[derive(Debug)]
+enum Stall {
+    Began {
+        vm: VmId,
+        disk: String,
+        detail: String,
+    },
+    Ended {
+        vm: VmId,
+    },
+}
+
+/// What differs from the report before.
+fn stalls(before: &View, host: HostId, report: &HostReport) -> Vec<Stall> {
+    let stall = |report: &VmReport| match &report.state {
+        Some(VmmState::Paused {
+            reason: PauseReason::Storage { disk, detail },
+        }) => Some((disk.clone(), detail.clone())),
+        _ => None,
+    };
+    let told = |vm: &VmReport| before.report_at(host, vm.vm).and_then(stall);
+    let changes = report
+        .vms
+        .iter()
+        .filter_map(|vm| match (told(vm), stall(vm)) {
+            (None, Some((disk, detail))) => Some(Stall::Began {
+                vm: vm.vm,
+                disk,
+                detail,
+            }),
+            (Some(_), None) if vm.state == Some(VmmState::Running) => {
+                Some(Stall::Ended { vm: vm.vm })
+            }
+            _ => None,
+        });
+    changes.collect()
+}
+
+/// Tells the operator; the lease does not depend on it.
+async fn tell_stalls(core: &Core, host: HostId, stalls: Vec<Stall>) {
+    if stalls.is_empty() {
+        return;
+    }
+    let tell = |view: &View, draft: &mut Draft<'_>| {
+        let actor = Actor::controller();
+        for stall in &stalls {
+            let (Stall::Began { vm, .. } | Stall::Ended { vm }) = stall;
+            let Some(vm) = view.vms.get(vm).filter(|vm| vm.owner == Some(host)) else {
+                continue;
+            };
+            let subject = Subject::vm(vm.id, &vm.name);
+            match stall {
+                Stall::Began { disk, detail, .. } => {
+                    let message = format!("{} stands still: its disk {disk}: {detail}", vm.name);
+                    draft.error("vm.storage_full", subject, &actor, message);
+                }
+                Stall::Ended { .. } => {
+                    let message = format!("{} goes on: its disks can be written again", vm.name);
+                    draft.info("vm.storage_resumed", subject, &actor, message);
+                }
+            }
+        }
+        Ok(())
+    };
+    if let Err(problem) = core.ledger.change(tell).await {
+        tracing::error!(%problem, "the events of stalled VMs could not be written");
+    }
 }
 
 fn another_boot(host: &Host, boot: Uuid) -> Problem {
@@ -240,6 +327,7 @@ fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
             usage: beat.report.usage,
             missing,
             vms,
+            pools: beat.report.pools.iter().take(MAX_POOLS).cloned().collect(),
         };
         true
     });

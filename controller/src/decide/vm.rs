@@ -1,12 +1,15 @@
 //! Intents about VMs.
 
+use super::devices::{apply, in_request};
+use super::storage::hold_origin;
 use super::{Decision, find_vm, idle_vm};
 use crate::intent::{NewVm, Placement, Resource, VmChange};
 use crate::ledger::Draft;
 use crate::model::limits::MAX_VMS;
 use crate::model::rejection::{remedies, summary};
 use crate::model::{
-    Actor, MigrateCause, PowerIntent, StartCause, Subject, Vm, VmState, Work, name,
+    Actor, Disk, DisksOnDelete, MigrateCause, PowerIntent, ProvisionCause, StartCause, Subject, Vm,
+    VmState, Work, name,
 };
 use crate::operation::fresh;
 use crate::plan::estimate;
@@ -15,6 +18,7 @@ use crate::plan::placement::{Among, choose};
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
+use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::{FieldProblem, Problem};
 use std::collections::BTreeMap;
@@ -120,15 +124,25 @@ pub(super) fn create(
         created_at: draft.now(),
         changed_at: draft.now(),
     };
+    let new_disks = apply(view, draft, &mut vm, &new.devices)?;
+    check_machine(&vm)?;
     let subject = Subject::vm(vm.id, &vm.name);
-    let (placement, operation) = match new.intent {
-        PowerIntent::Running => {
-            let placement = place(view, &picture::booting(&vm), new.host)?;
-            let work = start_work(vm.id, new.host);
-            (Some(placement), Some(begin(draft, &mut vm, work, actor)))
-        }
-        _ => (None, None),
+    let placement = match new.intent {
+        PowerIntent::Running => Some(place(view, &picture::booting(view, &vm), new.host)?),
+        _ => None,
     };
+    let work = match (new_disks.is_empty(), new.intent) {
+        (false, _) => Some(provision(
+            &vm,
+            &new_disks,
+            ProvisionCause::Create { wanted: new.host },
+        )),
+        (true, PowerIntent::Running) => Some(start_work(vm.id, new.host)),
+        (true, _) => None,
+    };
+    let operation = work.map(|work| begin(draft, &mut vm, work, actor));
+    touch_attached(view, draft, &vm);
+    let made = put_new_disks(view, draft, new_disks, operation);
     let effect = match &placement {
         Some(placement) => format!(
             "{} is created and started on {}",
@@ -138,9 +152,75 @@ pub(super) fn create(
     };
     draft.info("vm.created", subject, actor, format!("{} created", vm.name));
     let mut decision = Decision::new(Resource::Vm(vm.id), operation, effect);
+    decision.preview.effects.splice(0..0, made);
+    decision.preview.effects.extend(addresses(view, &vm));
     decision.preview.placement = placement;
     draft.put_vm(vm);
     Ok(decision)
+}
+
+fn check_machine(vm: &Vm) -> Result<(), Problem> {
+    let problems = vm.spec.problems("spec");
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Problem::invalid(
+        problems.into_iter().map(in_request).collect(),
+    ))
+}
+
+fn provision(vm: &Vm, new_disks: &[Disk], cause: ProvisionCause) -> Work {
+    Work::Provision {
+        vm: vm.id,
+        disks: new_disks.iter().map(|disk| disk.id).collect(),
+        cause,
+    }
+}
+
+/// Writes disks that `operation` is to make, and touches those that exist, so that none of them can be deleted at
+/// another server at the same time. Says what is made.
+fn put_new_disks(
+    view: &View,
+    draft: &mut Draft<'_>,
+    new_disks: Vec<Disk>,
+    operation: Option<OperationId>,
+) -> Vec<String> {
+    let mut made = Vec::new();
+    for mut disk in new_disks {
+        disk.operation = operation;
+        if let Some(operation) = operation {
+            hold_origin(view, draft, &disk.origin, operation);
+        }
+        made.push(format!(
+            "the disk {} is made in {}",
+            disk.name,
+            view.pool_name(disk.pool)
+        ));
+        draft.put_disk(disk);
+    }
+    made
+}
+
+fn addresses(view: &View, vm: &Vm) -> Vec<String> {
+    crate::view::leases(&vm.spec)
+        .filter_map(|(network, address)| {
+            let network = view.networks.get(&network)?;
+            Some(format!("{} gets {address} on {}", vm.name, network.name()))
+        })
+        .collect()
+}
+
+/// Disks that a VM has and had not before: written, so that a deletion at another server notices.
+fn touch_attached(view: &View, draft: &mut Draft<'_>, vm: &Vm) {
+    for attached in crate::view::attachments(&vm.spec) {
+        let had = view
+            .users_of(attached.disk)
+            .iter()
+            .any(|(user, _)| *user == vm.id);
+        if let Some(disk) = view.disks.get(&attached.disk).filter(|_| !had) {
+            draft.put_disk(disk.as_ref().clone());
+        }
+    }
 }
 
 pub(super) fn change(
@@ -165,7 +245,8 @@ pub(super) fn change(
     if !problems.is_empty() {
         return Err(Problem::invalid(problems));
     }
-    if vm.owner.is_some() && (change.spec.is_some() || change.lease.is_some()) {
+    let machine = change.spec.is_some() || !change.devices.is_empty();
+    if vm.owner.is_some() && (machine || change.lease.is_some()) {
         let detail = format!(
             "{} is not off; its machine and its lease policy cannot change now",
             vm.name
@@ -178,9 +259,18 @@ pub(super) fn change(
         changed.push(format!("name from {} to {new}", vm.name));
         vm.name.clone_from(new);
     }
-    if let Some(spec) = change.spec.as_ref().filter(|spec| **spec != vm.spec) {
+    let before = vm.spec.clone();
+    if let Some(spec) = &change.spec {
+        let devices = std::mem::take(&mut vm.spec.devices);
+        vm.spec = MachineSpec {
+            devices,
+            ..spec.clone()
+        };
+    }
+    let new_disks = apply(view, draft, &mut vm, &change.devices)?;
+    if vm.spec != before {
+        check_machine(&vm)?;
         changed.push("machine".into());
-        vm.spec = spec.clone();
     }
     if let Some(lease) = change.lease.filter(|lease| *lease != vm.lease) {
         changed.push(format!("lease to {lease:?}").to_lowercase());
@@ -198,14 +288,23 @@ pub(super) fn change(
     }
     let effect = format!("{}: {} changed", vm.name, changed.join(", "));
     draft.info("vm.changed", Subject::vm(id, &vm.name), actor, &effect);
+    let operation = (!new_disks.is_empty()).then(|| {
+        let work = provision(&vm, &new_disks, ProvisionCause::Change);
+        begin(draft, &mut vm, work, actor)
+    });
+    touch_attached(view, draft, &vm);
+    let made = put_new_disks(view, draft, new_disks, operation);
+    let mut decision = Decision::new(Resource::Vm(id), operation, effect);
+    decision.preview.effects.splice(0..0, made);
     draft.put_vm(vm);
-    Ok(Decision::new(Resource::Vm(id), None, effect))
+    Ok(decision)
 }
 
 pub(super) fn delete(
     view: &View,
     draft: &mut Draft<'_>,
     id: VmId,
+    disks: DisksOnDelete,
     actor: &Actor,
 ) -> Result<Decision, Problem> {
     let mut vm = idle_vm(view, id)?;
@@ -218,9 +317,21 @@ pub(super) fn delete(
         None => format!("{} is deleted", vm.name),
     };
     vm.intent = PowerIntent::Stopped;
-    let operation = begin(draft, &mut vm, Work::Delete { vm: id, sent: None }, actor);
+    let work = Work::Delete {
+        vm: id,
+        disks,
+        sent: None,
+    };
+    let operation = begin(draft, &mut vm, work, actor);
+    let mut decision = Decision::new(Resource::Vm(id), Some(operation), effect);
+    let doomed = view.disks_that_go_with(&vm, disks);
+    decision.preview.effects.extend(
+        doomed
+            .iter()
+            .map(|disk| format!("the disk {} is deleted, with all that is on it", disk.name)),
+    );
     draft.put_vm(vm);
-    Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
+    Ok(decision)
 }
 
 pub(super) fn start(
@@ -250,7 +361,13 @@ pub(super) fn start(
             .with_remedy("stop it first")),
         };
     }
-    let placement = place(view, &picture::booting(&vm), host)?;
+    if let Some(disk) = view.busy_disk(&vm) {
+        let detail = format!("the disk {} of {} is busy", disk.name, vm.name);
+        return Err(
+            Problem::conflict("busy", detail).with_remedy("wait until the disk's operation ends")
+        );
+    }
+    let placement = place(view, &picture::booting(view, &vm), host)?;
     vm.intent = PowerIntent::Running;
     vm.trouble = None;
     vm.held_by = None;

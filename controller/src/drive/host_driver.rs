@@ -1,11 +1,13 @@
 //! Commands to host agents.
 
 use async_trait::async_trait;
+use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, HostId, VmId};
+use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, VmId};
+use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
 use godwit_wire::vmm_api::IncomingReady;
 use std::fmt;
 use std::net::SocketAddr;
@@ -85,6 +87,75 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
 
     /// Kills what is left of a VM, up to and including `epoch`, and forgets it. Fine if there is nothing.
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError>;
+
+    /// Begins to import an image.
+    async fn import_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        command: &ImportImage,
+    ) -> Result<ImageReport, CallError>;
+
+    /// Sends the bytes of an image that is being uploaded, `length` of them.
+    async fn upload_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        length: u64,
+        content: Body,
+    ) -> Result<ImageReport, CallError>;
+
+    /// How an image stands.
+    async fn image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<ImageReport, CallError>;
+
+    /// Deletes an image, or what there is of it.
+    async fn delete_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<(), CallError>;
+
+    /// Begins to make a disk.
+    async fn create_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &CreateDisk,
+    ) -> Result<DiskReport, CallError>;
+
+    /// How a disk stands.
+    async fn disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<DiskReport, CallError>;
+
+    /// Makes a disk larger.
+    async fn grow_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &GrowDisk,
+    ) -> Result<DiskReport, CallError>;
+
+    /// Deletes a disk, or what there is of it.
+    async fn delete_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<(), CallError>;
 
     /// Opens a VM's serial console.
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError>;

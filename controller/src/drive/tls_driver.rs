@@ -2,6 +2,7 @@
 
 use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
 use async_trait::async_trait;
+use axum::body::Body;
 use axum::http::Method;
 use godwit_channel::CallError;
 use godwit_channel::client::NO_BODY;
@@ -11,7 +12,8 @@ use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm,
     VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, VmId};
+use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
 use godwit_wire::vmm_api::IncomingReady;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,6 +26,8 @@ use std::time::Duration;
 const SPAWN_TIME: Duration = Duration::from_secs(20);
 /// How long any other command may take.
 const COMMAND_TIME: Duration = Duration::from_secs(10);
+/// How long the upload of an image may take in all; whoever sends it is bound to keep it going.
+const UPLOAD_TIME: Duration = Duration::from_secs(12 * 3600);
 
 /// See the module. Connections are kept per host.
 pub struct TlsDriver {
@@ -66,6 +70,14 @@ impl TlsDriver {
             .request_within(within, method, &path, Some(body))
             .await
     }
+}
+
+fn image_path(pool: PoolId, image: ImageId) -> String {
+    format!("/v1/pools/{pool}/images/{image}")
+}
+
+fn disk_path(pool: PoolId, disk: DiskId) -> String {
+    format!("/v1/pools/{pool}/disks/{disk}")
 }
 
 #[async_trait]
@@ -191,6 +203,92 @@ impl HostDriver for TlsDriver {
         self.client(to)
             .request_within(COMMAND_TIME, Method::DELETE, &path, NO_BODY)
             .await
+    }
+
+    async fn import_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        command: &ImportImage,
+    ) -> Result<ImageReport, CallError> {
+        let path = image_path(pool, image);
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
+    }
+
+    async fn upload_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        length: u64,
+        content: Body,
+    ) -> Result<ImageReport, CallError> {
+        let path = format!("{}/content", image_path(pool, image));
+        self.client(to)
+            .upload(UPLOAD_TIME, &path, length, content)
+            .await
+    }
+
+    async fn image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<ImageReport, CallError> {
+        self.client(to).get(&image_path(pool, image)).await
+    }
+
+    async fn delete_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<(), CallError> {
+        self.client(to).delete(&image_path(pool, image)).await
+    }
+
+    async fn create_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &CreateDisk,
+    ) -> Result<DiskReport, CallError> {
+        let path = disk_path(pool, disk);
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
+    }
+
+    async fn disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<DiskReport, CallError> {
+        self.client(to).get(&disk_path(pool, disk)).await
+    }
+
+    async fn grow_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &GrowDisk,
+    ) -> Result<DiskReport, CallError> {
+        let path = format!("{}/grow", disk_path(pool, disk));
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
+    }
+
+    async fn delete_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<(), CallError> {
+        self.client(to).delete(&disk_path(pool, disk)).await
     }
 
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {

@@ -3,12 +3,15 @@
 use super::Books;
 use crate::model::limits::MAX_EVENTS;
 use crate::model::{
-    Actor, DeletedVm, Event, Host, JoinToken, Maintenance, Migration, Operation, Severity, Subject,
-    Vm,
+    Actor, DeletedVm, Disk, Event, Host, Image, JoinToken, Maintenance, Migration, Network,
+    Operation, Severity, Subject, Vm,
 };
 use crate::store::{Compare, Revision, Txn, Write};
-use crate::view::{NamesAre, View};
-use godwit_wire::id::{HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use crate::view::{NamesAre, View, attachments, leases};
+use godwit_wire::devices::DiskAccess;
+use godwit_wire::id::{
+    DiskId, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, VmId,
+};
 use jiff::Timestamp;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,6 +41,9 @@ pub(super) struct Records {
     operations: BTreeMap<OperationId, Option<Arc<Operation>>>,
     maintenances: BTreeMap<MaintenanceId, Option<Arc<Maintenance>>>,
     migrations: BTreeMap<MigrationId, Option<Arc<Migration>>>,
+    images: BTreeMap<ImageId, Option<Arc<Image>>>,
+    disks: BTreeMap<DiskId, Option<Arc<Disk>>>,
+    networks: BTreeMap<NetworkId, Option<Arc<Network>>>,
 }
 
 /// A finished draft.
@@ -60,6 +66,9 @@ pub(super) mod key {
     pub(in crate::ledger) const OPERATION: &str = "operation/";
     pub(in crate::ledger) const MAINTENANCE: &str = "maintenance/";
     pub(in crate::ledger) const MIGRATION: &str = "migration/";
+    pub(in crate::ledger) const IMAGE: &str = "image/";
+    pub(in crate::ledger) const DISK: &str = "disk/";
+    pub(in crate::ledger) const NETWORK: &str = "network/";
     pub(in crate::ledger) const EVENT: &str = "event/";
     pub(in crate::ledger) const TOKEN: &str = "token/";
     pub(in crate::ledger) const DELETED_VM: &str = "deleted-vm/";
@@ -72,6 +81,31 @@ pub(super) mod key {
     /// As [`vm_name`], for hosts.
     pub(in crate::ledger) fn host_name(name: &str) -> String {
         format!("name/host/{name}")
+    }
+
+    /// As [`vm_name`], for images.
+    pub(in crate::ledger) fn image_name(name: &str) -> String {
+        format!("name/image/{name}")
+    }
+
+    /// As [`vm_name`], for disks.
+    pub(in crate::ledger) fn disk_name(name: &str) -> String {
+        format!("name/disk/{name}")
+    }
+
+    /// As [`vm_name`], for networks.
+    pub(in crate::ledger) fn network_name(name: &str) -> String {
+        format!("name/network/{name}")
+    }
+
+    /// Held by the VM that may write the disk: what keeps a disk to one writer.
+    pub(in crate::ledger) fn attachment(disk: impl Display) -> String {
+        format!("attachment/{disk}")
+    }
+
+    /// Held by the VM that has the address: what makes addresses unique.
+    pub(in crate::ledger) fn lease(network: impl Display, address: impl Display) -> String {
+        format!("lease/{network}/{address}")
     }
 
     pub(in crate::ledger) fn of(prefix: &str, id: impl Display) -> String {
@@ -112,25 +146,36 @@ impl<'a> Draft<'a> {
         }
     }
 
-    /// Writes a VM; its name is taken or changed along with it.
+    /// Writes a VM; its name, its addresses and the disks it may write are taken or changed along with it.
     pub(crate) fn put_vm(&mut self, mut vm: Vm) {
         let before = match self.records.vms.get(&vm.id) {
-            Some(drafted) => drafted.as_ref(),
-            None => self.view.vms.get(&vm.id),
+            Some(drafted) => drafted.clone(),
+            None => self.view.vms.get(&vm.id).cloned(),
         };
+        let before = before.as_deref();
         if let Some(before) = before.filter(|before| before.name != vm.name) {
             self.raw.insert(key::vm_name(&before.name), None);
         }
         if before.is_none_or(|before| before.name != vm.name) {
             self.put_raw(key::vm_name(&vm.name), &vm.id);
         }
+        let (gone, new) = (held(before), held(Some(&vm)));
+        for key in gone.difference(&new) {
+            self.raw.insert(key.clone(), None);
+        }
+        for key in new.difference(&gone) {
+            self.put_raw(key.clone(), &vm.id);
+        }
         vm.changed_at = self.now;
         self.put_raw(key::of(key::VM, vm.id), &vm);
         self.records.vms.insert(vm.id, Some(Arc::new(vm)));
     }
 
-    /// Deletes a VM, frees its name and remembers its id.
+    /// Deletes a VM, frees its name and all it holds, and remembers its id.
     pub(crate) fn delete_vm(&mut self, vm: &Vm) {
+        for key in held(self.view.vms.get(&vm.id).map(AsRef::as_ref)) {
+            self.raw.insert(key, None);
+        }
         self.raw.insert(key::of(key::VM, vm.id), None);
         self.raw.insert(key::vm_name(&vm.name), None);
         let deleted = DeletedVm {
@@ -215,6 +260,67 @@ impl<'a> Draft<'a> {
     pub(crate) fn delete_migration(&mut self, id: MigrationId) {
         self.raw.insert(key::of(key::MIGRATION, id), None);
         self.records.migrations.insert(id, None);
+    }
+
+    /// The disk as it stands in this draft.
+    pub(crate) fn disk(&self, id: DiskId) -> Option<Disk> {
+        match self.records.disks.get(&id) {
+            Some(drafted) => drafted.as_deref().cloned(),
+            None => self.view.disks.get(&id).map(|disk| disk.as_ref().clone()),
+        }
+    }
+
+    /// Writes a disk; its name is taken along with it.
+    pub(crate) fn put_disk(&mut self, mut disk: Disk) {
+        if self.disk(disk.id).is_none() {
+            self.put_raw(key::disk_name(&disk.name), &disk.id);
+        }
+        disk.changed_at = self.now;
+        self.put_raw(key::of(key::DISK, disk.id), &disk);
+        self.records.disks.insert(disk.id, Some(Arc::new(disk)));
+    }
+
+    /// Deletes a disk and frees its name.
+    pub(crate) fn delete_disk(&mut self, disk: &Disk) {
+        self.raw.insert(key::of(key::DISK, disk.id), None);
+        self.raw.insert(key::disk_name(&disk.name), None);
+        self.records.disks.insert(disk.id, None);
+    }
+
+    /// Writes an image; its name is taken along with it.
+    pub(crate) fn put_image(&mut self, mut image: Image) {
+        if !self.view.images.contains_key(&image.id) {
+            self.put_raw(key::image_name(&image.name), &image.id);
+        }
+        image.changed_at = self.now;
+        self.put_raw(key::of(key::IMAGE, image.id), &image);
+        self.records.images.insert(image.id, Some(Arc::new(image)));
+    }
+
+    /// Deletes an image and frees its name.
+    pub(crate) fn delete_image(&mut self, image: &Image) {
+        self.raw.insert(key::of(key::IMAGE, image.id), None);
+        self.raw.insert(key::image_name(&image.name), None);
+        self.records.images.insert(image.id, None);
+    }
+
+    /// Writes a network; its name is taken along with it.
+    pub(crate) fn put_network(&mut self, mut network: Network) {
+        if !self.view.networks.contains_key(&network.id()) {
+            self.put_raw(key::network_name(network.name()), &network.id());
+        }
+        network.changed_at = self.now;
+        self.put_raw(key::of(key::NETWORK, network.id()), &network);
+        self.records
+            .networks
+            .insert(network.id(), Some(Arc::new(network)));
+    }
+
+    /// Deletes a network and frees its name.
+    pub(crate) fn delete_network(&mut self, network: &Network) {
+        self.raw.insert(key::of(key::NETWORK, network.id()), None);
+        self.raw.insert(key::network_name(network.name()), None);
+        self.records.networks.insert(network.id(), None);
     }
 
     /// The join token with this digest.
@@ -363,7 +469,25 @@ impl Records {
                 host.as_ref().map(|host| host.name()),
             )
         });
-        if vms && hosts {
+        let images = self.images.iter().all(|(id, image)| {
+            same(
+                before.images.get(id).map(|image| image.name.as_str()),
+                image.as_ref().map(|image| image.name.as_str()),
+            )
+        });
+        let disks = self.disks.iter().all(|(id, disk)| {
+            same(
+                before.disks.get(id).map(|disk| disk.name.as_str()),
+                disk.as_ref().map(|disk| disk.name.as_str()),
+            )
+        });
+        let networks = self.networks.iter().all(|(id, network)| {
+            same(
+                before.networks.get(id).map(|network| network.name()),
+                network.as_ref().map(|network| network.name()),
+            )
+        });
+        if vms && hosts && images && disks && networks {
             NamesAre::Same
         } else {
             NamesAre::Changed
@@ -376,7 +500,22 @@ impl Records {
         merge(&mut view.operations, self.operations);
         merge(&mut view.maintenances, self.maintenances);
         merge(&mut view.migrations, self.migrations);
+        merge(&mut view.images, self.images);
+        merge(&mut view.disks, self.disks);
+        merge(&mut view.networks, self.networks);
     }
+}
+
+/// Keys a VM holds besides its name: the disks it may write and its addresses.
+fn held(vm: Option<&Vm>) -> BTreeSet<String> {
+    let Some(vm) = vm else {
+        return BTreeSet::new();
+    };
+    let written = attachments(&vm.spec)
+        .filter(|attached| attached.access == DiskAccess::ReadWrite)
+        .map(|attached| key::attachment(attached.disk));
+    let addresses = leases(&vm.spec).map(|(network, address)| key::lease(network, address));
+    written.chain(addresses).collect()
 }
 
 fn merge<Id: Ord + Copy, T>(

@@ -41,6 +41,7 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     let mut deleted = BTreeMap::new();
     let (mut vms, mut hosts, mut operations) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let (mut maintenances, mut migrations) = (BTreeMap::new(), BTreeMap::new());
+    let (mut images, mut disks, mut networks) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for entry in &entries {
         books.revisions.insert(entry.key.clone(), entry.revision);
         let under = |prefix: &str| entry.key.starts_with(prefix);
@@ -59,6 +60,15 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
         } else if under(key::MIGRATION) {
             let record: crate::model::Migration = parse(entry)?;
             migrations.insert(record.id, Arc::new(record));
+        } else if under(key::IMAGE) {
+            let record: crate::model::Image = parse(entry)?;
+            images.insert(record.id, Arc::new(record));
+        } else if under(key::DISK) {
+            let record: crate::model::Disk = parse(entry)?;
+            disks.insert(record.id, Arc::new(record));
+        } else if under(key::NETWORK) {
+            let record: crate::model::Network = parse(entry)?;
+            networks.insert(record.id(), Arc::new(record));
         } else if under(key::EVENT) {
             events.push_back(Arc::new(parse::<Event>(entry)?));
         } else if under(key::DELETED_VM) {
@@ -73,6 +83,9 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     view.operations = Arc::new(operations);
     view.maintenances = Arc::new(maintenances);
     view.migrations = Arc::new(migrations);
+    view.images = Arc::new(images);
+    view.disks = Arc::new(disks);
+    view.networks = Arc::new(networks);
     view.event_revision = events.back().map_or(0, |event: &Arc<Event>| event.revision);
     view.index = Arc::new(Index::of(&view, NamesAre::Changed));
     Ok(Loaded {

@@ -1,7 +1,7 @@
 //! What happened, for the operator.
 
 use crate::model::Actor;
-use godwit_wire::id::{HostId, MaintenanceId, OperationId, VmId};
+use godwit_wire::id::{DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, VmId};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -61,6 +61,12 @@ pub enum SubjectKind {
     Maintenance,
     /// An operation.
     Operation,
+    /// An image.
+    Image,
+    /// A disk.
+    Disk,
+    /// A network.
+    Network,
     /// The pool as a whole.
     Pool,
 }
@@ -99,6 +105,33 @@ impl Subject {
             kind: SubjectKind::Operation,
             id: id.0,
             name: kind.into(),
+        }
+    }
+
+    /// An image.
+    pub fn image(id: ImageId, name: impl Into<String>) -> Self {
+        Self {
+            kind: SubjectKind::Image,
+            id: id.0,
+            name: name.into(),
+        }
+    }
+
+    /// A disk.
+    pub fn disk(id: DiskId, name: impl Into<String>) -> Self {
+        Self {
+            kind: SubjectKind::Disk,
+            id: id.0,
+            name: name.into(),
+        }
+    }
+
+    /// A network.
+    pub fn network(id: NetworkId, name: impl Into<String>) -> Self {
+        Self {
+            kind: SubjectKind::Network,
+            id: id.0,
+            name: name.into(),
         }
     }
 

@@ -17,6 +17,12 @@ pub const MAX_DELETED_VMS: usize = 10_000;
 pub const MAX_VMS: usize = 20_000;
 /// Hosts in a pool.
 pub const MAX_HOSTS: usize = 1_000;
+/// Images in a pool.
+pub const MAX_IMAGES: usize = 10_000;
+/// Disks in a pool.
+pub const MAX_POOL_DISKS: usize = 100_000;
+/// Networks of a pool.
+pub const MAX_NETWORKS: usize = 4_096;
 /// Join tokens that are waiting to be used.
 pub const MAX_JOIN_TOKENS: usize = 1_000;
 /// Steps kept with one operation; a longer history keeps the newest.

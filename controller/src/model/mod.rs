@@ -1,4 +1,5 @@
-//! What the controller knows: VMs, hosts, maintenances, operations, migrations and events, as they are stored.
+//! What the controller knows: VMs, hosts, images, disks, networks, maintenances, operations, migrations and events,
+//! as they are stored.
 //!
 //! Every record is JSON in the store. Enums are tagged and new fields carry defaults, so that a newer server
 //! reads what an older one wrote.
@@ -12,6 +13,10 @@ pub mod name;
 pub mod vm;
 
 pub mod host;
+
+pub mod storage;
+
+pub mod network;
 
 pub mod rejection;
 
@@ -31,9 +36,11 @@ pub use maintenance::{
     MovedVm, PlannedMove, RestoreOnCancel, ReturnPolicy,
 };
 pub use migration::{Migration, MigrationState};
+pub use network::Network;
 pub use operation::{
-    MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, StartCause, Step,
-    StepState, Work,
+    MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, ProvisionCause,
+    StartCause, Step, StepState, Work,
 };
 pub use rejection::{HostRejection, Rejection};
+pub use storage::{Disk, DiskState, DisksOnDelete, Image, ImageState};
 pub use vm::{MaintenancePolicy, PowerIntent, Retry, Trouble, Vm, VmState};

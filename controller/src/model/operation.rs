@@ -1,11 +1,14 @@
 //! Durable operations: what is being done, recorded step by step so that a server killed at any instant resumes.
 
 use crate::model::limits::MAX_STEPS;
-use crate::model::{Actor, MoveAction, Subject};
+use crate::model::{Actor, DisksOnDelete, MoveAction, Subject};
 use godwit_wire::host_api::StopMode;
-use godwit_wire::id::{Epoch, Generation, HostId, MaintenanceId, MigrationId, OperationId, VmId};
+use godwit_wire::id::{
+    DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId, VmId,
+};
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::Problem;
+use godwit_wire::unit::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -155,12 +158,53 @@ pub enum Work {
         /// The attempt under way; set before any host is told.
         migration: Option<MigrationId>,
     },
-    /// Kills a VM and forgets it.
+    /// Kills a VM and forgets it; its disks go by operations of their own afterwards.
     Delete {
         /// Which VM.
         vm: VmId,
+        /// What becomes of its disks.
+        #[serde(default)]
+        disks: DisksOnDelete,
         /// Set before the host is told.
         sent: Option<Placed>,
+    },
+    /// Makes the disks that a VM is to have. Once they are there, a VM that shall run goes on as a `Start`.
+    Provision {
+        /// Which VM.
+        vm: VmId,
+        /// The disks, in order.
+        disks: Vec<DiskId>,
+        /// Why, and what comes after.
+        cause: ProvisionCause,
+    },
+    /// Imports an image.
+    CreateImage {
+        /// Which.
+        image: ImageId,
+        /// The only host to consider: the one that has the file.
+        wanted: Option<HostId>,
+    },
+    /// Deletes an image.
+    DeleteImage {
+        /// Which.
+        image: ImageId,
+    },
+    /// Makes a disk.
+    CreateDisk {
+        /// Which.
+        disk: DiskId,
+    },
+    /// Makes a disk larger.
+    GrowDisk {
+        /// Which.
+        disk: DiskId,
+        /// Its new size.
+        bytes: Bytes,
+    },
+    /// Deletes a disk.
+    DeleteDisk {
+        /// Which.
+        disk: DiskId,
     },
     /// Moves everything off a host.
     Evacuate {
@@ -208,6 +252,16 @@ impl Work {
             Self::Resume { .. } => "resume",
             Self::Migrate { .. } => "migrate",
             Self::Delete { .. } => "delete",
+            Self::Provision {
+                cause: ProvisionCause::Create { .. },
+                ..
+            } => "create",
+            Self::Provision { .. } => "change",
+            Self::CreateImage { .. } => "create_image",
+            Self::DeleteImage { .. } => "delete_image",
+            Self::CreateDisk { .. } => "create_disk",
+            Self::GrowDisk { .. } => "grow_disk",
+            Self::DeleteDisk { .. } => "delete_disk",
             Self::Evacuate { .. } => "evacuate",
             Self::Drain { .. } => "drain",
             Self::Restore { .. } => "restore",
@@ -223,8 +277,9 @@ impl Work {
             | Self::Pause { vm, .. }
             | Self::Resume { vm, .. }
             | Self::Migrate { vm, .. }
-            | Self::Delete { vm, .. } => Some(*vm),
-            Self::Evacuate { .. } | Self::Drain { .. } | Self::Restore { .. } => None,
+            | Self::Delete { vm, .. }
+            | Self::Provision { vm, .. } => Some(*vm),
+            _ => None,
         }
     }
 
@@ -283,6 +338,19 @@ pub enum StartCause {
         /// Which host.
         host: HostId,
     },
+}
+
+/// Why disks are made for a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "cause", rename_all = "snake_case")]
+pub enum ProvisionCause {
+    /// The VM is new; it goes if a disk cannot be made.
+    Create {
+        /// The only host to start it on.
+        wanted: Option<HostId>,
+    },
+    /// The VM gets further disks; it loses them again if one of them cannot be made.
+    Change,
 }
 
 /// Why a VM moves.

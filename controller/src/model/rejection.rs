@@ -1,7 +1,7 @@
 //! Why a host does not take a VM: every rejection has a name, its operands and a remedy.
 
 use crate::model::HostState;
-use godwit_wire::id::HostId;
+use godwit_wire::id::{HostId, PoolId};
 use godwit_wire::machine::CpuMismatch;
 use godwit_wire::unit::Mib;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,24 @@ pub enum Rejection {
         /// How it differs.
         mismatch: CpuMismatch,
     },
+    /// It does not have a storage pool that the VM's disks are in.
+    #[error("the host does not have the storage pool {name}")]
+    NoPool {
+        /// Which pool.
+        pool: PoolId,
+        /// Its name.
+        name: String,
+    },
+    /// It has the storage pool and cannot use it.
+    #[error("the host cannot use the storage pool {name}: {trouble}")]
+    PoolInTrouble {
+        /// Which pool.
+        pool: PoolId,
+        /// Its name.
+        name: String,
+        /// Why.
+        trouble: String,
+    },
     /// It failed with this VM a moment ago.
     #[error("an attempt on this host has just failed")]
     JustFailed,
@@ -94,6 +112,13 @@ impl Rejection {
             Self::Cpu { mismatch: CpuMismatch::SignatureDiffers { .. } } => {
                 "stop the VM and start it there, or give it a named CPU level so that it can move live".into()
             }
+            Self::Cpu { .. } => {
+                "choose a host with the same kind of CPU, or stop the VM and start it there".into()
+            }
+            Self::NoPool { name, .. } => {
+                format!("move the disk to a shared pool, or give the host the directory of {name}")
+            }
+            Self::PoolInTrouble { .. } => "mend the pool's file system on the host".into(),
             Self::JustFailed => "look at the event of that failure, mend its cause and try again".into(),
         }
     }

@@ -16,7 +16,7 @@ use std::time::Duration;
 /// Pause after the store failed.
 pub(super) const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// First pause after a host did not answer; doubles up to [`LAST_PAUSE`].
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(super) const LAST_PAUSE: Duration = Duration::from_secs(2);
 
 /// An executor's operation.

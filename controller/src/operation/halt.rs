@@ -10,6 +10,7 @@ use super::context::{Conclusion, Context, LAST_PAUSE, Sent, never};
 use crate::core::Core;
 use crate::ledger::Draft;
 use crate::model::{Operation, Placed, StartCause, Subject, Vm, Work};
+use crate::operation::storage::begin_deletion;
 use crate::view::View;
 use godwit_wire::host_api::{LeasePolicy, StopMode, StopVm};
 use godwit_wire::id::VmId;
@@ -211,13 +212,18 @@ fn stopped(view: &View, draft: &mut Draft<'_>, operation: &mut Operation, vm: Vm
     let subject = Subject::vm(vm.id, &vm.name);
     let actor = operation.actor.clone();
     match operation.work.clone() {
-        Work::Delete { .. } => {
+        Work::Delete { disks, .. } => {
             draft.info(
                 "vm.deleted",
                 subject,
                 &actor,
                 format!("{} deleted", vm.name),
             );
+            // Nothing of the VM runs any more: now, and not earlier, its disks may go.
+            for disk in view.disks_that_go_with(&vm, disks) {
+                let disk = disk.as_ref().clone();
+                begin_deletion(draft, disk, &actor, Some(operation.id));
+            }
             draft.delete_vm(&vm);
             Context::conclude(
                 draft,

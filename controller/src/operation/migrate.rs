@@ -140,6 +140,9 @@ fn begin_in_turn(
         Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
         return Begun::Ended;
     }
+    if view.busy_disk(&vm).is_some() {
+        return Begun::Wait;
+    }
     let choice = choose(
         &picture::hosts(view),
         &picture::moving(view, &vm),

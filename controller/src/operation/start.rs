@@ -151,6 +151,9 @@ fn place_in_turn(
         Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled(detail));
         return Placing::Ended;
     }
+    if view.busy_disk(&vm).is_some() {
+        return Placing::Wait;
+    }
     let only = match may_take(core, view, &vm) {
         Taking::Allowed => wanted,
         Taking::OnlyAt(owner) => Some(owner),
@@ -171,7 +174,7 @@ fn place_in_turn(
         }
     };
     let hosts = picture::hosts(view);
-    let demand = picture::booting(&vm);
+    let demand = picture::booting(view, &vm);
     let at_owner = vm
         .owner
         .filter(|owner| view.liveness(*owner) != Liveness::RestartAllowed);
@@ -270,7 +273,7 @@ async fn tell(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, E
         return Err(Ended::GaveUp);
     };
     let command = StartVm {
-        networks: Vec::new(),
+        networks: view.networks_of(&vm.spec),
         name: vm.name.clone(),
         epoch: placed.epoch,
         generation: placed.generation,

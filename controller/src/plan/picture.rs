@@ -2,9 +2,9 @@
 
 use crate::model::limits::VCPUS_PER_CORE;
 use crate::model::{HostState, Liveness, Vm};
-use crate::view::{View, vm_memory};
+use crate::view::{Observed, View, attachments, vm_memory};
 use godwit_wire::host_api::MAX_VMS_PER_HOST;
-use godwit_wire::id::{HostId, VmId};
+use godwit_wire::id::{HostId, PoolId, VmId};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
 use godwit_wire::unit::Mib;
 use std::collections::BTreeMap;
@@ -34,6 +34,8 @@ pub struct HostPicture {
     pub vms: usize,
     /// Busy share of all cores together, 0 to 100.
     pub cpu_percent: f64,
+    /// Storage pools it sees, with what keeps it from using them.
+    pub pools: BTreeMap<PoolId, Option<String>>,
 }
 
 /// What placement needs to know of a VM.
@@ -55,6 +57,8 @@ pub struct Demand {
     pub here: Option<HostId>,
     /// CPU it uses, in percent of one core.
     pub cpu_percent: f64,
+    /// Storage pools its disks are in, by name.
+    pub pools: BTreeMap<PoolId, String>,
 }
 
 /// All hosts.
@@ -94,6 +98,13 @@ impl HostPicture {
     }
 }
 
+fn pools(observed: &Observed) -> BTreeMap<PoolId, Option<String>> {
+    let reports = observed.pools.iter();
+    reports
+        .map(|report| (report.pool, report.trouble.clone()))
+        .collect()
+}
+
 /// All hosts of a view.
 pub fn hosts(view: &View) -> Hosts {
     let picture = |id: HostId| {
@@ -113,6 +124,7 @@ pub fn hosts(view: &View) -> Hosts {
             vcpus_committed: committed.vcpus,
             vms: committed.vms,
             cpu_percent: view.host_usage(id).cpu_percent,
+            pools: observed.map(|observed| pools(observed)).unwrap_or_default(),
         })
     };
     view.hosts
@@ -122,7 +134,7 @@ pub fn hosts(view: &View) -> Hosts {
 }
 
 /// A VM that boots: it may see whatever CPU it finds.
-pub fn booting(vm: &Vm) -> Demand {
+pub fn booting(view: &View, vm: &Vm) -> Demand {
     Demand {
         vm: vm.id,
         name: vm.name.clone(),
@@ -132,6 +144,9 @@ pub fn booting(vm: &Vm) -> Demand {
         running_on: None,
         here: None,
         cpu_percent: 0.0,
+        pools: attachments(&vm.spec)
+            .map(|attached| (attached.pool, view.pool_name(attached.pool)))
+            .collect(),
     }
 }
 
@@ -141,6 +156,6 @@ pub fn moving(view: &View, vm: &Vm) -> Demand {
         running_on: vm.booted_on.clone(),
         here: vm.owner,
         cpu_percent: view.vm_usage(vm).cpu_percent,
-        ..booting(vm)
+        ..booting(view, vm)
     }
 }

@@ -70,7 +70,28 @@ pub fn admit(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
     host.cpu
         .admits(demand.baseline, demand.running_on.as_deref())
         .map_err(|mismatch| Rejection::Cpu { mismatch })?;
+    storage(host, demand)?;
     room(host, demand)
+}
+
+/// Whether `host` can use every storage pool that the VM's disks are in.
+pub fn storage(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
+    for (pool, name) in &demand.pools {
+        let (pool, name) = (*pool, name.clone());
+        match host.pools.get(&pool) {
+            None => return Err(Rejection::NoPool { pool, name }),
+            Some(Some(trouble)) => {
+                let trouble = trouble.clone();
+                return Err(Rejection::PoolInTrouble {
+                    pool,
+                    name,
+                    trouble,
+                });
+            }
+            Some(None) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Whether `host` has room for the VM, whatever else may speak against it.
@@ -110,7 +131,7 @@ pub fn score(host: &HostPicture, demand: &Demand) -> f64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use godwit_wire::id::VmId;
+    use godwit_wire::id::{PoolId, VmId};
     use godwit_wire::machine::{CpuBaseline, CpuFacts};
     use godwit_wire::unit::Mib;
     use proptest::prelude::*;
@@ -133,6 +154,7 @@ pub(crate) mod tests {
             vcpus_committed: 0,
             vms: 0,
             cpu_percent: 0.0,
+            pools: Default::default(),
         }
     }
 
@@ -146,6 +168,7 @@ pub(crate) mod tests {
             running_on: None,
             here: None,
             cpu_percent: 0.0,
+            pools: Default::default(),
         }
     }
 
@@ -196,6 +219,28 @@ pub(crate) mod tests {
                 .iter()
                 .all(|r| !r.rejection.remedy().is_empty())
         );
+    }
+
+    #[test]
+    fn a_host_without_the_pool_of_a_disk_is_turned_down_by_its_name() {
+        let pool_id = PoolId(Uuid::from_u128(7));
+        let mut sees = host(1, 4096, 4);
+        sees.pools.insert(pool_id, None);
+        let mut troubled = host(2, 8192, 4);
+        troubled
+            .pools
+            .insert(pool_id, Some("the file system is read-only".into()));
+        let blind = host(3, 8192, 4);
+        let mut wanted = demand(1, 512, 1);
+        wanted.pools.insert(pool_id, "fast".into());
+        let chosen = choose(
+            &pool([sees.clone(), troubled, blind]),
+            &wanted,
+            Among::default(),
+        );
+        assert_eq!(chosen.best.map(|(id, _)| id), Some(sees.id));
+        expect_test::expect!["host-2: the host cannot use the storage pool fast: the file system is read-only; host-3: the host does not have the storage pool fast"]
+            .assert_eq(&crate::model::rejection::summary(&chosen.rejections));
     }
 
     fn any_host() -> impl Strategy<Value = HostPicture> {

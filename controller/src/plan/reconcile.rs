@@ -3,7 +3,7 @@
 use crate::model::rejection::summary;
 use crate::model::{Liveness, PowerIntent, Retry, StartCause, Trouble, Vm};
 use crate::plan::picture::{self, Demand, Hosts};
-use crate::plan::placement::{Among, choose, room};
+use crate::plan::placement::{Among, choose, room, storage};
 use crate::view::View;
 use godwit_wire::host_api::LeasePolicy;
 use godwit_wire::id::{HostId, VmId};
@@ -62,13 +62,14 @@ pub fn plan_reconcile(view: &View, may_restart: impl Fn(VmId) -> bool) -> Vec<Ac
         .values()
         .filter(|vm| vm.operation.is_none() && vm.held_by.is_none());
     free.filter_map(|vm| match vm.owner {
-        None => without_owner(vm, &mut hosts, &may_restart),
+        None => without_owner(view, vm, &mut hosts, &may_restart),
         Some(owner) => with_owner(view, vm, owner, &mut hosts, &may_restart),
     })
     .collect()
 }
 
 fn without_owner(
+    view: &View,
     vm: &Vm,
     hosts: &mut Hosts,
     may_restart: &impl Fn(VmId) -> bool,
@@ -82,14 +83,14 @@ fn without_owner(
             ..
         }) => None,
         Some(Trouble::StartFailed { .. }) if !may_restart(vm.id) => None,
-        _ => place(vm, hosts, StartCause::Wanted),
+        _ => place(view, vm, hosts, StartCause::Wanted),
     }
 }
 
 /// Asks placement first, so that an operation is only begun when it can do something. The room is taken in this
 /// round's picture; the operation itself chooses again.
-fn place(vm: &Vm, hosts: &mut Hosts, cause: StartCause) -> Option<Action> {
-    let demand = picture::booting(vm);
+fn place(view: &View, vm: &Vm, hosts: &mut Hosts, cause: StartCause) -> Option<Action> {
+    let demand = picture::booting(view, vm);
     let choice = choose(hosts, &demand, Among::default());
     match choice.best {
         Some((host, _)) => {
@@ -123,7 +124,7 @@ fn with_owner(
             (_, LeasePolicy::Unwatched) => None,
             (false, LeasePolicy::Watched) => stop,
             (true, LeasePolicy::Watched) => {
-                place(vm, hosts, StartCause::HostSilent { host: owner })
+                place(view, vm, hosts, StartCause::HostSilent { host: owner })
             }
         };
     }
@@ -193,7 +194,9 @@ pub fn place_after_crash(hosts: &Hosts, demand: &Demand, host: HostId) -> Option
         .or_else(|| {
             hosts
                 .get(&host)
-                .filter(|home| home.heard && room(home, demand).is_ok())
+                .filter(|home| {
+                    home.heard && storage(home, demand).is_ok() && room(home, demand).is_ok()
+                })
                 .map(|home| home.id)
         })
 }

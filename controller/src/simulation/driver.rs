@@ -5,12 +5,14 @@ use super::crash::Life;
 use super::host::SimHost;
 use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
 use async_trait::async_trait;
+use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, VmId};
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
 use godwit_wire::vmm_api::IncomingReady;
 use std::sync::Arc;
 use std::time::Duration;
@@ -150,6 +152,95 @@ impl HostDriver for SimDriver {
 
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError> {
         self.call(to, "destroy", |host| host.destroy(vm, epoch))
+            .await
+    }
+
+    async fn import_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        command: &ImportImage,
+    ) -> Result<ImageReport, CallError> {
+        self.call(to, "import", |host| host.pool(pool)?.import(image, command))
+            .await
+    }
+
+    async fn upload_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+        _length: u64,
+        _content: Body,
+    ) -> Result<ImageReport, CallError> {
+        self.call(to, "upload", |host| host.pool(pool)?.uploaded(image))
+            .await
+    }
+
+    async fn image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<ImageReport, CallError> {
+        self.call(to, "image", |host| host.pool(pool)?.image(image))
+            .await
+    }
+
+    async fn delete_image(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        image: ImageId,
+    ) -> Result<(), CallError> {
+        self.call(to, "delete image", |host| {
+            host.pool(pool)?.delete_image(image)
+        })
+        .await
+    }
+
+    async fn create_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &CreateDisk,
+    ) -> Result<DiskReport, CallError> {
+        self.call(to, "create disk", |host| {
+            host.pool(pool)?.create_disk(disk, command)
+        })
+        .await
+    }
+
+    async fn disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<DiskReport, CallError> {
+        self.call(to, "disk", |host| host.pool(pool)?.disk(disk))
+            .await
+    }
+
+    async fn grow_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        command: &GrowDisk,
+    ) -> Result<DiskReport, CallError> {
+        self.call(to, "grow disk", |host| host.pool(pool)?.grow(disk, command))
+            .await
+    }
+
+    async fn delete_disk(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+    ) -> Result<(), CallError> {
+        self.call(to, "delete disk", |host| host.pool(pool)?.delete_disk(disk))
             .await
     }
 

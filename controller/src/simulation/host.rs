@@ -7,13 +7,15 @@ mod migration;
 use super::SimHosts;
 use super::crash::Life;
 use super::driver::LATENCY;
+use super::storage::SimPool;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
     CancelMigration, Heartbeat, HeartbeatReply, HostFacts, HostReport, LeasePolicy, Order,
     PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
+use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, VmId};
+use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Bytes;
@@ -79,6 +81,7 @@ struct State {
     refuses_destructions: Option<Problem>,
     destructions_refused: usize,
     hides: bool,
+    pools: Vec<SimPool>,
 }
 
 #[derive(Debug)]
@@ -118,6 +121,7 @@ impl SimHost {
                 refuses_destructions: None,
                 destructions_refused: 0,
                 hides: false,
+                pools: Vec::new(),
             }),
             linked: watch::Sender::new(true),
             awake: watch::Sender::new(true),
@@ -244,6 +248,38 @@ impl SimHost {
             .collect()
     }
 
+    /// From now on it sees this pool.
+    pub(super) fn give_pool(&self, pool: SimPool) {
+        self.state().pools.push(pool);
+    }
+
+    pub(super) fn pools(&self) -> Vec<SimPool> {
+        self.state().pools.clone()
+    }
+
+    pub(super) fn pool(&self, id: PoolId) -> Result<SimPool, Problem> {
+        let found = self.pools().into_iter().find(|pool| pool.id == id);
+        found.ok_or_else(|| Problem::not_found("storage pool", id))
+    }
+
+    /// Every disk must be there, whole, before a VM that has it comes.
+    fn check_disks(&self, spec: &MachineSpec) -> Result<(), Problem> {
+        for attached in crate::view::attachments(spec) {
+            if !self.pool(attached.pool)?.can_use(attached.disk) {
+                return Err(refuse("no-disk"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A VM's disk cannot be written any more, or again.
+    pub(super) fn stall(&self, vm: VmId, state: VmmState) {
+        if let Some(vm) = self.state().vms.get_mut(&vm) {
+            vm.state = Some(state);
+        }
+        self.poke.notify_one();
+    }
+
     /// From now on its reports lack all VMs.
     pub(super) fn hide_vms(&self) {
         self.state().hides = true;
@@ -285,6 +321,7 @@ impl SimHost {
     }
 
     pub(super) fn start_vm(&self, vm: VmId, command: &StartVm) -> Result<VmReport, Problem> {
+        self.check_disks(&command.spec)?;
         let mut state = self.admit(vm, command.epoch, command.generation)?;
         let closed = state.closed.get(&vm);
         if closed.is_some_and(|closed| command.epoch <= *closed) {
@@ -364,6 +401,7 @@ impl SimHost {
         vm: VmId,
         command: &PrepareIncoming,
     ) -> Result<IncomingReady, Problem> {
+        self.check_disks(&command.spec)?;
         let mut state = self.admit(vm, command.epoch, command.generation)?;
         let status = MigrationStatus {
             migration: command.migration,
@@ -597,7 +635,7 @@ async fn beat_for_ever(host: Arc<SimHost>) {
                 incarnation: state.incarnation,
                 sequence: state.sequence,
                 report: HostReport {
-                    pools: Vec::new(),
+                    pools: state.pools.iter().map(SimPool::report).collect(),
                     facts: state.facts.clone(),
                     usage: HostUsage::default(),
                     vms: ids.into_iter().filter_map(|id| state.report(id)).collect(),

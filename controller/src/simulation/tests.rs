@@ -62,8 +62,15 @@ async fn a_vm_lives_through_create_pause_resume_reboot_stop_start_and_delete() {
     )
     .await;
     pool.running(vm).await;
-    pool.succeeds(pool.submit(Intent::DeleteVm { vm }).await.unwrap())
-        .await;
+    pool.succeeds(
+        pool.submit(Intent::DeleteVm {
+            vm,
+            disks: Default::default(),
+        })
+        .await
+        .unwrap(),
+    )
+    .await;
     assert!(pool.view().vms.is_empty() && pool.view().find_vm("a").is_none());
     assert!(pool.hosts.values().all(|host| !host.has(vm)));
     pool.check();

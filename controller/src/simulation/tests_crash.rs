@@ -8,7 +8,7 @@ use godwit_wire::migration::MigrationPolicy;
 
 impl Pool {
     /// Everything has calmed down: no operation left, and each VM that shall run runs exactly where it belongs.
-    async fn settled(&self) {
+    pub(super) async fn settled(&self) {
         self.wait("everything has settled", |view| {
             view.active_operations().next().is_none()
                 && view.vms.values().all(|vm| {
@@ -29,23 +29,24 @@ impl Pool {
             let copies = self.hosts.values().filter(|host| host.has(vm.id)).count();
             assert_eq!(copies, owner.len(), "{}", vm.name);
         }
+        self.check_storage();
     }
 
     /// Lets the server die after `transactions`, runs `intent`, and starts another server. False when the intent
     /// was carried out before that many transactions.
-    async fn dies_during(&mut self, intent: Intent, transactions: u64) -> bool {
+    pub(super) async fn dies_during(&mut self, intent: Intent, transactions: u64) -> bool {
         self.life.dies_after(transactions);
         let life = self.life.clone();
         let accepted = self.submit(intent).await;
         let ended = async {
             if let Some(operation) = accepted.ok().and_then(|accepted| accepted.operation) {
                 let mut changed = self.controller.changed();
-                while !self
-                    .view()
-                    .operations
-                    .get(&operation)
-                    .is_none_or(|op| op.state.is_final())
-                {
+                // What an operation leaves to others belongs to it.
+                let under_way = |view: &View| {
+                    view.active_operations()
+                        .any(|op| op.id == operation || op.parent == Some(operation))
+                };
+                while under_way(&self.view()) {
                     if changed.changed().await.is_err() {
                         break;
                     }
@@ -58,6 +59,7 @@ impl Pool {
             () = life.died() => true,
             () = ended => false,
         };
+        let died = died || life.is_over();
         if died {
             self.restart_server(Duration::from_millis(500), None).await;
         }

@@ -342,7 +342,13 @@ async fn a_start_that_is_late_by_any_time_never_runs_beside_the_other_copy() {
 #[tokio::test(start_paused = true)]
 async fn what_a_host_must_destroy_outlives_the_server_and_the_vm() {
     let (mut pool, vm) = with_a_start_on_its_way().await;
-    let accepted = pool.submit(Intent::DeleteVm { vm }).await.unwrap();
+    let accepted = pool
+        .submit(Intent::DeleteVm {
+            vm,
+            disks: Default::default(),
+        })
+        .await
+        .unwrap();
     pool.succeeds(accepted).await;
     pool.restart_server(Duration::from_secs(1), None).await;
     pool.host(1).mend();

@@ -2,10 +2,11 @@
 //! errors that tell whether the peer can have acted.
 
 use crate::upgrade::Stream;
+use axum::body::Body;
 use axum::http::{HeaderValue, Method, Request, StatusCode, Uri, header};
 use bytes::Bytes;
 use godwit_wire::problem::Problem;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::client::legacy::connect::{Connected, Connection};
@@ -137,7 +138,7 @@ pub trait Dial: Clone + Send + Sync + 'static {
 #[derive(Clone)]
 pub struct HttpClient<D: Dial> {
     dial: D,
-    client: Client<Connector<D>, Full<Bytes>>,
+    client: Client<Connector<D>, Body>,
 }
 
 impl<D: Dial> fmt::Debug for HttpClient<D> {
@@ -231,6 +232,39 @@ impl<D: Dial> HttpClient<D> {
         self.request(Method::DELETE, path, NO_BODY).await
     }
 
+    /// `PUT`s `length` bytes that come as a stream, within `limit`. A stream that ends early or fails cuts the
+    /// connection, so that the peer does not take a part for the whole.
+    pub async fn upload<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        path: &str,
+        length: u64,
+        content: Body,
+    ) -> Result<T, CallError> {
+        let name = format!("PUT {path} ({length} bytes)");
+        let mut request = self.build(Method::PUT, path, &name, NO_BODY)?;
+        *request.body_mut() = content;
+        request
+            .headers_mut()
+            .insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        request.headers_mut().insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/octet-stream"),
+        );
+        let answer = async {
+            let response = self
+                .client
+                .request(request)
+                .await
+                .map_err(|error| self.failed(&name, error))?;
+            self.read(&name, response).await
+        };
+        match tokio::time::timeout(limit, answer).await {
+            Ok(answer) => answer,
+            Err(_) => Err(self.unanswered(&name, too_late(limit))),
+        }
+    }
+
     /// Asks for an HTTP upgrade to `protocol`; the stream then belongs to the caller.
     pub async fn upgrade(&self, path: &str, protocol: &'static str) -> Result<Stream, CallError> {
         let name = format!("GET {path} (upgrade to {protocol})");
@@ -270,7 +304,7 @@ impl<D: Dial> HttpClient<D> {
         path: &str,
         name: &str,
         body: Option<&impl Serialize>,
-    ) -> Result<Request<Full<Bytes>>, CallError> {
+    ) -> Result<Request<Body>, CallError> {
         let unsendable =
             |detail: String| self.malformed(name, format!("the request cannot be sent: {detail}"));
         let uri: Uri = format!("http://{}{path}", self.dial.authority())
@@ -287,7 +321,7 @@ impl<D: Dial> HttpClient<D> {
             None => Bytes::new(),
         };
         request
-            .body(Full::new(bytes))
+            .body(Body::from(bytes))
             .map_err(|error| unsendable(error.to_string()))
     }
 

@@ -81,6 +81,18 @@ pub enum DeviceError {
     },
 }
 
+impl DeviceError {
+    /// Name of the device in the machine's spec.
+    pub fn device(&self) -> &str {
+        match self {
+            Self::Host { device, .. }
+            | Self::Unusable { device, .. }
+            | Self::Held { device, .. }
+            | Self::BadState { device, .. } => device,
+        }
+    }
+}
+
 /// How a device speaks to its driver. Implemented by the transport; cheap to call.
 pub trait Interrupt: Send + Sync + Debug {
     /// Used buffers are in queue `index`.

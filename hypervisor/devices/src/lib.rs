@@ -2,14 +2,15 @@
 //! through traits, so that every device can be driven, fuzzed and measured without a virtual machine.
 //!
 //! ```text
-//! sys      the only unsafe code: ioctls and rings of the kernel
 //! memory   guest memory, and which pages devices wrote
-//! device   what a virtio device is to its transport
 //! chain    bounded walks over descriptor chains a hostile guest may have written
+//! sys      the only unsafe code: ioctls and rings of the kernel
+//! device   what a virtio device is to its transport
 //! worker   the thread a device works on
 //! limiter  token buckets for rate limits
 //! rng console balloon vsock block net   the devices
 //! pci      configuration space, MSI-X, the virtio-pci transport
+//! mock     a driver without a guest, for tests, benchmarks and fuzz targets
 //! ```
 //!
 //! A module uses only the modules above it in this list, and no device uses another.
@@ -20,6 +21,25 @@ pub mod memory;
 
 pub mod device;
 
+pub mod chain;
+
 pub mod worker;
 
 pub mod limiter;
+
+pub mod block;
+
+pub mod pci;
+
+pub mod rng;
+
+pub mod balloon;
+
+pub mod console;
+
+#[cfg(any(test, feature = "test-support"))]
+pub mod mock;
+
+pub mod net;
+
+pub mod vsock;

@@ -9,7 +9,7 @@
 
 use crate::adoption::{Adoption, Found, adopt as decide, has_started};
 use crate::api::{self, Agent};
-use crate::args::{HostArgs, OnExit, server_authority};
+use crate::args::{HostArgs, OnExit, StoragePool, server_authority};
 use crate::board::Board;
 use crate::control::ControlPlane;
 use crate::error::HostError;
@@ -17,9 +17,11 @@ use crate::facts::{self, HostSampler};
 use crate::heartbeat::Heartbeats;
 use crate::join;
 use crate::lease::LeasePage;
+use crate::network::Networks;
 use crate::process::{self, VmmProcess};
 use crate::procfs;
 use crate::record::{End, Started, StateDirectory, VmDirectory, VmRecord};
+use crate::storage::{Origin, PoolPlace, Storage};
 use crate::sys::AfterAgent;
 use crate::vm::{self, Adopted, Command, Context, Registry};
 use godwit_channel::client::NO_BODY;
@@ -27,10 +29,12 @@ use godwit_channel::file::FileError;
 use godwit_channel::uds::{self, UdsClient};
 use godwit_channel::{tls, tls::Listener};
 use godwit_wire::id::VmId;
+use godwit_wire::storage::MAX_POOLS;
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::VmmInfo;
 use http::Method;
 use rustix::fs::FlockOperation;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -147,9 +151,14 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
         migration_address: address.ip(),
         control,
         board: Board::default(),
+        storage: Storage::new(pool_places(&args, &ground.state)?, host),
+        networks: Networks::new(host, address.ip()),
         runtime: tokio::runtime::Handle::current(),
     }));
     adopt_all(&registry).await?;
+    let _sampling = registry.context().storage.keep_sampling();
+    // Only now is it known what the VMs found here need.
+    let networking = registry.context().networks.keep();
     let agent = Arc::new(Agent {
         facts,
         sampler: HostSampler::new(),
@@ -181,6 +190,11 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
     }
     if args.on_exit == OnExit::KillVms {
         kill_all(&registry).await;
+        drop(networking);
+        let cleared = registry.context().networks.clear();
+        if tokio::time::timeout(KILL_TIMEOUT, cleared).await.is_err() {
+            tracing::warn!("taps and bridges are left; the next agent removes them");
+        }
     }
     // Only an answer under way could still be lost.
     drop(serving.await);
@@ -224,6 +238,36 @@ fn prepare(args: &HostArgs) -> Result<Ground, HostError> {
     })
 }
 
+/// The pools of the command line, or the default one.
+fn pool_places(args: &HostArgs, state: &StateDirectory) -> Result<Vec<PoolPlace>, HostError> {
+    if args.storage.is_empty() {
+        return Ok(vec![PoolPlace {
+            name: "default".to_owned(),
+            directory: state.pool(),
+            origin: Origin::Ours,
+        }]);
+    }
+    let mut names = BTreeSet::new();
+    for pool in &args.storage {
+        if !names.insert(&pool.name) {
+            return Err(HostError::StorageTwice {
+                name: pool.name.clone(),
+            });
+        }
+    }
+    if args.storage.len() > MAX_POOLS {
+        return Err(HostError::TooManyPools {
+            count: args.storage.len(),
+        });
+    }
+    let place = |pool: &StoragePool| PoolPlace {
+        name: pool.name.clone(),
+        directory: pool.directory.clone(),
+        origin: Origin::Operators,
+    };
+    Ok(args.storage.iter().map(place).collect())
+}
+
 fn check_depth(args: &HostArgs, state: &StateDirectory) -> Result<(), HostError> {
     let bytes = state.longest_socket_path_bytes();
     if bytes <= uds::MAX_PATH_BYTES {
@@ -265,6 +309,7 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
         // Made, and the agent died before it wrote anything: there is nothing.
         Ok(None) => return forget(&registry, vm, None, "it was never written down").await,
         Err(error) => {
+            registry.context().networks.spare(vm);
             return tracing::error!(%vm, %error, source = %error.source, "a VM's record cannot be read; it is left alone");
         }
     };
@@ -272,6 +317,7 @@ async fn adopt(registry: Arc<Registry>, vm: VmId) {
     let (process, found) = match found {
         Ok(found) => found,
         Err(error) => {
+            registry.context().networks.spare(vm);
             return tracing::error!(%vm, %error, "a VM's process cannot be examined; it is left alone");
         }
     };
@@ -363,6 +409,7 @@ async fn find(registry: &Registry, record: &VmRecord) -> io::Result<(Option<VmmP
 async fn kill_and_adopt(registry: &Arc<Registry>, record: VmRecord, process: Option<VmmProcess>) {
     let directory = registry.context().state.vm(record.vm);
     if let Err(error) = kill_what_is_left(&directory, process).await {
+        registry.context().networks.spare(record.vm);
         tracing::error!(vm = %record.vm, %error, "what is left of a VM could not be killed; it is left alone");
         return;
     }

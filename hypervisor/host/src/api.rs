@@ -1,5 +1,7 @@
 //! What the agent serves to the control plane (`godwit_wire::host_api` has the table).
 
+mod storage;
+
 use crate::facts::HostSampler;
 use crate::vm::{Command, Registry, Reply};
 use axum::extract::{DefaultBodyLimit, Request, State};
@@ -31,7 +33,7 @@ pub(crate) struct Agent {
 impl Agent {
     pub(crate) fn report(&self) -> HostReport {
         HostReport {
-            pools: Vec::new(),
+            pools: self.registry.context().storage.reports(),
             facts: self.facts.clone(),
             usage: self.sampler.usage(),
             vms: self.registry.context().board.reports(),
@@ -58,6 +60,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
             hand_on(POST, Command::Cancel),
         )
         .route("/v1/vms/{vm}/serial", get(serial))
+        .merge(storage::routes())
         .fallback(problem::no_such_path)
         .method_not_allowed_fallback(problem::method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_COMMAND_BYTES))

@@ -43,6 +43,10 @@ pub struct HostArgs {
     /// Memory that guests may use; all but a tenth (at least 512 MiB) if not given.
     #[arg(long, value_name = "MIB")]
     pub guest_memory_mib: Option<u64>,
+    /// A storage pool: a name and a directory that exists, on this host or shared with others; may be repeated. If none
+    /// is given, a pool `default` is kept in the state directory.
+    #[arg(long, value_name = "NAME=DIR", value_parser = storage_pool)]
+    pub storage: Vec<StoragePool>,
     /// What becomes of the VMs on SIGTERM and SIGINT.
     #[arg(long, value_enum, default_value_t)]
     pub on_exit: OnExit,
@@ -52,6 +56,38 @@ pub struct HostArgs {
     /// Program whose `vmm` command runs a VM; this program if not given.
     #[arg(long, value_name = "FILE", hide = true)]
     pub vmm_program: Option<PathBuf>,
+}
+
+/// A storage pool on the command line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoragePool {
+    /// What operators call it.
+    pub name: String,
+    /// Where it is.
+    pub directory: PathBuf,
+}
+
+/// Longest name of a pool.
+const MAX_POOL_NAME_BYTES: usize = 32;
+
+fn storage_pool(text: &str) -> Result<StoragePool, String> {
+    let (name, directory) = text
+        .split_once('=')
+        .ok_or("give a name and a directory, as in fast=/srv/fast")?;
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if name.is_empty() || name.len() > MAX_POOL_NAME_BYTES || !name.bytes().all(allowed) {
+        return Err(format!(
+            "{name:?} is no name of a pool: use 1 to {MAX_POOL_NAME_BYTES} of a-z, 0-9 and -"
+        ));
+    }
+    let directory = PathBuf::from(directory);
+    if !directory.is_absolute() {
+        return Err(format!("{} is no full path", directory.display()));
+    }
+    Ok(StoragePool {
+        name: name.to_owned(),
+        directory,
+    })
 }
 
 /// `host:port` of a server's URL.
@@ -79,6 +115,26 @@ pub(crate) fn server_authority(url: &str) -> Result<String, &'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_storage_pool_is_a_name_and_a_full_path() {
+        let pool = storage_pool("fast=/srv/a=b").unwrap();
+        assert_eq!(
+            (pool.name.as_str(), pool.directory.to_str()),
+            ("fast", Some("/srv/a=b"))
+        );
+        for wrong in [
+            "",
+            "fast",
+            "=/srv",
+            "fast=",
+            "fast=srv",
+            "Fast=/srv",
+            "a b=/srv",
+        ] {
+            assert!(storage_pool(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_server_is_an_https_address_with_or_without_a_port() {

@@ -46,6 +46,18 @@ pub enum HostError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// Two pools of one name.
+    #[error("--storage names two pools {name}: give each its own name")]
+    StorageTwice {
+        /// The name.
+        name: String,
+    },
+    /// Too many pools.
+    #[error("--storage is given {count} times: a host has at most {limit} pools", limit = godwit_wire::storage::MAX_POOLS)]
+    TooManyPools {
+        /// How many.
+        count: usize,
+    },
     /// UNIX sockets have short paths.
     #[error("the state directory {} is too deep: socket paths in it would have {bytes} bytes, and {limit} is the most; choose a shorter one", path.display())]
     StateDirTooDeep {

@@ -121,7 +121,9 @@ impl Heartbeats {
     }
 
     async fn obey(&mut self, sent_ns: u64, reply: HeartbeatReply, told: &[VmReport]) {
-        self.agent.registry.context().board.heard(told);
+        let context = self.agent.registry.context();
+        context.board.heard(told);
+        context.networks.set_peers(reply.peers);
         for order in &reply.orders {
             if let Order::Destroy { vm, epoch } = *order {
                 let outstanding = self.to_destroy.entry(vm).or_insert(epoch);

@@ -4,6 +4,7 @@
 //! ```text
 //! deciders (pure)   admission  handover  adoption  backoff
 //! on disk           record  lease
+//! for VMs           seed  storage  network
 //! one VM            vm: the driver task; process: its VMM
 //! the host          facts  api  heartbeat  join  agent
 //! ```
@@ -28,6 +29,12 @@ mod handover;
 mod record;
 
 mod adoption;
+
+mod seed;
+
+mod storage;
+
+mod network;
 
 mod lease;
 
@@ -54,5 +61,5 @@ mod heartbeat;
 mod agent;
 
 pub use agent::run;
-pub use args::{HostArgs, OnExit};
+pub use args::{HostArgs, OnExit, StoragePool};
 pub use error::HostError;

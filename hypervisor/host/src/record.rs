@@ -7,6 +7,8 @@
 //! DIR/fences/<vm>.json      Fence, kept after the VM is gone
 //! DIR/vms/<vm>/vm.json      VmRecord
 //! DIR/vms/<vm>/vmm.sock     the VMM's API;  serial.sock: its serial console;  vmm.log: its log
+//! DIR/vms/<vm>/seed.img     its cloud-init seed disk;  vsock.sock: the guest's sockets
+//! DIR/pool/                 the storage pool, if the command line names no other
 //! ```
 
 use crate::admission::Fence;
@@ -14,6 +16,7 @@ use godwit_channel::file::{self, Access, FileError};
 use godwit_wire::host_api::LeasePolicy;
 use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
 use godwit_wire::machine::MachineSpec;
+use godwit_wire::network::Network;
 use godwit_wire::vmm_api::StopReason;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -83,6 +86,9 @@ pub(crate) struct VmRecord {
     pub(crate) generation: Generation,
     pub(crate) fence: Fence,
     pub(crate) spec: MachineSpec,
+    /// The networks its cards are plugged into.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) networks: Vec<Network>,
     pub(crate) lease: LeasePolicy,
     pub(crate) purpose: Purpose,
     /// Boot of the host on which the process was started.
@@ -118,6 +124,7 @@ pub(crate) struct NewRecord {
     pub(crate) generation: Generation,
     pub(crate) fence: Fence,
     pub(crate) spec: MachineSpec,
+    pub(crate) networks: Vec<Network>,
     pub(crate) lease: LeasePolicy,
     pub(crate) purpose: Purpose,
     pub(crate) boot_id: Uuid,
@@ -132,6 +139,7 @@ impl VmRecord {
             generation,
             fence,
             spec,
+            networks,
             lease,
             purpose,
             boot_id,
@@ -144,6 +152,7 @@ impl VmRecord {
             generation,
             fence,
             spec,
+            networks,
             lease,
             purpose,
             boot_id,
@@ -175,6 +184,11 @@ impl StateDirectory {
 
     pub(crate) fn lease(&self) -> PathBuf {
         self.root.join("lease")
+    }
+
+    /// Where the default storage pool is.
+    pub(crate) fn pool(&self) -> PathBuf {
+        self.root.join("pool")
     }
 
     pub(crate) fn vms(&self) -> PathBuf {
@@ -283,6 +297,11 @@ impl VmDirectory {
         self.path.join("serial.sock")
     }
 
+    /// The cloud-init seed disk.
+    pub(crate) fn seed(&self) -> PathBuf {
+        self.path.join("seed.img")
+    }
+
     pub(crate) fn log(&self) -> PathBuf {
         self.path.join("vmm.log")
     }
@@ -324,7 +343,11 @@ impl VmDirectory {
 
     /// Removes what a killed VMM cannot remove itself.
     pub(crate) fn remove_sockets(&self) -> Result<(), FileError> {
-        for path in [self.api_socket(), self.serial_socket()] {
+        for path in [
+            self.api_socket(),
+            self.serial_socket(),
+            self.path.join("vsock.sock"),
+        ] {
             ignore_missing(std::fs::remove_file(&path))
                 .map_err(|e| FileError::new("remove", &path, e))?;
         }
@@ -400,6 +423,7 @@ pub(crate) mod tests {
                 ..Fence::default()
             },
             spec: spec(),
+            networks: Vec::new(),
             lease: LeasePolicy::Watched,
             purpose,
             boot_id: Uuid::nil(),

@@ -1,11 +1,12 @@
-//! The few things that need `unsafe`: the mapped lease page and what a child does between fork and exec.
+//! The few things that need `unsafe`: the mapped lease page, what a child does between fork and exec, and packet
+//! sockets.
 
 use godwit_wire::lease::LEASE_PAGE_BYTES;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::process::Signal;
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::io::Interest;
@@ -106,4 +107,122 @@ pub(crate) fn watch_readable(descriptor: OwnedFd) -> io::Result<AsyncFd<OwnedFd>
     // SAFETY: the owned descriptor is open, names itself always the same, and stays open until it is dropped
     // together with the watch: nobody else can close or replace it.
     Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
+}
+
+/// A socket for whole frames of one interface, to which only UDP packets for `port` come; non-blocking.
+pub(crate) fn udp_frames_of(interface: u32, port: u16) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    // With protocol 0 nothing comes before the filter is in place; binding chooses the protocol.
+    let socket = rustix::net::socket_with(AddressFamily::PACKET, SocketType::RAW, flags, None)?;
+    attach_filter(&socket, &udp_filter(port))?;
+    let mut address = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: (libc::ETH_P_IP as u16).to_be(),
+        sll_ifindex: i32::try_from(interface).map_err(|_| io::ErrorKind::InvalidInput)?,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    // SAFETY: the address is a whole `sockaddr_ll` and its true size is given; the kernel copies it.
+    let bound = unsafe {
+        libc::bind(
+            socket.as_raw_fd(),
+            (&raw mut address).cast(),
+            size_of::<libc::sockaddr_ll>() as libc::socklen_t,
+        )
+    };
+    if bound != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(socket)
+}
+
+/// IPv4 without options or fragments, UDP, to `port`: offsets as in an Ethernet frame.
+fn udp_filter(port: u16) -> [libc::sock_filter; 10] {
+    const LOAD_HALF: u32 = libc::BPF_LD | libc::BPF_H | libc::BPF_ABS;
+    const LOAD_BYTE: u32 = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
+    const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const IF_ANY_BIT: u32 = libc::BPF_JMP | libc::BPF_JSET | libc::BPF_K;
+    const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    [
+        op(LOAD_BYTE, 0, 0, 14),
+        op(IF_EQUAL, 0, 7, 0x45),
+        op(LOAD_BYTE, 0, 0, 23),
+        op(IF_EQUAL, 0, 5, libc::IPPROTO_UDP as u32),
+        op(LOAD_HALF, 0, 0, 20),
+        op(IF_ANY_BIT, 3, 0, 0x3fff),
+        op(LOAD_HALF, 0, 0, 36),
+        op(IF_EQUAL, 0, 1, u32::from(port)),
+        op(RETURN, 0, 0, u32::MAX),
+        op(RETURN, 0, 0, 0),
+    ]
+}
+
+fn attach_filter(socket: &OwnedFd, filter: &[libc::sock_filter]) -> io::Result<()> {
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: the program points to `filter`, which has the stated length and lives through the call; the kernel
+    // copies it and writes to none of it.
+    let attached = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of::<libc::sock_fprog>() as libc::socklen_t,
+        )
+    };
+    if attached != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Locks a file as a VMM locks its disk: the lock belongs to the open file.
+#[cfg(test)]
+pub(crate) fn lock_open_file(file: &File) -> io::Result<()> {
+    let lock = libc::flock {
+        l_type: libc::F_WRLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the kernel reads one whole `flock` and writes nothing.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// The guest's end of a tap with one queue, with a virtio header of 10 bytes before each frame; non-blocking.
+#[cfg(test)]
+pub(crate) fn open_tap(name: &str) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // A `struct ifreq`: the name, then the flags, then nothing that matters.
+    let mut request = [0_u8; 40];
+    request[..name.len()].copy_from_slice(name.as_bytes());
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
+    request[16..18].copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: the request is as long as a `struct ifreq`, which the kernel reads and writes.
+    if unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file)
 }

@@ -16,12 +16,14 @@
 //! goes on from the record and the processes it finds (see [`adoption`](crate::adoption)).
 
 // These modules are one state machine over several files: each extends the driver by one concern.
+mod attach;
 mod driver;
 mod handover;
 mod ledger;
 mod observe;
 mod receiving;
 mod registry;
+mod room;
 mod sending;
 mod start;
 mod stop;
@@ -36,11 +38,20 @@ use godwit_wire::host_api::{
 };
 use godwit_wire::id::Epoch;
 use godwit_wire::problem::Problem;
+use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingReady;
 use tokio::sync::oneshot;
 
 /// Where an answer goes; a caller that has gone away does not stop the work.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Problem>>;
+
+/// A disk of a machine that shall be larger.
+#[derive(Clone, Debug)]
+pub(crate) struct Resize {
+    /// Name of the disk in the spec.
+    pub(crate) disk: String,
+    pub(crate) bytes: Bytes,
+}
 
 /// What a driver can be told.
 #[derive(Debug)]
@@ -52,6 +63,8 @@ pub(crate) enum Command {
     Prepare(PrepareIncoming, Reply<IncomingReady>),
     Send(StartOutgoing, Reply<VmReport>),
     Cancel(CancelMigration, Reply<VmReport>),
+    /// A disk of the machine shall be larger.
+    Resize(Resize, Reply<()>),
     /// Kill what has at most this epoch and forget it.
     Destroy(Epoch, Reply<()>),
     /// The server's order after a lease had run out.

@@ -12,6 +12,8 @@ pub mod devices;
 
 pub mod machine;
 
+pub mod cpu;
+
 pub mod storage;
 
 pub mod network;

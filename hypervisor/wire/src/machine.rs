@@ -133,6 +133,42 @@ pub enum CpuMismatch {
         /// Signature of the host.
         host: String,
     },
+    /// The guest uses what the host cannot give.
+    #[error("the guest sees CPU features the host lacks: {}", names.join(", "))]
+    MissingFeatures {
+        /// Their names, as Linux shows them.
+        names: Vec<String>,
+    },
+    /// Guests know their CPU's vendor and use its instructions.
+    #[error("the guest runs on a CPU of {guest} and the host has one of {host}")]
+    VendorDiffers {
+        /// Vendor of the CPU the guest runs on.
+        guest: String,
+        /// Vendor of the host's.
+        host: String,
+    },
+    /// The host's CPU saves registers in another order than the guest knows.
+    #[error("XSAVE component {component} has another size or place on the host")]
+    XsaveLayout {
+        /// Number of the component.
+        component: u32,
+    },
+    /// The guest's clock would run at another speed.
+    #[error(
+        "the guest counts time at {guest_khz} kHz, the host's TSC runs at {host_khz} kHz and cannot be scaled"
+    )]
+    TscRate {
+        /// Rate the guest knows.
+        guest_khz: u32,
+        /// Rate of the host.
+        host_khz: u32,
+    },
+    /// A register of the guest does not exist on the host.
+    #[error("the host's KVM has no MSR {index:#x}, which the guest's state holds")]
+    MsrMissing {
+        /// The register.
+        index: u32,
+    },
 }
 
 impl CpuFacts {

@@ -18,6 +18,7 @@
 //!
 //! Either side may send `Abort` before `Done`; from `Done` on only the store's answer decides.
 
+use crate::cpu::GuestCpu;
 use crate::id::{Epoch, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::unit::Bytes;
@@ -183,6 +184,8 @@ pub enum Arrival {
 pub type Capability = String;
 
 /// Control messages from the source to the target.
+// One greeting per migration is large; a box would only complicate everyone who reads it.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum ToTarget {
@@ -204,6 +207,9 @@ pub enum ToTarget {
         spec: MachineSpec,
         /// CPU the guest runs on.
         cpu: CpuFacts,
+        /// What the guest sees of it; absent from sources that do not tell.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        guest_cpu: Option<GuestCpu>,
         /// Whether `Done` will carry a hash of all memory.
         verify: Verify,
         /// Memory the guest has touched so far: the target takes host memory for it before it accepts, so that

@@ -37,7 +37,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         return Err(Why::failed("the VM is gone"));
     };
     let prepare = PrepareIncoming {
-        networks: Vec::new(),
+        networks: view.networks_of(&vm.spec),
         name: vm.name.clone(),
         epoch: migration.epoch,
         generation: migration.prepare_generation,

@@ -1,5 +1,10 @@
 //! The crate's only unsafe code: kernel interfaces that no safe crate wraps.
 
+pub(crate) mod guarded;
+pub(crate) mod guest_io;
+pub(crate) mod tap;
+pub(crate) mod uring;
+
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vmm_sys_util::eventfd::EventFd;
 

@@ -5,10 +5,12 @@ use super::handover::Handover;
 use super::ledger::Refusal;
 use super::observe::{Observation, Observer};
 use super::registry::{Adopted, Context, Doom, Handle, MAX_WAITING_COMMANDS, Registry};
+use super::room::RoomKeeper;
 use super::stop::{Stopping, being_destroyed};
 use crate::admission::Fence;
 use crate::process::{Exit, VmmProcess};
 use crate::record::{End, Purpose, VmDirectory, VmRecord};
+use crate::storage::Room;
 use godwit_channel::CallError;
 use godwit_channel::uds::UdsClient;
 use godwit_wire::host_api::{CommitReply, Resolution, VmReport};
@@ -32,6 +34,8 @@ pub(super) enum News {
     Migration(MigrationStatus),
     Verdict(CommitReply),
     Resolution(Resolution),
+    /// Room where the disk is on which the machine waits.
+    Room(Room),
 }
 
 /// A VM that is here, in whatever state.
@@ -75,6 +79,8 @@ pub(super) struct Driver {
     pub(super) destructions: u64,
     /// The VMM killed last; the kernel may still be giving back its memory.
     pub(super) former: Option<VmmProcess>,
+    /// Lets the machine run again when its pool has room.
+    pub(super) room: RoomKeeper,
 }
 
 /// Where the fence of a VM that is not here is.
@@ -88,7 +94,7 @@ pub(super) enum FenceKept {
 
 /// What wakes a driver.
 enum Wake {
-    Command(Command),
+    Command(Box<Command>),
     News(News),
     Exited(Exit),
     Timer,
@@ -119,6 +125,7 @@ impl Driver {
             doom: doomed,
             destructions: 0,
             former: None,
+            room: RoomKeeper::default(),
         };
         if let Some(adopted) = adopted {
             driver.take_over(adopted);
@@ -162,13 +169,13 @@ impl Driver {
                 exit = exited(self.process()) => Wake::Exited(exit),
                 Some(news) = arriving.recv() => Wake::News(news),
                 command = commands.recv() => match command {
-                    Some(command) => Wake::Command(command),
+                    Some(command) => Wake::Command(Box::new(command)),
                     None => return,
                 },
                 () = sleep_until(self.next_look()) => Wake::Timer,
             };
             match wake {
-                Wake::Command(command) => self.carry_out(command).await,
+                Wake::Command(command) => self.carry_out(*command).await,
                 Wake::News(news) => self.take_note(news).await,
                 Wake::Exited(exit) => self.process_ended(&exit).await,
                 Wake::Timer => self.time_passed().await,
@@ -186,6 +193,7 @@ impl Driver {
             Command::Prepare(ask, reply) => drop(reply.send(self.prepare(ask).await)),
             Command::Send(ask, reply) => drop(reply.send(self.send(ask).await)),
             Command::Cancel(ask, reply) => drop(reply.send(self.cancel(ask).await)),
+            Command::Resize(ask, reply) => drop(reply.send(self.resize(ask).await)),
             Command::Destroy(epoch, reply) => drop(reply.send(self.destroy(epoch).await)),
             Command::ResumeAfterLease(epoch) => self.resume_after_lease(epoch).await,
             Command::KillProcess(reply) => drop(reply.send(self.kill_process().await)),
@@ -198,6 +206,7 @@ impl Driver {
             News::Migration(status) => self.migration_seen(status).await,
             News::Verdict(reply) => self.verdict_given(reply).await,
             News::Resolution(resolution) => self.resolution_given(resolution).await,
+            News::Room(room) => self.room_seen(room).await,
         }
     }
 
@@ -281,6 +290,15 @@ impl Driver {
         &mut self,
         call: impl Future<Output = Result<T, CallError>>,
     ) -> Result<T, Problem> {
+        let answer = async { call.await.map_err(CallError::into_problem) };
+        self.unless_doomed(answer).await
+    }
+
+    /// Waits for something, but not longer than the VM may stay.
+    pub(super) async fn unless_doomed<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, Problem>>,
+    ) -> Result<T, Problem> {
         let epoch = self
             .holding
             .as_ref()
@@ -292,7 +310,7 @@ impl Driver {
             Ok(_) = doom.wait_for(|doom| doom.orders > carried_out && doom.epoch >= epoch) => {
                 Err(being_destroyed(self.vm))
             }
-            answer = call => answer.map_err(CallError::into_problem),
+            done = work => done,
         }
     }
 
@@ -338,7 +356,9 @@ impl Driver {
             live.state = observation.info.state.clone();
         }
         let stopped = matches!(live.state, VmmState::Stopped { .. });
-        if stopped && live.stopping.is_some() {
+        let stopping = live.stopping.is_some();
+        self.watch_room();
+        if stopped && stopping {
             self.finish_stop().await;
             return;
         }
@@ -356,6 +376,11 @@ impl Driver {
             info,
         } = adopted;
         let purpose = record.purpose;
+        if process.is_some() {
+            let nics = &record.spec.devices.nics;
+            let networks = &self.context.networks;
+            networks.adopt(self.vm, nics, &record.networks);
+        }
         self.holding = Some(Holding {
             record,
             live: None,

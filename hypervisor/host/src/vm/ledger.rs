@@ -149,6 +149,7 @@ impl Driver {
                 holding.record.end = Some(end);
             }
         }
+        self.context.networks.detach(self.vm);
         if let Err(error) = self.directory.remove_sockets() {
             tracing::warn!(vm = %self.vm, %error, "sockets of an ended VMM are left");
         }

@@ -5,8 +5,10 @@ use super::ledger::unwritable;
 use super::{Command, Reply};
 use crate::board::Board;
 use crate::control::ControlPlane;
+use crate::network::Networks;
 use crate::process::VmmProcess;
 use crate::record::{StateDirectory, VmRecord};
+use crate::storage::Storage;
 use crate::sys::AfterAgent;
 use godwit_wire::id::{Epoch, HostId, VmId};
 use godwit_wire::problem::Problem;
@@ -35,6 +37,8 @@ pub(crate) struct Context {
     pub(crate) migration_address: IpAddr,
     pub(crate) control: ControlPlane,
     pub(crate) board: Board,
+    pub(crate) storage: Arc<Storage>,
+    pub(crate) networks: Arc<Networks>,
     /// Where drivers run.
     pub(crate) runtime: tokio::runtime::Handle,
 }

@@ -8,6 +8,7 @@ use crate::record::{NewRecord, Purpose, Started, VmRecord};
 use godwit_channel::CallError;
 use godwit_channel::client::NO_BODY;
 use godwit_channel::uds::UdsClient;
+use godwit_wire::devices::Attachments;
 use godwit_wire::host_api::{LeasePolicy, MAX_VMS_PER_HOST, PrepareIncoming, StartVm, VmReport};
 use godwit_wire::id::{Epoch, Generation};
 use godwit_wire::machine::MachineSpec;
@@ -60,6 +61,7 @@ impl Driver {
             generation: ask.generation,
             fence,
             spec: ask.spec,
+            networks: ask.networks,
             lease: ask.lease,
             purpose: Purpose::Owned,
             boot_id: self.context.boot_id,
@@ -100,7 +102,7 @@ impl Driver {
 
     async fn run_machine(&mut self, record: VmRecord) -> Result<(), Problem> {
         let request = CreateRequest {
-            attachments: Default::default(),
+            attachments: Attachments::default(),
             vm: self.vm,
             epoch: record.epoch,
             spec: record.spec.clone(),
@@ -109,7 +111,11 @@ impl Driver {
         let command = VmmCommand {
             epoch: record.epoch,
         };
-        let vmm = self.spawn_vmm(record).await?;
+        let (vmm, attachments) = self.spawn_vmm(record).await?;
+        let request = CreateRequest {
+            attachments,
+            ..request
+        };
         let built = vmm.request_within(BUILD_TIMEOUT, Method::PUT, "/v1/machine", Some(&request));
         let _: VmmInfo = self.vmm_answer(built).await?;
         let info: VmmInfo = self.vmm_answer(vmm.post("/v1/boot", &command)).await?;
@@ -144,6 +150,7 @@ impl Driver {
             generation: ask.generation,
             fence,
             spec: ask.spec.clone(),
+            networks: ask.networks.clone(),
             lease: ask.lease,
             purpose: Purpose::Receiving {
                 migration: ask.migration,
@@ -186,7 +193,7 @@ impl Driver {
         ask: &PrepareIncoming,
     ) -> Result<IncomingReady, Problem> {
         let request = IncomingRequest {
-            attachments: Default::default(),
+            attachments: Attachments::default(),
             vm: self.vm,
             epoch: ask.epoch,
             spec: ask.spec.clone(),
@@ -194,7 +201,11 @@ impl Driver {
             migration: ask.migration,
             listen: SocketAddr::new(self.context.migration_address, 0),
         };
-        let vmm = self.spawn_vmm(record).await?;
+        let (vmm, attachments) = self.spawn_vmm(record).await?;
+        let request = IncomingRequest {
+            attachments,
+            ..request
+        };
         let built = vmm.request_within(BUILD_TIMEOUT, Method::PUT, "/v1/incoming", Some(&request));
         let ready: IncomingReady = self.vmm_answer(built).await?;
         self.has_started(VmmState::Incoming)?;
@@ -225,9 +236,12 @@ impl Driver {
         }
     }
 
-    /// Writes the record, starts a VMM process and waits for its API. Whatever process there was for this VM is
-    /// gone before.
-    async fn spawn_vmm(&mut self, mut record: VmRecord) -> Result<UdsClient, Problem> {
+    /// Writes the record, gets disks and networks ready, starts a VMM process and waits for its API. Whatever process
+    /// there was for this VM is gone before.
+    async fn spawn_vmm(
+        &mut self,
+        mut record: VmRecord,
+    ) -> Result<(UdsClient, Attachments), Problem> {
         self.end_process().await?;
         self.wait_for_former(record.epoch).await?;
         let prepared = self
@@ -236,6 +250,7 @@ impl Driver {
             .and_then(|()| self.directory.remove_sockets())
             .and_then(|()| self.directory.write_record(&record));
         prepared.map_err(|error| unwritable(&error))?;
+        let attachments = self.attach(&record).await?;
         let process = VmmProcess::spawn(
             &self.context.program,
             &self.directory,
@@ -258,7 +273,7 @@ impl Driver {
         });
         written.map_err(|error| unwritable(&error))?;
         self.wait_until_ready(&vmm, &process).await?;
-        Ok(vmm)
+        Ok((vmm, attachments))
     }
 
     fn cannot_spawn(&self, error: &std::io::Error) -> Problem {

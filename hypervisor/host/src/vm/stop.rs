@@ -142,7 +142,7 @@ impl Driver {
         }
     }
 
-    async fn post_command(&mut self, epoch: Epoch, path: &str) -> Result<(), Problem> {
+    pub(super) async fn post_command(&mut self, epoch: Epoch, path: &str) -> Result<(), Problem> {
         let live = self.live().ok_or_else(|| not_running(self.vm))?;
         live.observer.command_sent();
         let vmm = live.vmm.clone();
@@ -251,6 +251,7 @@ impl Driver {
             tracing::error!(vm = %self.vm, %error, source = %error.source, "the fence could not be written down");
         }
         self.end_process().await?;
+        self.context.networks.detach(self.vm);
         if let Err(error) = self.directory.remove() {
             // Nothing runs in it; a successor finds a VM without a process, and the server has it removed again.
             tracing::error!(vm = %self.vm, %error, source = %error.source, "the VM's directory could not be removed");

@@ -1,6 +1,7 @@
 //! The driver against a fake VMM: the process is a real one (a script that waits), its API is served by the test; the
 //! server is served by the test over real TLS.
 
+mod devices;
 pub(crate) mod fake;
 
 use super::*;

@@ -71,6 +71,18 @@ impl Console {
     }
 }
 
+/// A device that writes to the console.
+impl std::io::Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        Self::write(self, bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// One follower of the guest's output.
 #[derive(Debug)]
 pub struct ConsoleReader {

@@ -1,20 +1,14 @@
 //! CPU features: what the host offers and what a guest sees.
 
-use super::KvmError;
+mod baseline;
+
+use super::{KvmError, VcpuFd};
+use godwit_wire::cpu::{CpuidLeaf, GuestCpu, TscScaling};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
-/// Bits of one CPUID register.
-#[derive(Clone, Copy, Debug)]
-struct Bits {
-    leaf: u32,
-    index: u32,
-    register: Register,
-    mask: u32,
-}
-
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Register {
     Eax,
     Ebx,
@@ -22,99 +16,12 @@ enum Register {
     Edx,
 }
 
-const fn bits(leaf: u32, index: u32, register: Register, mask: u32) -> Bits {
-    Bits {
-        leaf,
-        index,
-        register,
-        mask,
-    }
-}
-
-// The levels of the x86-64 psABI, chapter 3.1.1 "Processor Architecture".
-const V3: &[Bits] = &[
-    // FMA, MOVBE, AVX, F16C
-    bits(1, 0, Register::Ecx, 1 << 12 | 1 << 22 | 1 << 28 | 1 << 29),
-    // BMI1, AVX2, BMI2
-    bits(7, 0, Register::Ebx, 1 << 3 | 1 << 5 | 1 << 8),
-    // LZCNT
-    bits(0x8000_0001, 0, Register::Ecx, 1 << 5),
-];
-const V4: &[Bits] = &[
-    // AVX-512 F, DQ, CD, BW, VL
-    bits(
-        7,
-        0,
-        Register::Ebx,
-        1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31,
-    ),
-];
-
-/// What a guest below `x86-64-v4` must not see: all of AVX-512 and AMX.
-const ABOVE_V3: &[Bits] = &[
-    bits(
-        7,
-        0,
-        Register::Ebx,
-        1 << 16 | 1 << 17 | 1 << 21 | 1 << 28 | 1 << 30 | 1 << 31,
-    ),
-    bits(
-        7,
-        0,
-        Register::Ecx,
-        1 << 1 | 1 << 6 | 1 << 11 | 1 << 12 | 1 << 14,
-    ),
-    bits(
-        7,
-        0,
-        Register::Edx,
-        1 << 2 | 1 << 3 | 1 << 8 | 1 << 22 | 1 << 23 | 1 << 24 | 1 << 25,
-    ),
-    bits(7, 1, Register::Eax, 1 << 5),
-    bits(0xd, 0, Register::Eax, 0b1110_0000 | 0b11 << 17),
-];
-/// What a guest below `x86-64-v3` must not see besides: AVX and what builds on it.
-const ABOVE_V2: &[Bits] = &[
-    bits(1, 0, Register::Ecx, 1 << 12 | 1 << 22 | 1 << 28 | 1 << 29),
-    bits(7, 0, Register::Ebx, 1 << 3 | 1 << 5 | 1 << 8 | 1 << 19),
-    bits(7, 0, Register::Ecx, 1 << 8 | 1 << 9 | 1 << 10),
-    bits(7, 1, Register::Eax, 1 << 4 | 1 << 23),
-    bits(
-        0x8000_0001,
-        0,
-        Register::Ecx,
-        1 << 5 | 1 << 11 | 1 << 15 | 1 << 16 | 1 << 21,
-    ),
-    bits(0xd, 0, Register::Eax, 1 << 2),
-];
-
 fn register(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     match register {
         Register::Eax => &mut entry.eax,
         Register::Ebx => &mut entry.ebx,
         Register::Ecx => &mut entry.ecx,
         Register::Edx => &mut entry.edx,
-    }
-}
-
-fn has(entries: &[kvm_cpuid_entry2], wanted: &[Bits]) -> bool {
-    wanted.iter().all(|bits| {
-        entries.iter().any(|e| {
-            e.function == bits.leaf
-                && e.index == bits.index
-                && *register(&mut e.clone(), bits.register) & bits.mask == bits.mask
-        })
-    })
-}
-
-fn remove(entries: &mut [kvm_cpuid_entry2], unwanted: &[Bits]) {
-    for bits in unwanted {
-        for entry in entries
-            .iter_mut()
-            .filter(|e| e.function == bits.leaf && e.index == bits.index)
-        {
-            *register(entry, bits.register) &= !bits.mask;
-        }
     }
 }
 
@@ -128,13 +35,11 @@ fn supported(kvm: &Kvm) -> Result<Vec<kvm_cpuid_entry2>, KvmError> {
 /// What this host's CPU and KVM can give to guests.
 pub fn cpu_facts(kvm: &Kvm) -> Result<CpuFacts, KvmError> {
     let entries = supported(kvm)?;
-    let level = if !has(&entries, V3) {
-        CpuBaseline::V2
-    } else if !has(&entries, V4) {
-        CpuBaseline::V3
-    } else {
-        CpuBaseline::V4
-    };
+    // There is no name for less than the lowest level: a host below it offers what it has.
+    let level = [CpuBaseline::V4, CpuBaseline::V3]
+        .into_iter()
+        .find(|&level| baseline::offers(&entries, level))
+        .unwrap_or(CpuBaseline::V2);
     Ok(CpuFacts {
         level,
         signature: signature(&entries),
@@ -211,15 +116,11 @@ pub fn guest_cpuid(
     vcpu: u8,
     vcpus: u8,
 ) -> Result<CpuId, KvmError> {
-    let mut entries = supported(kvm)?;
-    match baseline {
-        CpuBaseline::V2 => {
-            remove(&mut entries, ABOVE_V3);
-            remove(&mut entries, ABOVE_V2);
-        }
-        CpuBaseline::V3 => remove(&mut entries, ABOVE_V3),
-        CpuBaseline::V4 | CpuBaseline::Host => {}
-    }
+    let supported = supported(kvm)?;
+    let mut entries = match baseline {
+        CpuBaseline::Host => supported,
+        named => baseline::cpuid(named, &supported),
+    };
     let deadline = kvm.check_extension(Cap::TscDeadlineTimer);
     for entry in &mut entries {
         place_vcpu(entry, vcpu, vcpus);
@@ -228,6 +129,39 @@ pub fn guest_cpuid(
         }
     }
     CpuId::from_entries(&entries).map_err(|_| KvmError::Lacks("room for the guest's CPUID"))
+}
+
+/// What a guest depends on, as the vCPU `vcpu` shows it; its CPUID has been set. `msrs` as from
+/// [`super::readable_msrs`].
+pub fn guest_cpu(cpuid: &CpuId, vcpu: &VcpuFd, msrs: &[u32]) -> Result<GuestCpu, KvmError> {
+    Ok(GuestCpu {
+        cpuid: cpuid
+            .as_slice()
+            .iter()
+            .filter(|e| (e.eax, e.ebx, e.ecx, e.edx) != (0, 0, 0, 0))
+            .map(|e| CpuidLeaf {
+                leaf: e.function,
+                index: e.index,
+                eax: e.eax,
+                ebx: e.ebx,
+                ecx: e.ecx,
+                edx: e.edx,
+            })
+            .collect(),
+        tsc_khz: vcpu
+            .get_tsc_khz()
+            .map_err(KvmError::during("KVM_GET_TSC_KHZ"))?,
+        msrs: msrs.iter().copied().collect(),
+    })
+}
+
+/// Whether this host's KVM can run a guest's TSC at another rate than its own.
+pub fn tsc_scaling(kvm: &Kvm) -> TscScaling {
+    if kvm.check_extension(Cap::TscControl) {
+        TscScaling::Available
+    } else {
+        TscScaling::Missing
+    }
 }
 
 /// Topology: one package, `vcpus` cores of one thread each, APIC ids counted from 0.
@@ -249,6 +183,10 @@ fn place_vcpu(entry: &mut kvm_cpuid_entry2, vcpu: u8, vcpus: u8) {
                 index => (entry.eax, entry.ebx, entry.ecx) = (0, 0, index),
             }
         }
+        // AMD's older way to say that a package has several cores.
+        0x8000_0001 if entry.eax != 0 => {
+            entry.ecx = entry.ecx & !(1 << 1) | u32::from(vcpus > 1) << 1;
+        }
         0x8000_0008 => entry.ecx = id_bits << 12 | u32::from(vcpus - 1),
         // AMD: extended APIC id; one thread per core; one node.
         0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (u32::from(vcpu), u32::from(vcpu), 0),
@@ -268,16 +206,6 @@ mod tests {
             ecx,
             ..Default::default()
         }
-    }
-
-    #[test]
-    fn a_v2_guest_sees_no_avx() {
-        let mut entries = vec![leaf(1, 0, 0, u32::MAX), leaf(7, 0, u32::MAX, u32::MAX)];
-        remove(&mut entries, ABOVE_V3);
-        remove(&mut entries, ABOVE_V2);
-        assert_eq!(entries[0].ecx & (1 << 28), 0);
-        assert_eq!(entries[1].ebx & (1 << 5 | 1 << 16), 0);
-        assert_ne!(entries[0].ecx & (1 << 20), 0, "SSE4.2 stays");
     }
 
     #[test]

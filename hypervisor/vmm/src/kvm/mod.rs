@@ -5,14 +5,16 @@ mod cpuid;
 mod dirty_log;
 mod error;
 mod ioctl;
+mod irq;
 mod kick;
 mod msr;
 mod vm_state;
 
 pub use cpu_state::{ClockAdvance, VcpuState};
-pub use cpuid::{cpu_facts, guest_cpuid};
+pub use cpuid::{cpu_facts, guest_cpu, guest_cpuid, tsc_scaling};
 pub use dirty_log::{DirtyBitmap, DirtyLog, DirtyLogSource, LoggedSlot};
 pub use error::KvmError;
+pub use irq::Interrupts;
 pub use kick::{Kick, Kickable, install_kick_handler};
 pub use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 pub use msr::readable_msrs;

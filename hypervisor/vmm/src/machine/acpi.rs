@@ -1,28 +1,36 @@
-//! ACPI tables of the `godwit-1` platform: hardware-reduced, so the guest needs no power-management timer, no
-//! SMI and no legacy event blocks.
+//! ACPI tables: hardware-reduced, so the guest needs no power-management timer, no SMI and no legacy event blocks.
+//!
+//! The tables of a machine type never change: a guest that was installed on one finds the same machine on every host
+//! and after every update of this program.
 
-use crate::devices::{
-    COM1_IRQ, COM1_PORT, KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, SLEEP_CONTROL_PORT, SLEEP_TYPE_S5,
-};
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate};
+mod dsdt;
+
+use super::layout::{ECAM_START, IOAPIC_ADDRESS, LAPIC_ADDRESS, PCI_BUSES};
+use crate::devices::{KEYBOARD_COMMAND_PORT, KEYBOARD_RESET, SLEEP_CONTROL_PORT};
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
-use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::{Aml, aml};
+use godwit_wire::machine::MachineType;
 
 const OEM_ID: [u8; 6] = *b"GODWIT";
-const OEM_TABLE_ID: [u8; 8] = *b"GODWIT1 ";
 const OEM_REVISION: u32 = 1;
-const LAPIC_ADDRESS: u32 = 0xfee0_0000;
-const IOAPIC_ADDRESS: u32 = 0xfec0_0000;
+
+const fn oem_table_id(machine_type: MachineType) -> [u8; 8] {
+    match machine_type {
+        MachineType::Godwit1 => *b"GODWIT1 ",
+        MachineType::Godwit2 => *b"GODWIT2 ",
+    }
+}
 
 /// All tables, laid out one after the other from `address` on; the RSDP comes first.
-pub(super) fn tables(vcpus: u8, address: u64) -> Vec<u8> {
+pub(super) fn tables(machine_type: MachineType, vcpus: u8, address: u64) -> Vec<u8> {
+    let id = oem_table_id(machine_type);
     let mut blob = bytes(&Rsdp::new(OEM_ID, 0));
     let mut place = |table: Vec<u8>| {
         blob.resize(blob.len().next_multiple_of(16), 0);
@@ -30,12 +38,15 @@ pub(super) fn tables(vcpus: u8, address: u64) -> Vec<u8> {
         blob.extend(table);
         at
     };
-    let dsdt = place(dsdt());
-    let fadt = place(bytes(&fadt(dsdt)));
-    let madt = place(bytes(&madt(vcpus)));
-    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let dsdt = place(dsdt::dsdt(machine_type, id));
+    let fadt = place(bytes(&fadt(id, dsdt)));
+    let madt = place(bytes(&madt(id, vcpus)));
+    let mut xsdt = XSDT::new(OEM_ID, id, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if machine_type == MachineType::Godwit2 {
+        xsdt.add_entry(place(bytes(&mcfg(id))));
+    }
     let xsdt = place(bytes(&xsdt));
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
     blob[..rsdp.len()].copy_from_slice(&rsdp);
@@ -58,8 +69,8 @@ fn io_register(port: u16) -> GAS {
     )
 }
 
-fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
-    let mut builder = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+fn fadt(oem_table_id: [u8; 8], dsdt: u64) -> acpi_tables::fadt::FADT {
+    let mut builder = FADTBuilder::new(OEM_ID, oem_table_id, OEM_REVISION)
         .dsdt_64(dsdt)
         .flag(Flags::Wbinvd)
         .flag(Flags::PwrButton)
@@ -75,10 +86,18 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
     builder.finalize()
 }
 
-fn madt(vcpus: u8) -> MADT {
+/// PCI configuration space (PCI Firmware Specification 3.2, section 4.1.2).
+fn mcfg(oem_table_id: [u8; 8]) -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, oem_table_id, OEM_REVISION);
+    mcfg.add_ecam(ECAM_START, 0, *PCI_BUSES.start(), *PCI_BUSES.end());
+    mcfg
+}
+
+/// Every vCPU has an APIC id below 255, which a local APIC structure can name also where the guest uses x2APIC mode.
+fn madt(oem_table_id: [u8; 8], vcpus: u8) -> MADT {
     let mut madt = MADT::new(
         OEM_ID,
-        OEM_TABLE_ID,
+        oem_table_id,
         OEM_REVISION,
         LocalInterruptController::Address(LAPIC_ADDRESS),
     );
@@ -89,23 +108,6 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt() -> Vec<u8> {
-    let mut sdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    let sleep_type = SLEEP_TYPE_S5;
-    let s5 = Name::new("_S5_".into(), &Package::new(vec![&sleep_type]));
-    let hid = Name::new("_HID".into(), &EISAName::new("PNP0501"));
-    let uid = Name::new("_UID".into(), &aml::ZERO);
-    let ports = IO::new(COM1_PORT, COM1_PORT, 1, 8);
-    let irq = Interrupt::new(true, true, false, false, COM1_IRQ);
-    let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&irq, &ports]));
-    let com1 = Device::new("_SB_.COM1".into(), vec![&hid, &uid, &resources]);
-    for object in [&s5 as &dyn Aml, &com1] {
-        sdt.append_slice(&bytes(object));
-    }
-    sdt.update_checksum();
-    sdt.as_slice().to_vec()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -114,16 +116,14 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    #[test]
-    fn every_table_is_reachable_and_has_a_valid_checksum() {
-        let base = 0xe_0000;
-        let blob = tables(4, base);
+    /// Signatures of the tables the XSDT names, every checksum on the way checked.
+    fn names(blob: &[u8], base: u64) -> Vec<String> {
         let at = |address: u64| &blob[(address - base) as usize..];
         let u32_at = |b: &[u8], o: usize| u32::from_le_bytes(b[o..o + 4].try_into().unwrap());
         let u64_at = |b: &[u8], o: usize| u64::from_le_bytes(b[o..o + 8].try_into().unwrap());
         assert_eq!(&blob[..8], b"RSD PTR ");
         assert_eq!((sum(&blob[..20]), sum(&blob[..36])), (0, 0));
-        let xsdt = at(u64_at(&blob, 24));
+        let xsdt = at(u64_at(blob, 24));
         assert_eq!(&xsdt[..4], b"XSDT");
         let length = u32_at(xsdt, 4) as usize;
         assert_eq!(sum(&xsdt[..length]), 0);
@@ -138,6 +138,29 @@ mod tests {
                 assert_eq!(sum(&dsdt[..u32_at(dsdt, 4) as usize]), 0);
             }
         }
-        assert_eq!(names, ["FACP", "APIC"]);
+        names
+    }
+
+    #[test]
+    fn every_table_is_reachable_and_has_a_valid_checksum() {
+        let base = 0xe_0000;
+        assert_eq!(
+            names(&tables(MachineType::Godwit1, 4, base), base),
+            ["FACP", "APIC"]
+        );
+        assert_eq!(
+            names(&tables(MachineType::Godwit2, 64, base), base),
+            ["FACP", "APIC", "MCFG"]
+        );
+    }
+
+    #[test]
+    fn the_tables_of_a_released_machine_type_never_change() {
+        let hash = |machine_type, vcpus| {
+            let blob = tables(machine_type, vcpus, 0xe_0000);
+            format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&blob))
+        };
+        expect_test::expect!["1194c960f15e0a1d2795ac696b124225"]
+            .assert_eq(&hash(MachineType::Godwit1, 4));
     }
 }

@@ -5,6 +5,7 @@ pub(super) const BOOT_PARAMS_BYTES: usize = 4096;
 
 const ACPI_RSDP_ADDR: usize = 0x070;
 const E820_ENTRIES: usize = 0x1e8;
+const SETUP_HEADER: usize = 0x1f1;
 const BOOT_FLAG: usize = 0x1fe;
 const HEADER: usize = 0x202;
 const VERSION: usize = 0x206;
@@ -28,6 +29,8 @@ pub(super) enum RangeKind {
 /// What the kernel is told.
 #[derive(Clone, Debug)]
 pub(super) struct BootParams<'a> {
+    /// The kernel file's own setup header, from [`SETUP_HEADER`] on; an ELF has none.
+    pub(super) header: Option<&'a [u8]>,
     pub(super) memory_map: &'a [(u64, u64, RangeKind)],
     pub(super) initrd: Option<(u32, u32)>,
     pub(super) cmdline: u32,
@@ -43,13 +46,18 @@ impl BootParams<'_> {
             |offset: usize, bytes: &[u8]| page[offset..offset + bytes.len()].copy_from_slice(bytes);
         put(ACPI_RSDP_ADDR, &self.rsdp.to_le_bytes());
         put(BOOT_FLAG, &0xaa55u16.to_le_bytes());
-        put(HEADER, b"HdrS");
-        put(VERSION, &0x020fu16.to_le_bytes());
+        match self.header {
+            Some(header) => put(SETUP_HEADER, header),
+            None => {
+                put(HEADER, b"HdrS");
+                put(VERSION, &0x020fu16.to_le_bytes());
+                put(LOADFLAGS, &[1]);
+                put(KERNEL_ALIGNMENT, &0x0100_0000u32.to_le_bytes());
+                put(CMDLINE_SIZE, &self.cmdline_bytes.to_le_bytes());
+            }
+        }
         put(TYPE_OF_LOADER, &[0xff]);
-        put(LOADFLAGS, &[1]);
-        put(KERNEL_ALIGNMENT, &0x0100_0000u32.to_le_bytes());
         put(CMD_LINE_PTR, &self.cmdline.to_le_bytes());
-        put(CMDLINE_SIZE, &self.cmdline_bytes.to_le_bytes());
         if let Some((address, bytes)) = self.initrd {
             put(RAMDISK_IMAGE, &address.to_le_bytes());
             put(RAMDISK_SIZE, &bytes.to_le_bytes());
@@ -76,6 +84,7 @@ mod tests {
     #[test]
     fn the_kernel_finds_its_memory_map_and_command_line() {
         let page = BootParams {
+            header: None,
             memory_map: &[
                 (0, 0x9_fc00, RangeKind::Ram),
                 (0x10_0000, 0x3f0_0000, RangeKind::Ram),

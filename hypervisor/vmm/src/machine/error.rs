@@ -2,6 +2,7 @@
 
 use crate::kvm::KvmError;
 use crate::memory::{LeasePageError, RamError};
+use godwit_devices::device::DeviceError;
 use godwit_wire::problem::{FieldProblem, Problem};
 use std::io;
 use std::path::PathBuf;
@@ -25,13 +26,41 @@ pub enum MachineError {
         /// Why.
         source: io::Error,
     },
+    /// Something else than a file with content has the name.
+    #[error("{} {found}", path.display())]
+    WrongFile {
+        /// Field of the spec.
+        field: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// The kernel is not what this machine boots.
-    #[error("not an uncompressed 64-bit ELF kernel ({reason})")]
+    #[error("neither a 64-bit Linux bzImage nor an uncompressed x86-64 ELF: {reason}")]
     NotAKernel {
         /// Field of the spec.
         field: &'static str,
         /// What the loader found.
         reason: String,
+    },
+    /// The kernel alone does not fit.
+    #[error(
+        "the kernel needs memory up to {needed_bytes:#x} and the machine's first stretch ends at {memory_bytes:#x}"
+    )]
+    KernelTooLarge {
+        /// First address behind what the kernel needs.
+        needed_bytes: u64,
+        /// First address behind the memory there is.
+        memory_bytes: u64,
+    },
+    /// The kernel takes no command line of that length.
+    #[error("the command line has {bytes} bytes and this kernel takes {limit}")]
+    CommandLineTooLong {
+        /// Length given.
+        bytes: usize,
+        /// Longest the kernel's header allows.
+        limit: usize,
     },
     /// Kernel and initial RAM disk do not fit.
     #[error(
@@ -56,6 +85,19 @@ pub enum MachineError {
     /// A vCPU thread is gone.
     #[error("vCPU {0} does not answer")]
     VcpuGone(u8),
+    /// A device.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// Something the spec names cannot be found on this host.
+    #[error("{detail}")]
+    Attachment {
+        /// Field of the spec.
+        field: String,
+        /// What is missing.
+        detail: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
     /// A saved machine that does not fit this one.
     #[error("the saved machine cannot be restored here: {0}")]
     BadState(String),
@@ -84,6 +126,16 @@ impl MachineError {
                 chain,
                 "give the guest less memory or choose a host with more",
             )]),
+            Self::Ram(RamError::HugePages { needed, .. }) => {
+                Problem::invalid(vec![FieldProblem::new(
+                    at("memory_backing"),
+                    chain,
+                    format!(
+                        "reserve more on the host (sysctl vm.nr_hugepages, {} for this guest) or use standard pages",
+                        needed.0 / 2
+                    ),
+                )])
+            }
             Self::File { field, .. } => Problem::invalid(vec![FieldProblem::new(
                 at(field),
                 chain,
@@ -92,13 +144,42 @@ impl MachineError {
             Self::NotAKernel { field, .. } => Problem::invalid(vec![FieldProblem::new(
                 at(field),
                 chain,
-                "give a vmlinux (ELF, x86-64), not a bzImage or a compressed file",
+                "give a kernel as distributions install it (vmlinuz), or an uncompressed vmlinux",
+            )]),
+            Self::WrongFile { field, .. } => Problem::invalid(vec![FieldProblem::new(
+                at(field),
+                chain,
+                "give the path of a file",
+            )]),
+            Self::KernelTooLarge { needed_bytes, .. } => Problem::invalid(vec![FieldProblem::new(
+                at("memory_mib"),
+                chain,
+                format!(
+                    "give the guest more than {} MiB of memory or use a smaller kernel",
+                    needed_bytes.div_ceil(1 << 20)
+                ),
+            )]),
+            Self::CommandLineTooLong { limit, .. } => Problem::invalid(vec![FieldProblem::new(
+                at("boot.cmdline"),
+                chain,
+                format!("keep it at {limit} bytes or less"),
             )]),
             Self::NoRoom { .. } => Problem::invalid(vec![FieldProblem::new(
                 at("memory_mib"),
                 chain,
                 "give the guest more memory or use a smaller initial RAM disk",
             )]),
+            Self::Attachment { field, remedy, .. } => {
+                Problem::invalid(vec![FieldProblem::new(at(field), chain, *remedy)])
+            }
+            Self::Device(DeviceError::Held { .. }) => Problem::conflict("device-held", chain)
+                .with_remedy("stop the machine that holds it, or let the control plane decide who owns the VM"),
+            Self::Device(DeviceError::Host { .. } | DeviceError::Unusable { .. }) => Problem::new(
+                422,
+                "device-unusable",
+                "A device of the machine cannot be had on this host",
+                chain,
+            ),
             Self::Lease(_) => Problem::invalid(vec![FieldProblem::new(
                 "lease",
                 chain,

@@ -1,9 +1,14 @@
 //! A machine: memory, vCPUs and devices together, and what can be done to them as one.
 
 mod acpi;
+mod attachments;
 mod boot;
 mod boot_params;
+mod devices;
 mod error;
+pub mod layout;
+mod memory_bus;
+mod power_button;
 mod run;
 mod vcpu;
 

@@ -1,13 +1,21 @@
 //! The machine as a whole.
 
-use super::vcpu::{EventSink, Gate, Vcpu};
+use super::devices::PciDevices;
+use super::memory_bus::MemoryBus;
+use super::power_button::PowerButton;
+use super::vcpu::{Buses, EventSink, Gate, Vcpu};
 use super::{MachineError, MachineEvent, boot};
-use crate::devices::{COM1_IRQ, Console, PortBus, SavedSerial, SerialPort};
+use crate::devices::{COM1_IRQ, Console, GuestInput, PortBus, SavedSerial, SerialPort};
 use crate::kvm::{self, ClockAdvance, DirtyLogSource, KvmError, VcpuState, VmFd, VmState};
 use crate::memory::{GuestRam, LeasePage};
+use godwit_devices::pci::SavedFunction;
+use godwit_wire::cpu::{GuestCpu, TscScaling};
+use godwit_wire::devices::Attachments;
+use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::lease::LeaseState;
-use godwit_wire::machine::MachineSpec;
-use godwit_wire::vmm_api::VcpuInfo;
+use godwit_wire::machine::{MachineSpec, MachineType};
+use godwit_wire::unit::{Bytes, Mib};
+use godwit_wire::vmm_api::{DeviceInfo, VcpuInfo};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -17,17 +25,22 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::EventFd;
 
-/// Layout of [`SavedMachine`].
-const SAVED_VERSION: u32 = 1;
+/// Layout of [`SavedMachine`]: 1 has no devices on a PCI bus, and is what machines without one are saved as.
+const SAVED_VERSION: u32 = 2;
+const SAVED_VERSION_WITHOUT_PCI: u32 = 1;
 
 /// What a machine is made from.
 #[derive(Clone)]
 pub struct MachineParts {
     /// The machine.
     pub spec: MachineSpec,
+    /// Whose it is: writable disks are locked in its name.
+    pub vm: VmId,
+    /// Where this host has what the spec names.
+    pub attachments: Attachments,
     /// Where its serial output goes; outlives the machine.
     pub console: Console,
-    /// Where it reports what the guest does by itself.
+    /// Where it reports what the guest and its devices do by themselves.
     pub events: Arc<dyn Fn(MachineEvent) + Send + Sync>,
 }
 
@@ -46,16 +59,21 @@ pub struct SavedMachine {
     vm: VmState,
     vcpus: Vec<VcpuState>,
     serial: SavedSerial,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    functions: Vec<SavedFunction>,
 }
 
 /// A machine whose vCPUs wait or run.
 pub struct Machine {
-    // Dropped in this order: the watch and the vCPUs stop before the VM and its memory go.
+    // Dropped in this order: the watch, the vCPUs and the devices stop before the VM and its memory go.
     lease_watch: Option<LeaseWatch>,
     vcpus: Vec<Vcpu>,
+    pci: Option<PciDevices>,
     gate: Arc<Gate>,
     bus: PortBus,
+    power_button: Option<PowerButton>,
     msrs: Arc<[u32]>,
+    guest_cpu: GuestCpu,
     dirty_log: DirtyLogSource,
     vm: Arc<VmFd>,
     kvm: Arc<Kvm>,
@@ -75,14 +93,30 @@ impl Machine {
     /// Builds the whole machine: memory mapped, vCPUs and devices created, nothing running.
     pub fn build(parts: &MachineParts, lease: Option<&Path>) -> Result<Self, MachineError> {
         let spec = &parts.spec;
+        boot::check(spec)?;
         let lease = lease.map(LeasePage::open).transpose()?;
         let kvm = Arc::new(kvm::open()?);
-        let ram = GuestRam::new(spec.memory_mib)?;
+        let ram = GuestRam::with_backing(spec.memory_mib, spec.devices.memory_backing)?;
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         let dirty_log = DirtyLogSource::new(vm.clone(), ram.slots());
         ram.give_to(&vm)?;
         let serial = SerialPort::new(irq_line(&vm)?, parts.console.clone());
         let bus = PortBus::new(serial);
+        let power_button = match spec.machine_type {
+            MachineType::Godwit1 => None,
+            MachineType::Godwit2 => Some(PowerButton::new(&vm)?),
+        };
+        let pci = match spec.machine_type {
+            MachineType::Godwit1 => None,
+            MachineType::Godwit2 => {
+                let interrupts = kvm::Interrupts::new(vm.clone());
+                Some(PciDevices::build(parts, &ram, interrupts)?)
+            }
+        };
+        let buses = Buses {
+            ports: bus.clone(),
+            memory: MemoryBus::new(pci.as_ref().map(PciDevices::bus)),
+        };
         let gate = Arc::new(Gate {
             stop: true.into(),
             lease,
@@ -98,10 +132,15 @@ impl Machine {
             fds.push(fd);
         }
         let msrs: Arc<[u32]> = kvm::readable_msrs(&kvm, &fds[0])?.into();
+        let guest_cpu = kvm::guest_cpu(
+            &kvm::guest_cpuid(&kvm, spec.cpu, 0, spec.vcpus)?,
+            &fds[0],
+            &msrs,
+        )?;
         let events: EventSink = parts.events.clone();
         let vcpus = (0..)
             .zip(fds)
-            .map(|(index, fd)| Vcpu::start(index, fd, bus.clone(), gate.clone(), events.clone()))
+            .map(|(index, fd)| Vcpu::start(index, fd, buses.clone(), gate.clone(), events.clone()))
             .collect::<Result<Vec<_>, _>>()?;
         let lease_watch = match gate.lease {
             Some(_) => Some(LeaseWatch::start(
@@ -113,9 +152,12 @@ impl Machine {
         Ok(Self {
             lease_watch,
             vcpus,
+            pci,
             gate,
             bus,
+            power_button,
             msrs,
+            guest_cpu,
             dirty_log,
             vm,
             kvm,
@@ -133,22 +175,66 @@ impl Machine {
         Ok(())
     }
 
+    /// Presses the power button; `false` if the machine has none.
+    pub fn press_power_button(&self) -> Result<bool, MachineError> {
+        self.power_button
+            .as_ref()
+            .map_or(Ok(false), |button| button.press().map(|()| true))
+    }
+
     /// Whether the lease allows the guest to run.
     pub fn lease_allows(&self) -> bool {
         self.gate.lease_allows()
     }
 
-    /// Lets all vCPUs run. They stop by themselves if the lease does not allow it.
+    /// Takes what only one machine may hold (the locks of writable disks) under `epoch`. Before it runs, and again
+    /// after [`Self::release`]; repeating it does no harm.
+    pub fn claim(&self, epoch: Epoch) -> Result<(), MachineError> {
+        Ok(self.pci.as_ref().map_or(Ok(()), |pci| pci.claim(epoch))?)
+    }
+
+    /// Gives up what [`Self::claim`] took, because the machine may go on elsewhere. It must be paused.
+    pub fn release(&self) -> Result<(), MachineError> {
+        Ok(self.pci.as_ref().map_or(Ok(()), PciDevices::release)?)
+    }
+
+    /// Tells guest and network that the machine runs here now. It must have arrived from another host.
+    pub fn announce(&self) {
+        if let Some(pci) = &self.pci {
+            pci.announce();
+        }
+    }
+
+    /// Lets all vCPUs and devices run. vCPUs stop by themselves if the lease does not allow it.
     pub fn run(&self) -> Result<(), MachineError> {
         self.gate.stop.store(false, Ordering::SeqCst);
         if let Some(watch) = &self.lease_watch {
             watch.wake();
         }
-        self.vcpus.iter().try_for_each(Vcpu::run)
+        self.vcpus.iter().try_for_each(Vcpu::run)?;
+        if let Some(pci) = &self.pci
+            && let Err(error) = pci.resume()
+        {
+            self.stop_vcpus()?;
+            return Err(error.into());
+        }
+        Ok(())
     }
 
-    /// Stops all vCPUs; returns when none runs and no I/O is half done.
+    /// Stops all vCPUs and devices; returns when none runs, nothing is in flight and no I/O is half done.
     pub fn pause(&self) -> Result<(), MachineError> {
+        self.stop_vcpus()?;
+        if let Some(pci) = &self.pci
+            && let Err(error) = pci.pause()
+        {
+            // Half a machine must not be left standing.
+            self.run()?;
+            return Err(error.into());
+        }
+        Ok(())
+    }
+
+    fn stop_vcpus(&self) -> Result<(), MachineError> {
         self.gate.stop.store(true, Ordering::SeqCst);
         for vcpu in &self.vcpus {
             vcpu.kick().kick();
@@ -161,12 +247,14 @@ impl Machine {
         let stopped = answers.into_iter().try_for_each(super::vcpu::Answer::wait);
         if stopped.is_err() {
             // Some have stopped and some have not: none may be left behind in between.
-            self.run()?;
+            self.gate.stop.store(false, Ordering::SeqCst);
+            self.vcpus.iter().try_for_each(Vcpu::run)?;
         }
         stopped
     }
 
-    /// Saves everything but memory, and when guest time was sampled. vCPUs must be paused.
+    /// Saves everything but memory, and when guest time was sampled. The machine must be paused. Devices may write
+    /// guest memory up to the end of this.
     pub fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {
         let (at, sampled) = (ClockAdvance::now(0), Instant::now());
         let clock_ns = self
@@ -186,20 +274,29 @@ impl Machine {
             .into_iter()
             .map(|answer| Ok(answer.wait()??))
             .collect::<Result<Vec<_>, MachineError>>()?;
+        let functions = self.pci.as_ref().map_or(Ok(Vec::new()), PciDevices::save)?;
         let saved = SavedMachine {
-            version: SAVED_VERSION,
+            version: match self.pci {
+                Some(_) => SAVED_VERSION,
+                None => SAVED_VERSION_WITHOUT_PCI,
+            },
             vm: VmState::save(&self.vm, clock_ns)?,
             vcpus,
             serial: self.bus.serial().save(),
+            functions,
         };
         Ok((saved, sampled))
     }
 
     /// Makes this machine, which has never run, what was saved. `age` is the time since guest time was sampled.
     pub fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError> {
-        if saved.version != SAVED_VERSION {
+        let version = match self.pci {
+            Some(_) => SAVED_VERSION,
+            None => SAVED_VERSION_WITHOUT_PCI,
+        };
+        if saved.version != version {
             return Err(MachineError::BadState(format!(
-                "it has version {} and this program knows {SAVED_VERSION}",
+                "it has version {} and a machine of this type has {version} here",
                 saved.version
             )));
         }
@@ -229,8 +326,11 @@ impl Machine {
         for answer in answers {
             answer.wait()??;
         }
-        // Last, because it raises the interrupts that were pending: the chips they go through must be there. One
+        // Last, because they raise the interrupts that were pending: the chips they go through must be there. One
         // too many does no harm.
+        if let Some(pci) = &self.pci {
+            pci.restore(saved.functions)?;
+        }
         self.bus
             .serial()
             .restore(&saved.serial, irq_line(&self.vm)?)
@@ -242,9 +342,46 @@ impl Machine {
         &self.dirty_log
     }
 
+    /// What the guest sees of this host's CPU.
+    pub const fn guest_cpu(&self) -> &GuestCpu {
+        &self.guest_cpu
+    }
+
+    /// Whether the guest's clock can run at another rate than this host's.
+    pub fn tsc_scaling(&self) -> TscScaling {
+        kvm::tsc_scaling(&self.kvm)
+    }
+
     /// Guest memory.
     pub const fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// What every device on the bus tells of itself.
+    pub fn devices(&self) -> Vec<DeviceInfo> {
+        self.pci.as_ref().map_or(Vec::new(), PciDevices::info)
+    }
+
+    /// Makes a disk larger; `false` if there is none of that name.
+    pub fn resize_disk(&self, name: &str, bytes: Bytes) -> Result<bool, MachineError> {
+        match &self.pci {
+            Some(pci) => Ok(pci.resize_disk(name, bytes)?),
+            None => Ok(false),
+        }
+    }
+
+    /// Asks the guest to live with so much memory; `false` if the machine has no balloon.
+    pub fn keep_memory(&self, memory: Mib) -> bool {
+        if let Some(pci) = &self.pci {
+            pci.keep_memory(memory);
+        }
+        self.pci.is_some()
+    }
+
+    /// Where the operator's input goes.
+    pub fn input(&self) -> GuestInput {
+        let console = self.pci.as_ref().and_then(PciDevices::console);
+        GuestInput::new(self.serial().clone(), console)
     }
 
     /// COM1.

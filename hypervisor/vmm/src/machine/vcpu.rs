@@ -12,9 +12,11 @@
 //! rest of it does.
 
 use super::MachineError;
+use super::memory_bus::MemoryBus;
 use crate::devices::{PortBus, PowerEvent};
 use crate::kvm::{Kick, Kickable, KvmError, VcpuExit, VcpuFd};
 use crate::memory::LeasePage;
+use godwit_devices::device::DeviceEvent;
 use godwit_wire::lease::LeaseState;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -35,6 +37,8 @@ pub enum MachineEvent {
     Power(PowerEvent),
     /// The lease is over; the vCPU has stopped.
     LeaseExpired,
+    /// A device reports something.
+    Device(DeviceEvent),
     /// KVM cannot go on with this vCPU.
     Fault(String),
 }
@@ -78,6 +82,13 @@ enum Command {
     Run,
 }
 
+/// Everything outside the CPU that guest code reaches.
+#[derive(Clone, Debug)]
+pub(super) struct Buses {
+    pub(super) ports: PortBus,
+    pub(super) memory: MemoryBus,
+}
+
 /// A vCPU thread.
 pub(super) struct Vcpu {
     index: u8,
@@ -92,7 +103,7 @@ impl Vcpu {
     pub(super) fn start(
         index: u8,
         fd: VcpuFd,
-        bus: PortBus,
+        buses: Buses,
         gate: Arc<Gate>,
         events: EventSink,
     ) -> Result<Self, MachineError> {
@@ -109,7 +120,7 @@ impl Vcpu {
                 let vcpu = Kickable::register(fd, thread_kick);
                 Runner {
                     vcpu,
-                    bus,
+                    buses,
                     gate,
                     stats: thread_stats,
                     events,
@@ -210,7 +221,7 @@ impl<T> Answer<T> {
 
 struct Runner {
     vcpu: Kickable,
-    bus: PortBus,
+    buses: Buses,
     gate: Arc<Gate>,
     stats: Arc<VcpuStats>,
     events: EventSink,
@@ -268,28 +279,35 @@ impl Runner {
             let event = match exit {
                 Ok(VcpuExit::IoIn(port, data)) => {
                     self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
-                    self.bus.read(port, data);
+                    self.buses.ports.read(port, data);
                     continue;
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
                     self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
-                    match self.bus.write(port, data) {
+                    match self.buses.ports.write(port, data) {
                         None => continue,
                         Some(event) => MachineEvent::Power(event),
                     }
                 }
-                Ok(VcpuExit::MmioRead(_, data)) => {
+                Ok(VcpuExit::MmioRead(address, data)) => {
                     self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
-                    data.fill(0xff);
+                    self.buses.memory.read(address, data);
                     continue;
                 }
-                Ok(VcpuExit::MmioWrite(..)) => {
+                Ok(VcpuExit::MmioWrite(address, data)) => {
                     self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
+                    self.buses.memory.write(address, data);
                     continue;
                 }
                 Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => return Next::Enter,
-                // A triple fault restarts a PC.
-                Ok(VcpuExit::Shutdown) => MachineEvent::Power(PowerEvent::Reset),
+                Ok(VcpuExit::Shutdown) => {
+                    let found = self.describe("triple fault");
+                    tracing::warn!(
+                        found,
+                        "a vCPU cannot go on; the machine restarts as a PC would"
+                    );
+                    MachineEvent::Power(PowerEvent::Reset)
+                }
                 Ok(other) => MachineEvent::Fault(format!("{other:?}")),
                 Err(error) => MachineEvent::Fault(KvmError::during("KVM_RUN")(error).to_string()),
             };

@@ -1,6 +1,8 @@
 //! Guest RAM: one memfd, mapped shared, below and above the hole under 4 GiB.
 
-use crate::kvm::{self, DirtyLogging, KvmError, VmFd};
+use crate::kvm::{self, DirtyBitmap, DirtyLogging, KvmError, VmFd};
+use godwit_devices::memory::GuestMemory;
+use godwit_wire::devices::MemoryBacking;
 use godwit_wire::migration::Stretch;
 use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
@@ -10,9 +12,10 @@ use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
-    Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap,
-    GuestMemoryRegion, VolatileSlice,
+    Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
+    MmapRegion, VolatileSlice,
 };
 
 /// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
@@ -22,6 +25,8 @@ const HOLE_END: u64 = 0x1_0000_0000;
 const POPULATE_PIECE_PAGES: u64 = 8192;
 /// More threads than this only fight over the kernel's locks.
 const MAX_POPULATE_THREADS: usize = 8;
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+const HUGE_PAGE_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Unit of hashing.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
@@ -39,6 +44,14 @@ pub enum RamError {
     /// The kernel refused.
     #[error("guest memory of {0} cannot be set up")]
     Setup(Mib, #[source] io::Error),
+    /// The pool of huge pages has too little left.
+    #[error("the guest needs {needed} of 2 MiB pages and the host's pool has {available} free")]
+    HugePages {
+        /// What the spec asks for.
+        needed: Mib,
+        /// Free and not reserved.
+        available: Mib,
+    },
     /// Mapping failed.
     #[error("guest memory cannot be mapped")]
     Map(#[source] vm_memory::mmap::FromRangesError),
@@ -75,9 +88,10 @@ pub struct Segment {
 /// Guest RAM; cheap to clone, freed with the last clone.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
-    map: GuestMemoryMmap,
+    map: GuestMemory,
     file: Arc<File>,
     segments: Arc<[Segment]>,
+    backing: MemoryBacking,
 }
 
 /// Splits `bytes` of RAM around the hole.
@@ -101,21 +115,41 @@ fn layout(bytes: u64) -> Vec<Segment> {
 impl GuestRam {
     /// Reserves `size` of guest memory; pages are taken from the host when first touched.
     pub fn new(size: Mib) -> Result<Self, RamError> {
-        if let Some(available) = available_memory()
-            && available < size
-        {
-            return Err(RamError::NotEnough {
-                needed: size,
-                available,
-            });
-        }
+        Self::with_backing(size, MemoryBacking::Standard)
+    }
+
+    /// [`Self::new`] with a choice of pages.
+    pub fn with_backing(size: Mib, backing: MemoryBacking) -> Result<Self, RamError> {
+        let pages = match backing {
+            MemoryBacking::Standard => {
+                if let Some(available) = available_memory()
+                    && available < size
+                {
+                    return Err(RamError::NotEnough {
+                        needed: size,
+                        available,
+                    });
+                }
+                MemfdFlags::empty()
+            }
+            MemoryBacking::Huge2M => {
+                let available = free_huge_pages();
+                if available < size {
+                    return Err(RamError::HugePages {
+                        needed: size,
+                        available,
+                    });
+                }
+                MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB
+            }
+        };
         let setup = |error: rustix::io::Errno| RamError::Setup(size, error.into());
         let file = File::from(
             rustix::fs::memfd_create(
                 "godwit-guest-ram",
-                MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL,
+                MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL | pages,
             )
-            .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC))
+            .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC | pages))
             .map_err(setup)?,
         );
         rustix::fs::ftruncate(&file, size.bytes().0).map_err(setup)?;
@@ -128,16 +162,17 @@ impl GuestRam {
                 Some(FileOffset::from_arc(file.clone(), segment.file_offset)),
             )
         });
-        let map = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(RamError::Map)?;
+        let map = GuestMemory::from_ranges_with_files(ranges).map_err(RamError::Map)?;
         Ok(Self {
             map,
             file,
             segments,
+            backing,
         })
     }
 
     /// The memory as rust-vmm's crates know it.
-    pub const fn map(&self) -> &GuestMemoryMmap {
+    pub const fn map(&self) -> &GuestMemory {
         &self.map
     }
 
@@ -189,6 +224,19 @@ impl GuestRam {
             .collect()
     }
 
+    /// Pages that this process wrote (devices, above all) since it was last asked, per segment; KVM's dirty log knows
+    /// only what vCPUs write. A page is marked after it was written, so what is written meanwhile is told next time.
+    pub fn take_written(&self) -> Vec<DirtyBitmap> {
+        self.map
+            .iter()
+            .map(|region| {
+                // The region as a mapping: as memory it shows its bitmap only in slices.
+                let marks = MmapRegion::bitmap(region).get_and_reset();
+                DirtyBitmap::new(marks, region.len() / PAGE_BYTES)
+            })
+            .collect()
+    }
+
     /// Copies guest memory into `buffer`.
     pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<(), RamError> {
         self.map
@@ -203,9 +251,37 @@ impl GuestRam {
             .map_err(|error| Self::access(address, error))
     }
 
+    /// Copies `bytes` to where they belong by their place in the file behind the memory: its segments follow one
+    /// another there.
+    pub fn write_at(&self, file_offset: u64, bytes: &[u8]) -> Result<(), RamError> {
+        let mut rest = bytes;
+        for segment in self.segments.iter() {
+            let at = file_offset + (bytes.len() - rest.len()) as u64;
+            let end = segment.file_offset + segment.bytes;
+            if rest.is_empty() || at < segment.file_offset || at >= end {
+                continue;
+            }
+            let (now, later) = rest.split_at(rest.len().min((end - at) as usize));
+            self.write(segment.start + (at - segment.file_offset), now)?;
+            rest = later;
+        }
+        if rest.is_empty() {
+            Ok(())
+        } else {
+            Err(RamError::OutOfRange {
+                address: file_offset,
+                bytes: bytes.len() as u64,
+            })
+        }
+    }
+
     /// The memory itself, to be filled from or written to a file descriptor. The whole range must lie within one
     /// segment.
-    pub fn slice(&self, address: u64, bytes: u64) -> Result<VolatileSlice<'_>, RamError> {
+    pub fn slice(
+        &self,
+        address: u64,
+        bytes: u64,
+    ) -> Result<VolatileSlice<'_, BS<'_, AtomicBitmap>>, RamError> {
         let out_of_range = || RamError::OutOfRange { address, bytes };
         let length = usize::try_from(bytes).map_err(|_| out_of_range())?;
         self.map
@@ -219,6 +295,18 @@ impl GuestRam {
         let segment = self
             .segment_of(address, bytes)
             .ok_or(RamError::OutOfRange { address, bytes })?;
+        let (mut address, mut bytes) = (address, bytes);
+        if self.backing == MemoryBacking::Huge2M {
+            // A part of a huge page cannot be given back, and older kernels leave it as it was.
+            let start = address.next_multiple_of(HUGE_PAGE_BYTES);
+            let end = (address + bytes) / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+            if start >= end {
+                return self.clear(address, bytes);
+            }
+            self.clear(address, start - address)?;
+            self.clear(end, address + bytes - end)?;
+            (address, bytes) = (start, end - start);
+        }
         let offset = segment.file_offset + (address - segment.start);
         rustix::fs::fallocate(
             &*self.file,
@@ -230,6 +318,13 @@ impl GuestRam {
             address,
             source: error.into(),
         })
+    }
+
+    fn clear(&self, address: u64, bytes: u64) -> Result<(), RamError> {
+        const ZEROS: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
+        (0..bytes)
+            .step_by(ZEROS.len())
+            .try_for_each(|offset| self.write(address + offset, &ZEROS))
     }
 
     /// The first stretch of memory at or behind `address` that was ever touched, within `address`'s segment. What
@@ -397,6 +492,18 @@ impl GuestRam {
     }
 }
 
+/// Huge pages of 2 MiB that nobody has taken or reserved.
+fn free_huge_pages() -> Mib {
+    let count = |name: &str| {
+        std::fs::read_to_string(format!("{HUGE_PAGE_POOL}/{name}"))
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    let free = count("free_hugepages").saturating_sub(count("resv_hugepages"));
+    Mib((free * HUGE_PAGE_BYTES) >> 20)
+}
+
 /// `MemAvailable` of this host; `None` where /proc does not tell.
 fn available_memory() -> Option<Mib> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -436,6 +543,38 @@ mod tests {
                 }
             ]
         );
+    }
+
+    #[test]
+    fn huge_pages_need_a_pool_that_has_them() {
+        let size = Mib(1 << 24);
+        match GuestRam::with_backing(size, MemoryBacking::Huge2M) {
+            Err(RamError::HugePages { needed, available }) => {
+                assert!(needed == size && available < size);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn parts_of_huge_pages_are_cleared_when_they_are_discarded() {
+        if free_huge_pages() < Mib(16) {
+            eprintln!("skipped: no 16 MiB of huge pages are free (vm.nr_hugepages)");
+            return;
+        }
+        let ram = GuestRam::with_backing(Mib(16), MemoryBacking::Huge2M).unwrap();
+        let pages = 3 * HUGE_PAGE_BYTES / PAGE_BYTES;
+        for page in 0..pages {
+            ram.write(page * PAGE_BYTES, &[7]).unwrap();
+        }
+        ram.discard(PAGE_BYTES, pages - 2).unwrap();
+        let first_byte = |page: u64| {
+            let mut byte = [0];
+            ram.read(page * PAGE_BYTES, &mut byte).unwrap();
+            byte[0]
+        };
+        assert_eq!((first_byte(0), first_byte(pages - 1)), (7, 7));
+        assert!((1..pages - 1).all(|page| first_byte(page) == 0));
     }
 
     #[test]
@@ -500,6 +639,19 @@ mod tests {
         assert_eq!(one.hash().unwrap(), other.hash().unwrap());
         one.write(PAGE_BYTES + 7, &[9]).unwrap();
         assert_ne!(one.hash().unwrap(), other.hash().unwrap());
+    }
+
+    #[test]
+    fn what_this_process_writes_is_told_once() {
+        let ram = GuestRam::new(Mib(16)).unwrap();
+        ram.write(3 * PAGE_BYTES - 1, &[1, 2]).unwrap();
+        let written = ram.take_written();
+        assert_eq!(written[0].pages(), ram.size().pages());
+        assert_eq!(
+            written[0].runs(0..written[0].pages()).collect::<Vec<_>>(),
+            [(2, 2)]
+        );
+        assert_eq!(ram.take_written()[0].count(), 0);
     }
 
     #[test]

@@ -25,4 +25,4 @@ pub use hand_over::{HandOverError, SourceHandOver, TargetHandOver};
 pub use ledger::Ledger;
 pub use source::{Outgoing, SourceMachine, send_machine};
 pub use stream::StreamError;
-pub use target::{Incoming, MigrationListener, TargetMachine, receive_machine};
+pub use target::{Incoming, MigrationListener, TargetMachine, ThisCpu, receive_machine};

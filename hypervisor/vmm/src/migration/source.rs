@@ -14,6 +14,7 @@ use super::stream::{FrameStream, StreamError, brief};
 use crate::kvm::{DirtyBitmap, DirtyLog, KvmError};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::GuestRam;
+use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
@@ -175,7 +176,7 @@ impl From<PagesError> for SourceError {
 pub fn send_machine(
     outgoing: &Outgoing,
     request: &OutgoingRequest,
-    identity: (VmId, &MachineSpec, &CpuFacts),
+    identity: (VmId, &MachineSpec, &CpuFacts, &GuestCpu),
     ram: &GuestRam,
     start_log: impl FnOnce() -> Result<DirtyLog, MachineError>,
     machine: &dyn SourceMachine,
@@ -221,7 +222,7 @@ struct Session<'a> {
 impl Session<'_> {
     fn connect(
         &self,
-        (vm, spec, cpu): (VmId, &MachineSpec, &CpuFacts),
+        (vm, spec, cpu, guest_cpu): (VmId, &MachineSpec, &CpuFacts, &GuestCpu),
     ) -> Result<FrameStream, SourceError> {
         let target = self.request.target;
         let connect = |source| SourceError::Connect { target, source };
@@ -245,6 +246,7 @@ impl Session<'_> {
             epoch: self.request.epoch,
             spec: spec.clone(),
             cpu: cpu.clone(),
+            guest_cpu: Some(guest_cpu.clone()),
             verify: self.request.policy.verify,
             touched: self
                 .ram
@@ -280,14 +282,16 @@ impl Session<'_> {
         self.ledger.enter(MigrationPhase::PreCopy);
         let mut receiver = stream.try_clone().map_err(StreamError::from)?;
         let mut pages = PageSender::new(self.ram, stream);
+        // What devices wrote up to now is sent by the first round anyhow.
+        self.ram.take_written();
         let (round, rest) = self.pre_copy(log, &mut pages, &mut receiver)?;
 
         let paused = Instant::now();
         let then = machine.pause()?;
         self.ledger.enter(MigrationPhase::Blackout);
         let (saved, sampled) = machine.save()?;
-        // Read after the save: saving may itself write guest memory (kvmclock, steal time).
-        let mut last = log.read()?;
+        // Read after the save: saving may itself write guest memory (kvmclock, steal time, used rings).
+        let mut last = self.read_dirty(log)?;
         for (bitmap, left) in last.iter_mut().zip(&rest) {
             bitmap.merge(left);
         }
@@ -368,7 +372,7 @@ impl Session<'_> {
                 rate = measured;
             }
             let previous_rest_bytes = rest_bytes;
-            rest = log.read()?;
+            rest = self.read_dirty(log)?;
             rest_bytes = bytes_of(&rest);
             let outcome = RoundOutcome {
                 round,
@@ -408,6 +412,15 @@ impl Session<'_> {
             }
         }
         unreachable!("the last round decides")
+    }
+
+    /// Pages that the guest or its devices wrote since they were last cleared, per slot.
+    fn read_dirty(&self, log: &DirtyLog) -> Result<Vec<DirtyBitmap>, SourceError> {
+        let mut dirty = log.read()?;
+        for (bitmap, devices) in dirty.iter_mut().zip(self.ram.take_written()) {
+            bitmap.merge(&devices);
+        }
+        Ok(dirty)
     }
 
     fn send_round(

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 /// A peer that says nothing for this long is taken for dead.
@@ -129,7 +130,7 @@ impl FrameStream {
     pub(super) fn send_memory(
         &mut self,
         header: FrameHeader,
-        memory: &VolatileSlice<'_>,
+        memory: &VolatileSlice<'_, impl BitmapSlice>,
     ) -> Result<(), StreamError> {
         assert_eq!(
             header.length as usize,

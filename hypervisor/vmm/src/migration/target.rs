@@ -6,6 +6,7 @@ use super::ledger::Ledger;
 use super::stream::{FrameStream, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::{GuestRam, RamError};
+use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::{CpuFacts, CpuMismatch};
 use godwit_wire::migration::{
@@ -31,6 +32,17 @@ pub trait TargetMachine: Send {
     fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError>;
     /// The migration ended without a grant: nothing of the machine may ever run.
     fn void(&self);
+}
+
+/// This host's CPU.
+#[derive(Clone, Debug)]
+pub struct ThisCpu {
+    /// What it can give.
+    pub facts: CpuFacts,
+    /// What the machine that waits here shows of it.
+    pub guest: GuestCpu,
+    /// Whether it can run at the source's clock rate.
+    pub scaling: TscScaling,
 }
 
 /// A migration to here, as its owner holds it.
@@ -185,7 +197,7 @@ enum Refusal {
 pub fn receive_machine(
     incoming: &Incoming,
     request: &IncomingRequest,
-    cpu: &CpuFacts,
+    cpu: &ThisCpu,
     ram: &GuestRam,
     machine: &dyn TargetMachine,
 ) {
@@ -207,7 +219,7 @@ pub fn receive_machine(
 struct Session<'a> {
     incoming: &'a Incoming,
     request: &'a IncomingRequest,
-    cpu: &'a CpuFacts,
+    cpu: &'a ThisCpu,
     ram: &'a GuestRam,
 }
 
@@ -371,6 +383,7 @@ impl Session<'_> {
             epoch,
             spec,
             cpu,
+            guest_cpu,
             verify,
             touched,
         } = hello
@@ -392,9 +405,15 @@ impl Session<'_> {
         if (*vm, *epoch, spec) != (self.request.vm, self.request.epoch, &self.request.spec) {
             return Err(Refusal::OtherMachine);
         }
-        self.cpu
+        let ours = self.cpu;
+        ours.facts
             .admits(spec.cpu, Some(&cpu.signature))
             .map_err(Refusal::Cpu)?;
+        if let Some(guest_cpu) = guest_cpu {
+            guest_cpu
+                .can_go_on(&ours.guest, ours.scaling)
+                .map_err(Refusal::Cpu)?;
+        }
         let pages = touched
             .iter()
             .fold(0, |sum: u64, stretch| sum.saturating_add(stretch.pages));

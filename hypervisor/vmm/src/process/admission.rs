@@ -24,6 +24,7 @@ pub(super) enum Request {
     Stop,
     Kill,
     SendAway,
+    Snapshot,
 }
 
 /// What an allowed request means now.
@@ -45,6 +46,7 @@ impl Request {
             Self::Stop => "be asked to stop",
             Self::Kill => "be killed",
             Self::SendAway => "be migrated",
+            Self::Snapshot => "be saved",
         }
     }
 }
@@ -88,14 +90,15 @@ pub(super) fn admit(request: Request, state: &VmmState) -> Result<Admission, Pro
         (
             R::Resume,
             S::Paused {
-                reason: PauseReason::Requested | PauseReason::LeaseExpired,
+                reason:
+                    PauseReason::Requested | PauseReason::LeaseExpired | PauseReason::Storage { .. },
             },
         ) => act,
         (R::Stop, S::Running) => act,
         (R::Stop | R::Kill, S::Stopped { .. }) | (R::Kill, S::Empty) => already,
         (R::Kill, _) => act,
         (
-            R::SendAway,
+            R::SendAway | R::Snapshot,
             S::Running
             | S::Paused {
                 reason: PauseReason::Requested,
@@ -180,6 +183,21 @@ mod tests {
         .unwrap_err();
         assert_eq!(problem.status, 409);
         assert!(problem.detail.contains("triple"));
+    }
+
+    #[test]
+    fn a_machine_that_waits_for_storage_can_be_told_to_try_again() {
+        let state = paused(PauseReason::Storage {
+            disk: "root".into(),
+            detail: "no space".into(),
+        });
+        assert_eq!(admit(Request::Resume, &state), Ok(Admission::Act));
+        assert!(
+            admit(Request::SendAway, &state)
+                .unwrap_err()
+                .detail
+                .contains("no space")
+        );
     }
 
     #[test]

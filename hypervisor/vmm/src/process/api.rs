@@ -1,7 +1,7 @@
 //! HTTP + JSON on the UNIX socket: `godwit_wire::vmm_api` as routes.
 
 use super::driver::{Driver, DriverHandle};
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use godwit_channel::problem::{Answer, JsonBody, QueryArgs, Refusal, no_such_path};
@@ -9,7 +9,7 @@ use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::vmm_api::{
     CreateRequest, DirtyRate, DirtyRateRequest, IncomingReady, IncomingRequest, OutgoingRequest,
-    VmmInfo,
+    ResizeDisk, RestoreRequest, SnapshotInfo, SnapshotRequest, VmmInfo,
 };
 use serde::Deserialize;
 use std::ops::RangeInclusive;
@@ -30,6 +30,10 @@ pub(super) fn router(driver: DriverHandle) -> Router {
         .route("/v1/resume", command(Driver::resume))
         .route("/v1/stop", command(Driver::stop))
         .route("/v1/kill", command(Driver::kill))
+        .route("/v1/balloon", command(Driver::balloon))
+        .route("/v1/disks/{name}/resize", post(resize_disk))
+        .route("/v1/snapshot", post(snapshot))
+        .route("/v1/restore", put(restore))
         .route("/v1/dirty-rate", post(dirty_rate))
         .route("/v1/outgoing", post(outgoing))
         .route("/v1/migration", get(migration))
@@ -84,6 +88,40 @@ async fn outgoing(
     JsonBody(request): JsonBody<OutgoingRequest>,
 ) -> Answer<MigrationStatus> {
     Ok(Json(driver.call(move |d| d.outgoing(request)).await?))
+}
+
+async fn resize_disk(
+    State(driver): State<DriverHandle>,
+    Path(name): Path<String>,
+    JsonBody(request): JsonBody<ResizeDisk>,
+) -> Answer<VmmInfo> {
+    Ok(Json(
+        driver.call(move |d| d.resize_disk(&name, request)).await?,
+    ))
+}
+
+async fn snapshot(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<SnapshotRequest>,
+) -> Answer<SnapshotInfo> {
+    blocking(move || driver.snapshot(&request)).await
+}
+
+async fn restore(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<RestoreRequest>,
+) -> Answer<VmmInfo> {
+    blocking(move || driver.restore(request)).await
+}
+
+/// Runs what takes long on a thread that may block. It goes on if the caller hangs up.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
+) -> Answer<T> {
+    let done = tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| Problem::internal(error.to_string()))?;
+    Ok(Json(done?))
 }
 
 async fn dirty_rate(

@@ -1,5 +1,6 @@
 //! The command line of `godwit vmm`.
 
+use super::device_args::DeviceArgs;
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::unit::Mib;
 use std::path::PathBuf;
@@ -7,16 +8,16 @@ use std::path::PathBuf;
 /// Run one virtual machine in this process.
 ///
 /// With `--kernel` or `--pilot` the machine boots at once, its serial console on this terminal (or on
-/// `--serial-socket`), and the process ends with it. Without, the process waits for commands on `--api-socket`.
+/// `--serial-socket`), and the process ends with it; with `--restore` it goes on from where it was saved. Without, the process waits for commands on `--api-socket`.
 #[derive(Clone, Debug, clap::Args)]
 pub struct VmmArgs {
     /// UNIX socket to serve the API on (HTTP + JSON).
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["kernel", "pilot"])]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["kernel", "pilot", "restore"])]
     pub api_socket: Option<PathBuf>,
     /// UNIX socket to offer the serial console on.
     #[arg(long, value_name = "PATH")]
     pub serial_socket: Option<PathBuf>,
-    /// Uncompressed x86-64 Linux kernel (vmlinux) to boot.
+    /// x86-64 Linux kernel to boot: bzImage (vmlinuz) or uncompressed ELF (vmlinux).
     #[arg(long, value_name = "PATH", conflicts_with = "pilot")]
     pub kernel: Option<PathBuf>,
     /// Initial RAM disk.
@@ -33,6 +34,9 @@ pub struct VmmArgs {
     /// Boot the built-in pilot guest.
     #[arg(long)]
     pub pilot: bool,
+    /// Restore the machine that was saved to this directory and let it run.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "pilot"])]
+    pub restore: Option<PathBuf>,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vcpus: u8,
@@ -42,6 +46,9 @@ pub struct VmmArgs {
     /// CPU features the guest sees: x86-64-v2, x86-64-v3, x86-64-v4 or host.
     #[arg(long, value_name = "LEVEL", default_value = "host", value_parser = parse_baseline)]
     pub cpu: CpuBaseline,
+    /// Disks, network cards and the rest.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
     /// End when the process that started this one ends.
     #[arg(long, hide = true)]
     pub die_with_parent: bool,
@@ -78,7 +85,7 @@ impl VmmArgs {
             memory_mib: Mib(self.memory_mib),
             boot,
             cpu: self.cpu,
-            devices: Default::default(),
+            devices: self.devices.devices(),
         })
     }
 }

@@ -5,13 +5,14 @@
 //! changes what the machine does.
 
 use super::admission::{Admission, Request, admit, admit_epoch};
-use crate::devices::{Console, PowerEvent, SerialPort};
+use crate::devices::{Console, GuestInput, PowerEvent};
 use crate::kvm::{self, DirtyLogSource};
 use crate::machine::{Machine, MachineError, MachineEvent, MachineParts};
 use crate::migration::{
     Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine,
     send_machine,
 };
+use godwit_wire::devices::Attachments;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
 use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
@@ -28,7 +29,9 @@ use std::sync::{Arc, RwLock};
 use std::time::Instant;
 use tokio::sync::{mpsc as tokio_mpsc, oneshot, watch};
 
+mod devices;
 mod migrating;
+mod snapshots;
 
 /// The byte that asks a guest without ACPI to stop: end of transmission, as a terminal's Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
@@ -57,7 +60,7 @@ pub(super) enum Outcome {
 pub(super) struct DriverHandle {
     inbox: Sender<Message>,
     console: Console,
-    serial: Arc<RwLock<Option<SerialPort>>>,
+    input: Arc<RwLock<Option<GuestInput>>>,
     state: watch::Receiver<VmmState>,
 }
 
@@ -72,7 +75,7 @@ impl DriverHandle {
         let handle = Self {
             inbox,
             console: Console::default(),
-            serial: Arc::default(),
+            input: Arc::default(),
             state,
         };
         let driver = Driver {
@@ -85,11 +88,13 @@ impl DriverHandle {
             epoch: Epoch(0),
             spec: None,
             lease: None,
+            attachments: Attachments::default(),
             machine: None,
             machine_number: 0,
             resets: 0,
             state: state_sender,
             migration: Migration::None,
+            snapshotting: None,
             before_hand_over: Arrival::Run,
         };
         std::thread::Builder::new()
@@ -134,10 +139,10 @@ impl DriverHandle {
         &self.console
     }
 
-    /// Input for the guest's serial port.
+    /// Input for the guest's console.
     pub(super) fn type_in(&self, bytes: &[u8]) -> Result<(), Problem> {
         match &*self
-            .serial
+            .input
             .read()
             .unwrap_or_else(std::sync::PoisonError::into_inner)
         {
@@ -145,7 +150,7 @@ impl DriverHandle {
                 "wrong-state",
                 "there is no machine to type to",
             )),
-            Some(port) => port
+            Some(input) => input
                 .send(bytes)
                 .map_err(|error| Problem::conflict("serial-input-full", error.to_string())),
         }
@@ -195,11 +200,14 @@ pub(super) struct Driver {
     epoch: Epoch,
     spec: Option<MachineSpec>,
     lease: Option<PathBuf>,
+    attachments: Attachments,
     machine: Option<Machine>,
     machine_number: u64,
     resets: u64,
     state: watch::Sender<VmmState>,
     migration: Migration,
+    /// Where a snapshot is being written to.
+    snapshotting: Option<PathBuf>,
     /// What the guest was doing when it was paused for the hand-over under way.
     before_hand_over: Arrival,
 }
@@ -225,12 +233,14 @@ impl Driver {
             ..Default::default()
         };
         let mut vcpus = Vec::new();
+        let mut devices = Vec::new();
         let mut resident = Bytes(0);
         if let Some(machine) = &self.machine {
             (vcpus, counters.io_exits, counters.mmio_exits) = machine.vcpu_info();
             counters.exits = vcpus.iter().map(|vcpu| vcpu.exits).sum();
             counters.serial_rx_bytes = machine.serial().received();
             resident = machine.ram().resident();
+            devices = machine.devices();
         }
         let cpu = self.cpu()?;
         Ok(VmmInfo {
@@ -245,14 +255,20 @@ impl Driver {
             guest_resident_bytes: resident,
             counters,
             vcpus,
-            devices: Vec::new(),
+            devices,
             migration: self.migration_status(),
         })
     }
 
     /// Builds the machine.
     pub(super) fn create(&mut self, request: CreateRequest) -> Result<VmmInfo, Problem> {
-        self.build(request.vm, request.epoch, request.spec, request.lease)?;
+        self.build(
+            request.vm,
+            request.epoch,
+            request.spec,
+            request.lease,
+            request.attachments,
+        )?;
         self.enter(VmmState::Created);
         self.info()
     }
@@ -299,14 +315,20 @@ impl Driver {
                 .spec
                 .as_ref()
                 .is_some_and(|spec| spec.boot == Boot::Pilot);
-            if !pilot {
+            let asked = if pilot {
+                self.handle.type_in(&[END_OF_TRANSMISSION]).map(|()| true)?
+            } else {
+                self.machine()?
+                    .press_power_button()
+                    .map_err(|error| error.problem("spec"))?
+            };
+            if !asked {
                 return Err(Problem::conflict(
                     "cannot-ask",
-                    "this machine has no power button that a Linux guest would hear",
+                    "a machine of type godwit-1 has no power button that a Linux guest would hear",
                 )
                 .with_remedy("shut the guest down from inside, or kill it"));
             }
-            self.handle.type_in(&[END_OF_TRANSMISSION])?;
         }
         self.info()
     }
@@ -327,6 +349,7 @@ impl Driver {
 
     /// Where to watch dirty pages, if nothing else does.
     pub(super) fn dirty_log(&self) -> Result<DirtyLogSource, Problem> {
+        self.admit_without_snapshot()?;
         if self
             .migration_status()
             .is_some_and(|status| !status.phase.is_final())
@@ -345,6 +368,7 @@ impl Driver {
         epoch: Epoch,
         spec: MachineSpec,
         lease: Option<PathBuf>,
+        attachments: Attachments,
     ) -> Result<(), Problem> {
         admit(Request::Build, &self.state.borrow())?;
         let problems = spec.problems("spec");
@@ -359,24 +383,29 @@ impl Driver {
             )]));
         }
         self.machine = Some(
-            self.build_machine(&spec, lease.as_deref())
+            self.build_machine(vm, &spec, lease.as_deref(), &attachments)
                 .map_err(|error| error.problem("spec"))?,
         );
         (self.vm, self.epoch, self.spec, self.lease) = (Some(vm), epoch, Some(spec), lease);
-        self.publish_serial();
+        self.attachments = attachments;
+        self.publish_input();
         Ok(())
     }
 
     fn build_machine(
         &mut self,
+        vm: VmId,
         spec: &MachineSpec,
         lease: Option<&std::path::Path>,
+        attachments: &Attachments,
     ) -> Result<Machine, MachineError> {
         kvm::install_kick_handler()?;
         self.machine_number += 1;
         let (number, inbox) = (self.machine_number, self.handle.inbox.clone());
         let parts = MachineParts {
             spec: spec.clone(),
+            vm,
+            attachments: attachments.clone(),
             console: self.handle.console.clone(),
             events: Arc::new(move |event| {
                 let _ = inbox.send(Message::Event(number, event));
@@ -404,6 +433,7 @@ impl Driver {
                     reason: PauseReason::LeaseExpired,
                 });
             }
+            MachineEvent::Device(event) => self.handle_device_event(event),
             MachineEvent::Fault(detail) => {
                 tracing::error!(%detail, "the guest cannot go on");
                 self.stop_vcpus();
@@ -432,12 +462,14 @@ impl Driver {
     fn reset(&mut self) {
         let before = self.state.borrow().clone();
         self.drop_machine();
-        let (Some(spec), lease) = (self.spec.clone(), self.lease.clone()) else {
+        let (Some(vm), Some(spec)) = (self.vm, self.spec.clone()) else {
             return;
         };
+        let (lease, attachments) = (self.lease.clone(), self.attachments.clone());
         let booted = self
-            .build_machine(&spec, lease.as_deref())
+            .build_machine(vm, &spec, lease.as_deref(), &attachments)
             .and_then(|machine| {
+                machine.claim(self.epoch)?;
                 machine.load(self.builtin)?;
                 match before {
                     VmmState::Running
@@ -454,7 +486,7 @@ impl Driver {
             Ok((machine, state)) => {
                 self.machine = Some(machine);
                 self.resets += 1;
-                self.publish_serial();
+                self.publish_input();
                 self.enter(state);
             }
             Err(error) => {
@@ -475,7 +507,10 @@ impl Driver {
             )
             .with_remedy("it runs again once the host agent has renewed its lease"));
         }
-        machine.run().map_err(|error| error.problem("spec"))
+        machine
+            .claim(self.epoch)
+            .and_then(|()| machine.run())
+            .map_err(|error| error.problem("spec"))
     }
 
     fn stop_vcpus(&self) {
@@ -489,7 +524,7 @@ impl Driver {
     fn drop_machine(&mut self) {
         *self
             .handle
-            .serial
+            .input
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.machine = None;
@@ -497,16 +532,13 @@ impl Driver {
         self.machine_number += 1;
     }
 
-    fn publish_serial(&self) {
-        let port = self
-            .machine
-            .as_ref()
-            .map(|machine| machine.serial().clone());
+    fn publish_input(&self) {
+        let input = self.machine.as_ref().map(Machine::input);
         *self
             .handle
-            .serial
+            .input
             .write()
-            .unwrap_or_else(std::sync::PoisonError::into_inner) = port;
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = input;
     }
 
     fn enter(&self, state: VmmState) {

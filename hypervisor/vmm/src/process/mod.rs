@@ -11,16 +11,18 @@
 mod admission;
 mod api;
 mod args;
+mod device_args;
 mod driver;
 mod serial;
 
 pub use args::VmmArgs;
+pub use device_args::DeviceArgs;
 
-use driver::{DriverHandle, Outcome};
+use driver::{Driver, DriverHandle, Outcome};
 use godwit_channel::uds;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{Command, CreateRequest, StopReason};
+use godwit_wire::vmm_api::{Command, CreateRequest, RestoreRequest, StopReason};
 use std::io;
 
 /// The process ends with an error.
@@ -118,27 +120,46 @@ async fn serve(args: VmmArgs, builtin: &'static [u8]) -> Result<(), VmmError> {
 /// A VMM that was started with a machine on its command line boots it and ends with it; one that is commanded
 /// through its socket waits for commands.
 async fn run_alone(args: &VmmArgs, driver: &DriverHandle) -> Result<Outcome, VmmError> {
-    let Some(spec) = args.spec() else {
-        return std::future::pending().await;
+    let (vm, epoch) = (VmId::fresh(), Epoch(1));
+    let begin = match (&args.restore, args.spec()) {
+        (Some(directory), _) => {
+            let request = RestoreRequest {
+                vm,
+                epoch,
+                lease: None,
+                attachments: Default::default(),
+                directory: std::path::absolute(directory).unwrap_or_else(|_| directory.clone()),
+            };
+            let driver = driver.clone();
+            tokio::task::spawn_blocking(move || driver.restore(request))
+                .await
+                .unwrap_or_else(|error| Err(Problem::internal(error.to_string())))
+                .map_err(VmmError::Refused)?;
+            Driver::resume
+        }
+        (None, Some(spec)) => {
+            let request = CreateRequest {
+                attachments: Default::default(),
+                vm,
+                epoch,
+                spec,
+                lease: None,
+            };
+            driver
+                .call(|d| d.create(request))
+                .await
+                .map_err(VmmError::Refused)?;
+            Driver::boot
+        }
+        (None, None) => return std::future::pending().await,
     };
-    let request = CreateRequest {
-        attachments: Default::default(),
-        vm: VmId::fresh(),
-        epoch: Epoch(1),
-        spec,
-        lease: None,
-    };
-    driver
-        .call(|d| d.create(request))
-        .await
-        .map_err(VmmError::Refused)?;
     // What is typed from now on waits in the serial port until the guest reads it.
     let terminal = args
         .serial_socket
         .is_none()
         .then(|| serial::attach_terminal(driver));
     driver
-        .call(|d| d.boot(Command { epoch: Epoch(1) }))
+        .call(move |d| begin(d, Command { epoch }))
         .await
         .map_err(VmmError::Refused)?;
     let outcome = match driver.wait_until_over().await {

@@ -73,8 +73,13 @@ async fn attend(client: UnixStream, driver: DriverHandle) {
             }
         }
     };
+    // A client that types something and leaves at once has still typed it.
+    let send_and_linger = async {
+        send.await;
+        tokio::time::sleep(LINGER).await;
+    };
     tokio::select! {
-        () = send => {}
+        () = send_and_linger => {}
         () = receive => {}
     }
 }

@@ -1,9 +1,12 @@
-//! From process start to the guest's init, Godwit against QEMU's microvm, same kernel and same RAM disk.
+//! From process start to the guest's init, Godwit against QEMU's microvm, same kernel and same RAM disk, without and
+//! with a disk and a network card.
 
 use crate::report::{Op, Report};
 use anyhow::{Context, bail};
 use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
 use godwit_tests::program;
+use godwit_tests::tap::Tap;
+use godwit_tests::test_dir::TestDir;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
@@ -13,27 +16,16 @@ use tokio::time::timeout;
 const WARM_UP: usize = 2;
 const RUNS: usize = 15;
 const MEMORY_MIB: &str = "128";
+/// Size of the disk, which the guest does not read.
+const DISK_BYTES: u64 = 64 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 const QEMU: &str = "qemu-system-x86_64";
 
 pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> anyhow::Result<()> {
     let Some(linux) = linux else { return Ok(()) };
-    if Command::new(QEMU).arg("--version").output().await.is_err() {
-        println!("no {QEMU}: boot times are not compared");
+    let Some((ours, theirs)) = race(&godwit(linux), &qemu(linux)).await? else {
         return Ok(());
-    }
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for run in 0..WARM_UP + RUNS {
-        // Alternating, so that whatever else the machine does meets both alike.
-        let times = (
-            time_to_init(godwit(linux)).await?,
-            time_to_init(qemu(linux)).await?,
-        );
-        if run >= WARM_UP {
-            ours.push(times.0);
-            theirs.push(times.1);
-        }
-    }
+    };
     let ours = report.raw("linux_boot_godwit_ms", "ms", &ours);
     let theirs = report.raw("linux_boot_qemu_microvm_ms", "ms", &theirs);
     report.figure(
@@ -46,37 +38,93 @@ pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> 
     Ok(())
 }
 
-fn godwit(linux: &LinuxGuest) -> Command {
-    let mut command = Command::new(program::godwit());
-    command
-        .arg("vmm")
-        .arg("--kernel")
-        .arg(&linux.kernel)
-        .arg("--initrd")
-        .arg(&linux.initrd);
-    command.args([
+/// The same with one disk and one network card in the machine.
+pub(crate) async fn measure_with_devices(
+    report: &mut Report,
+    linux: Option<&LinuxGuest>,
+) -> anyhow::Result<()> {
+    let Some(linux) = linux else { return Ok(()) };
+    let dir = TestDir::new();
+    let (disk, our_tap, their_tap) = (dir.join("disk.img"), Tap::new("bo")?, Tap::new("bt")?);
+    std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
+    let disk = disk.to_str().context("a path of the test is text")?;
+    let mut ours = godwit(linux);
+    ours.extend(["--disk", disk, "--nic", &our_tap.name].map(str::to_owned));
+    let mut theirs = qemu(linux);
+    theirs.extend([
+        "-drive".to_owned(),
+        format!("file={disk},format=raw,if=none,id=disk,cache=writeback"),
+        "-device".to_owned(),
+        "virtio-blk-device,drive=disk".to_owned(),
+        "-netdev".to_owned(),
+        format!(
+            "tap,id=net,ifname={},script=no,downscript=no",
+            their_tap.name
+        ),
+        "-device".to_owned(),
+        "virtio-net-device,netdev=net".to_owned(),
+    ]);
+    report.option("qemu_microvm", theirs.join(" "));
+    let Some((ours, theirs)) = race(&ours, &theirs).await? else {
+        return Ok(());
+    };
+    let ours = report.raw("linux_boot_disk_nic_godwit_ms", "ms", &ours);
+    let theirs = report.raw("linux_boot_disk_nic_qemu_microvm_ms", "ms", &theirs);
+    report.figure(
+        "linux_boot_disk_nic_ratio_to_qemu_microvm",
+        ours / theirs,
+        "ratio",
+        Op::AtMost,
+        0.8,
+    );
+    Ok(())
+}
+
+/// Boot times of two VMMs, or nothing where the second is not installed.
+async fn race(ours: &[String], theirs: &[String]) -> anyhow::Result<Option<(Vec<f64>, Vec<f64>)>> {
+    if Command::new(QEMU).arg("--version").output().await.is_err() {
+        println!("no {QEMU}: boot times are not compared");
+        return Ok(None);
+    }
+    let mut times = (Vec::new(), Vec::new());
+    for run in 0..WARM_UP + RUNS {
+        // Alternating, so that whatever else the machine does meets both alike.
+        let (our, their) = (time_to_init(ours).await?, time_to_init(theirs).await?);
+        if run >= WARM_UP {
+            times.0.push(our);
+            times.1.push(their);
+        }
+    }
+    Ok(Some(times))
+}
+
+fn godwit(linux: &LinuxGuest) -> Vec<String> {
+    words(&[
+        &program::godwit().to_string_lossy(),
+        "vmm",
+        "--kernel",
+        &linux.kernel.to_string_lossy(),
+        "--initrd",
+        &linux.initrd.to_string_lossy(),
         "--cmdline",
         AGENT_CMDLINE,
         "--memory-mib",
         MEMORY_MIB,
         "--vcpus",
         "1",
-    ]);
-    command
+    ])
 }
 
-fn qemu(linux: &LinuxGuest) -> Command {
-    let mut command = Command::new(QEMU);
-    // Devices that the guest does not need would only slow it down.
-    command.args([
+fn qemu(linux: &LinuxGuest) -> Vec<String> {
+    words(&[
+        QEMU,
+        // Devices that the guest does not need would only slow it down.
         "-M",
         "microvm,pit=off,pic=off,rtc=off",
         "-accel",
         "kvm",
         "-cpu",
         "host,-arch-capabilities",
-    ]);
-    command.args([
         "-m",
         MEMORY_MIB,
         "-smp",
@@ -84,27 +132,30 @@ fn qemu(linux: &LinuxGuest) -> Command {
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",
-    ]);
-    command.args([
         "-display",
         "none",
         "-serial",
         "stdio",
         "-append",
         AGENT_CMDLINE,
-    ]);
-    command
-        .arg("-kernel")
-        .arg(&linux.kernel)
-        .arg("-initrd")
-        .arg(&linux.initrd);
-    command
+        "-kernel",
+        &linux.kernel.to_string_lossy(),
+        "-initrd",
+        &linux.initrd.to_string_lossy(),
+    ])
+}
+
+fn words(words: &[&str]) -> Vec<String> {
+    words.iter().map(|&word| word.to_owned()).collect()
 }
 
 /// Milliseconds from the start of the process to the first line of the guest's init program.
-async fn time_to_init(mut command: Command) -> anyhow::Result<f64> {
+async fn time_to_init(words: &[String]) -> anyhow::Result<f64> {
+    let (program, arguments) = words.split_first().context("a program")?;
+    let mut command = Command::new(program);
     // The guest runs on for ever; nothing in it is worth a graceful end.
     command
+        .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .kill_on_drop(true);

@@ -4,6 +4,7 @@
 //! Started by `tests/run bench NAME`, which builds everything with optimisation first.
 
 mod boot;
+mod data_path;
 mod migration;
 mod overhead;
 mod report;
@@ -31,28 +32,16 @@ fn main() -> ExitCode {
 async fn run(name: &str, sections: &[String]) -> anyhow::Result<()> {
     let report = match name {
         "first-flight" => first_flight(sections).await?,
-        _ => bail!("no such bench; there is: first-flight"),
+        "guests" => guests(sections).await?,
+        _ => bail!("no such bench; there are: first-flight guests"),
     };
     report.finish(name)
 }
 
 /// A running guest crosses hosts: how fast, how unnoticed, and how light the machine under it is.
 async fn first_flight(sections: &[String]) -> anyhow::Result<Report> {
-    let chosen = |section: &str| sections.is_empty() || sections.iter().any(|name| name == section);
-    let mut report = Report::default();
-    let linux = LinuxGuest::prepare();
-    report.option("guest", if linux.is_ok() { "linux" } else { "pilot" });
-    report.option(
-        "sections",
-        if sections.is_empty() {
-            "all".to_owned()
-        } else {
-            sections.join(" ")
-        },
-    );
-    let linux = linux
-        .map_err(|reason| println!("no Linux guest: {reason}"))
-        .ok();
+    let chosen = |section: &str| is_chosen(sections, section);
+    let (mut report, linux) = begin(sections);
     let linux = linux.as_ref();
 
     if chosen("boot") {
@@ -72,4 +61,52 @@ async fn first_flight(sections: &[String]) -> anyhow::Result<Report> {
         rest::measure(&mut report).await.context("REST")?;
     }
     Ok(report)
+}
+
+/// The machine that Linux expects: how soon it boots with devices, and how fast they are.
+async fn guests(sections: &[String]) -> anyhow::Result<Report> {
+    let chosen = |section: &str| is_chosen(sections, section);
+    let (mut report, linux) = begin(sections);
+    let linux = linux.as_ref();
+
+    if chosen("boot") {
+        boot::measure_with_devices(&mut report, linux)
+            .await
+            .context("boot")?;
+    }
+    if chosen("overhead") {
+        overhead::measure_with_devices(&mut report, linux)
+            .await
+            .context("overhead")?;
+    }
+    if chosen("block") {
+        data_path::measure_block(&mut report).context("block")?;
+    }
+    if chosen("net") {
+        data_path::measure_net(&mut report).context("net")?;
+    }
+    Ok(report)
+}
+
+fn is_chosen(sections: &[String], section: &str) -> bool {
+    sections.is_empty() || sections.iter().any(|name| name == section)
+}
+
+/// A report that says what it is about, and the Linux guest where it can be had.
+fn begin(sections: &[String]) -> (Report, Option<LinuxGuest>) {
+    let mut report = Report::default();
+    let linux = LinuxGuest::prepare();
+    report.option("guest", if linux.is_ok() { "linux" } else { "pilot" });
+    report.option(
+        "sections",
+        if sections.is_empty() {
+            "all".to_owned()
+        } else {
+            sections.join(" ")
+        },
+    );
+    let linux = linux
+        .map_err(|reason| println!("no Linux guest: {reason}"))
+        .ok();
+    (report, linux)
 }

@@ -3,8 +3,13 @@
 use crate::report::{Op, Report, maximum};
 use anyhow::Context;
 use godwit_tests::linux::LinuxGuest;
+use godwit_tests::tap::Tap;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
+use godwit_wire::devices::{
+    Disk, DiskAccess, DiskFormat, DiskLimits, DiskSource, MacAddress, Nic, NicAttach, NicLimits,
+    OnIoError,
+};
 use godwit_wire::machine::{Boot, MachineSpec};
 use godwit_wire::unit::Mib;
 use std::time::{Duration, Instant};
@@ -14,6 +19,7 @@ use tokio::net::UnixStream;
 const WARM_UP: usize = 1;
 const RUNS: usize = 10;
 const MEMORY: Mib = Mib(128);
+const DISK_BYTES: u64 = 64 << 20;
 const FIRST_BYTE_PATIENCE: Duration = Duration::from_secs(20);
 /// Says something before the console driver is up.
 const EARLY_CMDLINE: &str = "earlycon=uart8250,io,0x3f8 console=ttyS0 panic=-1 rdinit=/guest-agent";
@@ -62,6 +68,47 @@ pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> 
             150.0,
         );
     }
+    Ok(())
+}
+
+/// Memory beside the guest's of a machine with one disk and one network card.
+pub(crate) async fn measure_with_devices(
+    report: &mut Report,
+    linux: Option<&LinuxGuest>,
+) -> anyhow::Result<()> {
+    let dir = TestDir::new();
+    let (disk, tap) = (dir.join("disk.img"), Tap::new("ov")?);
+    std::fs::File::create(&disk)?.set_len(DISK_BYTES)?;
+    let mut spec = spec_with_a_greeting(linux);
+    spec.devices.disks.push(Disk {
+        name: "disk".into(),
+        source: DiskSource::File {
+            path: disk,
+            format: DiskFormat::Raw,
+        },
+        access: DiskAccess::ReadWrite,
+        limits: DiskLimits::default(),
+        on_error: OnIoError::default(),
+    });
+    spec.devices.nics.push(Nic {
+        name: "nic".into(),
+        mac: MacAddress::local(1),
+        attach: NicAttach::Tap {
+            tap: tap.name.clone(),
+        },
+        address: None,
+        queue_pairs: 1,
+        limits: NicLimits::default(),
+    });
+    let overheads = repeat(memory_overhead_mib, &spec).await?;
+    report.raw("vmm_memory_overhead_disk_nic_mib", "MiB", &overheads);
+    report.figure(
+        "vmm_memory_overhead_disk_nic_mib",
+        maximum(&overheads),
+        "MiB",
+        Op::AtMost,
+        8.0,
+    );
     Ok(())
 }
 

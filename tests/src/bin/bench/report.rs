@@ -10,8 +10,16 @@ use std::process::Command;
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     options: BTreeMap<&'static str, String>,
-    runs: BTreeMap<&'static str, usize>,
+    runs: Vec<Run>,
     figures: BTreeMap<&'static str, Figure>,
+}
+
+/// Raw values of one measurement, in the order they were taken.
+#[derive(Debug, Serialize)]
+struct Run {
+    name: String,
+    unit: String,
+    values: Vec<f64>,
 }
 
 /// Which side of its goal a figure has to be on.
@@ -37,7 +45,7 @@ struct File<'a> {
     machine: String,
     commit: String,
     options: &'a BTreeMap<&'static str, String>,
-    runs: &'a BTreeMap<&'static str, usize>,
+    runs: &'a [Run],
     figures: &'a BTreeMap<&'static str, Figure>,
 }
 
@@ -48,7 +56,7 @@ impl Report {
     }
 
     /// Prints raw values and their spread; returns their median.
-    pub(crate) fn raw(&mut self, name: &'static str, unit: &str, values: &[f64]) -> f64 {
+    pub(crate) fn raw(&mut self, name: &str, unit: &str, values: &[f64]) -> f64 {
         let sorted = sorted(values);
         let list = values
             .iter()
@@ -64,7 +72,11 @@ impl Report {
             quantile(&sorted, 0.9),
             quantile(&sorted, 1.0)
         );
-        self.runs.insert(name, values.len());
+        self.runs.push(Run {
+            name: name.to_owned(),
+            unit: unit.to_owned(),
+            values: values.to_vec(),
+        });
         median
     }
 

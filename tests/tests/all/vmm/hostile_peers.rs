@@ -6,6 +6,7 @@ use godwit_tests::require;
 use godwit_tests::skip;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, Vmm, new_vm};
+use godwit_wire::cpu::{CpuidLeaf, GuestCpu};
 use godwit_wire::id::{Epoch, MigrationId, VmId};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
 use godwit_wire::migration::{
@@ -50,6 +51,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         epoch,
         spec,
         cpu,
+        guest_cpu: None,
         verify: Verify::Frames,
         touched: Vec::new(),
     };
@@ -86,6 +88,39 @@ async fn is_refused(name: &str, mutate: impl FnOnce(&mut ToTarget)) {
     }
     let info = target.info().await.expect("the target lives");
     assert_ne!(info.state, VmmState::Running);
+}
+
+/// What a target answers to a guest that sees `guest_cpu`.
+async fn refusal_of_cpu(guest_cpu: GuestCpu) -> String {
+    let dir = TestDir::new();
+    let (_target, address, mut hello) = waiting_target(&dir, "target").await;
+    if let ToTarget::Hello {
+        guest_cpu: told, ..
+    } = &mut hello
+    {
+        *told = Some(guest_cpu);
+    }
+    match greet(address, &hello).await {
+        Some(ToSource::Refuse { reason }) => reason,
+        answer => panic!("{answer:?}"),
+    }
+}
+
+/// The source has sent nothing but its greeting by then, so its guest has not stood still.
+#[tokio::test]
+async fn a_guest_whose_cpu_the_host_cannot_give_is_refused_by_name() {
+    require!(skip::kvm());
+    let other_vendor = GuestCpu {
+        cpuid: vec![CpuidLeaf {
+            ebx: u32::from_le_bytes(*b"Cent"),
+            edx: u32::from_le_bytes(*b"aurH"),
+            ecx: u32::from_le_bytes(*b"auls"),
+            ..CpuidLeaf::default()
+        }],
+        ..GuestCpu::default()
+    };
+    let reason = refusal_of_cpu(other_vendor).await;
+    assert!(reason.contains("CentaurHauls"), "{reason}");
 }
 
 #[tokio::test]

@@ -82,6 +82,25 @@ async fn a_linux_guest_that_restarts_boots_again() {
     assert_eq!(vmm.info().await.expect("info").counters.resets, 1);
 }
 
+#[tokio::test]
+async fn a_linux_guest_powers_off_when_it_is_asked_to_stop() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let (vmm, request) = boot_agent(&dir, &guest, 1, Mib(128)).await;
+    // Its shell answers, so everything else it does at its start is done too.
+    vmm.shell().await.expect("shell");
+    vmm.command("stop", request.epoch).await.expect("stop");
+    let halted = |state: &VmmState| {
+        *state
+            == VmmState::Stopped {
+                reason: StopReason::GuestHalted,
+            }
+    };
+    vmm.wait_for_state(BOOT_PATIENCE, halted)
+        .await
+        .expect("the guest hears the power button");
+}
+
 /// Sends a Linux guest that dirties memory through several VMMs.
 async fn a_linux_guest_under_load_survives_live_migration(vcpus: u8, flights: usize) {
     let guest = require!(LinuxGuest::prepare());

@@ -1,5 +1,6 @@
 //! One or two `godwit vmm` processes, the test in the place of agents and store.
 
+mod devices;
 mod hand_over;
 mod hostile_peers;
 mod lease;
@@ -8,6 +9,7 @@ mod linux_guest;
 mod migration;
 mod refusals;
 mod serial_console;
+mod snapshots;
 
 use godwit_tests::serial::Serial;
 use godwit_tests::test_dir::TestDir;

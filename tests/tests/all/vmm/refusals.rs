@@ -31,9 +31,11 @@ async fn a_bad_spec_is_refused_with_its_field_and_a_remedy() {
     let not_elf = dir.join("kernel.txt");
     std::fs::write(&not_elf, "not a kernel").expect("a file");
     let missing = dir.join("no-such-kernel");
+    let empty = dir.join("empty");
+    std::fs::write(&empty, []).expect("a file");
     let cases = [
         ("spec.vcpus", vmm::pilot(0, Mib(64))),
-        ("spec.vcpus", vmm::pilot(9, Mib(64))),
+        ("spec.vcpus", vmm::pilot(65, Mib(64))),
         ("spec.memory_mib", vmm::pilot(1, Mib(1))),
         ("spec.memory_mib", vmm::pilot(1, Mib(1 << 40))),
         // Within what a machine may have, beyond what this host has.
@@ -41,6 +43,7 @@ async fn a_bad_spec_is_refused_with_its_field_and_a_remedy() {
         ("spec.boot.kernel", linux_spec(&missing, None, "")),
         ("spec.boot.kernel", linux_spec(&not_elf, None, "")),
         ("spec.boot.kernel", linux_spec(dir.path(), None, "")),
+        ("spec.boot.kernel", linux_spec(&empty, None, "")),
         (
             "spec.boot.kernel",
             linux_spec(Path::new("relative/vmlinux"), None, ""),
@@ -119,6 +122,22 @@ async fn a_body_that_is_not_a_request_is_refused() {
         .await
         .expect("an answer");
     assert_eq!(answer.status, 404);
+}
+
+/// A machine that arrives from elsewhere boots only when its guest restarts: too late to find out.
+#[tokio::test]
+async fn a_machine_whose_kernel_is_missing_is_not_even_built() {
+    require!(skip::kvm());
+    let dir = TestDir::new();
+    let vmm = Vmm::start(&dir, "vmm").await.expect("an empty VMM");
+    let missing = linux_spec(&dir.join("no-such-kernel"), None, "");
+    let error = vmm
+        .create(&new_vm(missing))
+        .await
+        .expect_err("a machine without a kernel");
+    assert!(format!("{error:#}").contains("no-such-kernel"), "{error:#}");
+    let info = vmm.info().await.expect("the VMM lives");
+    assert_eq!(info.state, VmmState::Empty);
 }
 
 #[test]

@@ -3,10 +3,12 @@
 use crate::agent::adopt_all;
 use crate::board::Board;
 use crate::control::ControlPlane;
+use crate::network::Networks;
 use crate::process::VmmProcess;
 use crate::procfs;
 use crate::record::tests::spec;
 use crate::record::{ProcessId, StateDirectory};
+use crate::storage::{Origin, PoolPlace, Storage};
 use crate::sys::AfterAgent;
 use crate::vm::{Command, Context, Registry};
 use axum::extract::{Path, State};
@@ -15,6 +17,7 @@ use axum::{Json, Router};
 use godwit_channel::pki::{Authority, HostRequest};
 use godwit_channel::problem::{Answer, JsonBody, Refusal};
 use godwit_channel::{tls, uds};
+use godwit_wire::devices::Attachments;
 use godwit_wire::host_api::{CommitReply, Resolution, StartVm, StopMode, StopVm, VmReport};
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
@@ -91,6 +94,15 @@ impl Host {
             migration_address: [127, 0, 0, 1].into(),
             control: server.control.clone(),
             board: Board::default(),
+            storage: Storage::new(
+                vec![PoolPlace {
+                    name: "default".into(),
+                    directory: root.path().join("pool"),
+                    origin: Origin::Ours,
+                }],
+                server.host,
+            ),
+            networks: Networks::new(server.host, [127, 0, 0, 1].into()),
             runtime: tokio::runtime::Handle::current(),
         }));
         adopt_all(&registry).await.unwrap();
@@ -193,6 +205,7 @@ struct Inner {
     calls: Vec<String>,
     committed: Option<(MigrationId, Epoch)>,
     heeds_stop: bool,
+    attachments: Attachments,
 }
 
 impl Fakes {
@@ -299,6 +312,13 @@ impl Fakes {
         self.machine(vm).inner.lock().unwrap().committed
     }
 
+    /// Where the VMM was told to find disks and taps.
+    pub(crate) fn attachments(&self, vm: VmId) -> Attachments {
+        let machine = self.machine(vm);
+        let inner = machine.inner.lock().unwrap();
+        inner.attachments.clone()
+    }
+
     fn kill_all(&self) {
         for entry in std::fs::read_dir(&self.root)
             .into_iter()
@@ -356,6 +376,7 @@ fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
             calls: Vec::new(),
             committed: None,
             heeds_stop: true,
+            attachments: Attachments::default(),
         }),
         phase: watch::Sender::new(0),
     });
@@ -486,6 +507,7 @@ async fn answer(
             let mut inner = machine.inner.lock().unwrap();
             inner.vm = serde_json::from_value(body["vm"].clone()).unwrap();
             inner.epoch = serde_json::from_value(body["epoch"].clone()).unwrap();
+            inner.attachments = serde_json::from_value(body["attachments"].clone()).unwrap();
             inner.state = VmmState::Created;
             if path == "incoming" {
                 inner.state = VmmState::Incoming;
@@ -554,6 +576,7 @@ async fn answer(
         "migration/release" => return Ok(Json(json!(machine.inner.lock().unwrap().migration))),
         "dirty-rate" => return Ok(Json(json!({ "bytes_per_s": 0 }))),
         "info" => {}
+        path if path.starts_with("disks/") => {}
         other => panic!("no fake answer for {other}"),
     }
     Ok(Json(json!(machine.info())))

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::machine::SavedMachine;
-use crate::migration::{HandOverError, SourceMachine, TargetMachine};
+use crate::migration::{HandOverError, SourceMachine, TargetMachine, ThisCpu};
 use godwit_wire::id::MigrationId;
 use std::time::Duration;
 
@@ -43,6 +43,7 @@ impl Driver {
             request.epoch,
             request.spec.clone(),
             request.lease.clone(),
+            request.attachments.clone(),
         )?;
         let bound = MigrationListener::bind(request.listen).map_err(|error| {
             let listen = request.listen;
@@ -60,9 +61,15 @@ impl Driver {
         );
         let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener));
         self.migration = Migration::Incoming(incoming.clone(), request.epoch);
+        let facts = self.cpu()?;
+        let machine = self.machine()?;
         let (ram, cpu, owner) = (
-            self.machine()?.ram().clone(),
-            self.cpu()?,
+            machine.ram().clone(),
+            ThisCpu {
+                facts,
+                guest: machine.guest_cpu().clone(),
+                scaling: machine.tsc_scaling(),
+            },
             Owner {
                 driver: self.handle.clone(),
                 migration: request.migration,
@@ -92,6 +99,7 @@ impl Driver {
                 ));
             }
         }
+        self.admit_without_snapshot()?;
         admit(Request::SendAway, &self.state.borrow())?;
         let ledger = Ledger::new(
             request.migration,
@@ -101,6 +109,7 @@ impl Driver {
         let outgoing = Arc::new(Outgoing::new(Arc::new(ledger)));
         let machine = self.machine()?;
         let (ram, log) = (machine.ram().clone(), machine.dirty_log().clone());
+        let guest_cpu = machine.guest_cpu().clone();
         let (vm, spec) = match (self.vm, self.spec.clone()) {
             (Some(vm), Some(spec)) => (vm, spec),
             _ => return Err(Problem::internal("a machine without identity")),
@@ -119,7 +128,7 @@ impl Driver {
             send_machine(
                 &outgoing,
                 &request,
-                (vm, &spec, &cpu),
+                (vm, &spec, &cpu, &guest_cpu),
                 &ram,
                 start_log,
                 &owner,
@@ -215,22 +224,14 @@ impl Driver {
             .map_err(refused)?;
         self.epoch = command.epoch;
         if first {
-            match incoming.arrival() {
-                Some(Arrival::StayPaused) => self.enter(VmmState::Paused {
-                    reason: PauseReason::Requested,
-                }),
-                _ => match self.machine()?.run() {
-                    Ok(()) => self.enter(VmmState::Running),
-                    Err(error) => {
-                        // The VM is this side's now, whatever happens: it must be seen to need help.
-                        let detail = error.to_string();
-                        self.enter(VmmState::Paused {
-                            reason: PauseReason::Fault { detail },
-                        });
-                    }
-                },
-            }
+            // The VM is this side's now, whatever happens: if it cannot go on, it must be seen to need help.
+            let state = self.go_on(incoming.arrival().unwrap_or(Arrival::Run))?;
+            let runs = state == VmmState::Running;
+            self.enter(state);
             incoming.announce_running(command.epoch);
+            if runs {
+                self.machine()?.announce();
+            }
         }
         self.status()
     }
@@ -287,22 +288,49 @@ impl Driver {
         {
             return;
         }
-        let Some(machine) = &self.machine else { return };
-        let state = match self.before_hand_over {
-            Arrival::StayPaused => VmmState::Paused {
-                reason: PauseReason::Requested,
-            },
-            Arrival::Run => match machine.run() {
+        if let Ok(state) = self.go_on(self.before_hand_over) {
+            self.enter(state);
+        }
+    }
+
+    /// Takes what only the machine's owner may hold, and lets the guest go on as it was; gives its state then.
+    fn go_on(&self, arrival: Arrival) -> Result<VmmState, Problem> {
+        let machine = self.machine()?;
+        let claimed = machine.claim(self.epoch);
+        Ok(match (arrival, claimed) {
+            // It is claimed again before it runs.
+            (Arrival::StayPaused, claimed) => {
+                if let Err(error) = claimed {
+                    tracing::warn!(%error, "a device of the paused machine cannot be claimed yet");
+                }
+                VmmState::Paused {
+                    reason: PauseReason::Requested,
+                }
+            }
+            (Arrival::Run, Err(error)) => {
+                let detail = error.problem("spec").detail;
+                tracing::error!(
+                    detail,
+                    "the guest stands still: its disks cannot be claimed"
+                );
+                let disk = match error {
+                    MachineError::Device(error) => error.device().to_owned(),
+                    _ => String::new(),
+                };
+                VmmState::Paused {
+                    reason: PauseReason::Storage { disk, detail },
+                }
+            }
+            (Arrival::Run, Ok(())) => match machine.run() {
                 // If the lease is over the vCPUs stop themselves at once and say so.
                 Ok(()) => VmmState::Running,
                 Err(error) => VmmState::Paused {
                     reason: PauseReason::Fault {
-                        detail: error.to_string(),
+                        detail: error.problem("spec").detail,
                     },
                 },
             },
-        };
-        self.enter(state);
+        })
     }
 
     /// Whether `migration` is the latest one: the thread of an earlier one may still be ending, and has no say.
@@ -428,7 +456,11 @@ impl SourceMachine for Owner {
                 VmmState::Paused {
                     reason: PauseReason::HandOver,
                 },
-            ) => machine.save(),
+            ) => {
+                // From here on the target may take what this machine held.
+                machine.release()?;
+                machine.save()
+            }
             _ => Err(MachineError::BadState(MACHINE_GONE.into())),
         })
     }

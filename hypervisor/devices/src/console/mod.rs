@@ -1,0 +1,297 @@
+//! Console (Virtual I/O Device specification 1.2, 5.3): one port, `/dev/hvc0` in Linux.
+//!
+//! ```text
+//! operator ── ConsoleInput::send ──▶ bounded buffer ──▶ receive queue ──▶ guest
+//! operator ◀────────── output ◀────────────────────── transmit queue ◀── guest
+//! ```
+//!
+//! Input waits in the buffer until the guest offers room; what does not fit is refused, all of it, so that the
+//! sender knows. It travels with the machine. Output goes to a writer that must not block; what it does not take is
+//! lost and counted, because a console nobody reads must not stop the guest.
+
+mod service;
+
+#[cfg(test)]
+mod tests;
+
+use crate::device::{
+    Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, Start,
+    VirtioDevice,
+};
+use crate::worker::{Worker, WorkerError};
+use serde::{Deserialize, Serialize};
+use service::Service;
+use std::collections::VecDeque;
+use std::fmt;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Most input that waits for the guest.
+pub const MAX_INPUT_BYTES: usize = 64 * 1024;
+
+const NAME: &str = "console";
+/// Receive, transmit.
+const QUEUE_SIZES: [u16; 2] = [64, 64];
+const STATE_VERSION: u32 = 1;
+
+/// The device.
+pub struct VirtioConsole {
+    shared: Arc<Shared>,
+    /// Where the guest's output goes; with the thread while there is one.
+    output: Option<Output>,
+    worker: Option<Worker<Service>>,
+    /// Whether a restored state says that the driver broke the rules before it was saved.
+    restored: Health,
+}
+
+/// Types into the console.
+#[derive(Clone, Debug)]
+pub struct ConsoleInput(Arc<Shared>);
+
+/// The guest has not read enough of its input to take more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest has left {waiting} bytes of console input unread, and {MAX_INPUT_BYTES} is the limit"
+)]
+pub struct Full {
+    /// Bytes that wait.
+    pub waiting: usize,
+}
+
+/// The sink, which is not `Debug`.
+struct Output(Box<dyn Write + Send>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    input: Mutex<Input>,
+    counters: Counters,
+}
+
+/// Input on its way to the guest.
+#[derive(Debug, Default)]
+struct Input {
+    waiting: VecDeque<u8>,
+    /// Wakes the thread; there while the driver is ready.
+    bell: Option<EventFd>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    input_bytes: AtomicU64,
+    output_bytes: AtomicU64,
+    lost_output_bytes: AtomicU64,
+    refused_input_bytes: AtomicU64,
+}
+
+/// Whether the driver has kept the rules.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Health {
+    #[default]
+    Well,
+    /// It has not; nothing is served until a reset.
+    Failed,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    health: Health,
+    /// Input the guest has not taken yet.
+    input: Vec<u8>,
+}
+
+impl fmt::Debug for VirtioConsole {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioConsole")
+            .field("shared", &self.shared)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VirtioConsole {
+    /// A console whose output goes to `output`, which must not block.
+    pub fn new(output: Box<dyn Write + Send>) -> (Self, ConsoleInput) {
+        let shared = Arc::<Shared>::default();
+        let device = Self {
+            shared: shared.clone(),
+            output: Some(Output(output)),
+            worker: None,
+            restored: Health::Well,
+        };
+        (device, ConsoleInput(shared))
+    }
+
+    /// Ends the thread and takes the output back from it.
+    fn stop(&mut self) {
+        self.shared.input().bell = None;
+        if let Some(service) = self.worker.take().and_then(Worker::stop) {
+            self.output = Some(service.into_output());
+        }
+    }
+}
+
+impl ConsoleInput {
+    /// Hands all of `bytes` to the guest, or none of them. Before the guest has a driver they wait for it.
+    pub fn send(&self, bytes: &[u8]) -> Result<(), Full> {
+        let mut input = self.0.input();
+        let waiting = input.waiting.len();
+        if bytes.len() > MAX_INPUT_BYTES - waiting {
+            let counter = &self.0.counters.refused_input_bytes;
+            counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            return Err(Full { waiting });
+        }
+        input.waiting.extend(bytes);
+        if let Some(bell) = &input.bell {
+            // It fails only when the counter is full, and then the thread is about to wake anyway.
+            let _ = bell.write(1);
+        }
+        Ok(())
+    }
+
+    /// Whether the guest has a driver for the console.
+    pub fn is_active(&self) -> bool {
+        self.0.input().bell.is_some()
+    }
+}
+
+impl Shared {
+    fn input(&self) -> MutexGuard<'_, Input> {
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl VirtioDevice for VirtioConsole {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Console
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// Size, number of ports and emergency writes belong to features that are not offered.
+    fn read_config(&self, _offset: u32, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.stop();
+        let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(|source| host("eventfd", source))?;
+        let theirs = bell.try_clone().map_err(|source| host("eventfd", source))?;
+        // The output is gone only when its thread has died with it.
+        let output = self
+            .output
+            .take()
+            .unwrap_or_else(|| Output(Box::new(io::sink())));
+        let start = activation.start;
+        let service = Service::new(
+            activation,
+            self.shared.clone(),
+            output,
+            theirs,
+            self.restored,
+        );
+        let worker = match start {
+            Start::Working => Worker::start(NAME, service),
+            Start::Paused => Worker::start_quiesced(NAME, service),
+        };
+        self.worker = Some(worker.map_err(thread)?);
+        let mut input = self.shared.input();
+        // For what was typed before there was a bell.
+        let _ = bell.write(1);
+        input.bell = Some(bell);
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<Vec<QueuePosition>, DeviceError> {
+        let Some(worker) = &self.worker else {
+            return Ok(Vec::new());
+        };
+        worker.pause().map_err(thread)?;
+        worker.call(|service| service.positions()).map_err(thread)
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        self.worker
+            .as_ref()
+            .map_or(Ok(()), |worker| worker.resume().map_err(thread))
+    }
+
+    fn reset(&mut self) {
+        self.stop();
+        self.restored = Health::Well;
+    }
+
+    fn save(&self) -> Result<SavedBody, DeviceError> {
+        let health = match &self.worker {
+            Some(worker) => worker.call(|service| service.health()).map_err(thread)?,
+            None => self.restored,
+        };
+        SavedBody::serialized(&Saved {
+            version: STATE_VERSION,
+            health,
+            input: self.shared.input().waiting.iter().copied().collect(),
+        })
+        .map_err(bad_state)
+    }
+
+    fn restore(&mut self, saved: SavedBody) -> Result<(), DeviceError> {
+        let saved: Saved = saved.deserialized().map_err(bad_state)?;
+        if saved.version != STATE_VERSION {
+            return Err(bad_state(format!("version {} is unknown", saved.version)));
+        }
+        if saved.input.len() > MAX_INPUT_BYTES {
+            return Err(bad_state(format!(
+                "{} bytes of input wait, and {MAX_INPUT_BYTES} is the limit",
+                saved.input.len()
+            )));
+        }
+        self.restored = saved.health;
+        self.shared.input().waiting = saved.input.into();
+        Ok(())
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let counters = &self.shared.counters;
+        vec![
+            ("input_bytes", of(&counters.input_bytes)),
+            ("refused_input_bytes", of(&counters.refused_input_bytes)),
+            ("output_bytes", of(&counters.output_bytes)),
+            ("lost_output_bytes", of(&counters.lost_output_bytes)),
+        ]
+    }
+}
+
+fn host(what: &str, source: io::Error) -> DeviceError {
+    DeviceError::Host {
+        device: NAME.into(),
+        what: what.into(),
+        source,
+    }
+}
+
+fn thread(error: WorkerError) -> DeviceError {
+    host("its thread", io::Error::other(error))
+}
+
+fn bad_state(reason: impl ToString) -> DeviceError {
+    DeviceError::BadState {
+        device: NAME.into(),
+        reason: reason.to_string(),
+    }
+}

@@ -1,0 +1,147 @@
+use super::*;
+use crate::mock::{Buffer, MockDriver, NEXT};
+use std::time::Duration;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestAddress;
+
+const LONG: Duration = Duration::from_secs(20);
+const MEMORY: u64 = 1 << 20;
+
+fn driver() -> MockDriver<Rng> {
+    let mut driver = MockDriver::new(Rng::new().unwrap(), MEMORY);
+    driver.activate(Start::Working).unwrap();
+    driver
+}
+
+#[test]
+fn a_request_is_filled_across_its_buffers_and_nowhere_else() {
+    let mut driver = driver();
+    let (first, second) = (driver.allocate(100), driver.allocate(200));
+    let beside = driver.place(&[7; 16]);
+    let used = driver
+        .request(
+            0,
+            &[Buffer::Writable(first, 100), Buffer::Writable(second, 200)],
+            LONG,
+        )
+        .unwrap();
+    assert_eq!(used.len, 300);
+    // 256 random bits are not all zero.
+    assert_ne!(driver.bytes(first, 32), [0; 32]);
+    assert_ne!(driver.bytes(GuestAddress(second.0 + 168), 32), [0; 32]);
+    assert_eq!(driver.bytes(beside, 16), [7; 16]);
+}
+
+#[test]
+fn a_large_request_gets_a_bounded_answer() {
+    let mut driver = driver();
+    let buffer = driver.allocate(0x1_0000);
+    let used = driver
+        .request(0, &[Buffer::Writable(buffer, 0x1_0000)], LONG)
+        .unwrap();
+    assert_eq!(used.len as usize, MAX_REQUEST_BYTES);
+    let behind = GuestAddress(buffer.0 + u64::from(used.len));
+    assert_eq!(driver.bytes(behind, 64), [0; 64]);
+}
+
+#[test]
+fn a_guest_that_asks_without_end_waits_for_the_rate() {
+    let mut driver = driver();
+    let buffer = driver.allocate(4096);
+    let ask = |driver: &mut MockDriver<Rng>| {
+        let used = driver.request(0, &[Buffer::Writable(buffer, 4096)], LONG);
+        assert_eq!(used.unwrap().len, 4096);
+    };
+    // The bucket holds one second's worth and fills while it is emptied, but never as fast.
+    let throttled = (0..16 * BYTES_PER_SECOND / 4096).any(|_| {
+        ask(&mut driver);
+        driver.device().counters.throttled.load(Ordering::Relaxed) > 0
+    });
+    assert!(throttled);
+    ask(&mut driver);
+}
+
+#[test]
+fn a_driver_that_breaks_the_rules_is_served_again_only_after_a_reset() {
+    let mut driver = driver();
+    driver.write_descriptor(0, 0, Descriptor::new(0x8000, 16, NEXT, 0));
+    driver.offer(0, 0);
+    driver.kick(0);
+    assert!(driver.wait_needs_reset(LONG).unwrap().contains("loops"));
+
+    driver.reset();
+    driver.activate(Start::Working).unwrap();
+    let buffer = driver.allocate(16);
+    let used = driver.request(0, &[Buffer::Writable(buffer, 16)], LONG);
+    assert_eq!(used.unwrap().len, 16);
+}
+
+#[test]
+fn a_driver_that_offers_entropy_is_refused() {
+    let mut driver = driver();
+    let buffer = driver.place(&[1; 16]);
+    driver.submit(0, &[Buffer::Readable(buffer, 16)]).unwrap();
+    driver.kick(0);
+    assert!(driver.wait_needs_reset(LONG).is_some());
+    assert_eq!(driver.poll_used(0), None);
+}
+
+#[test]
+fn an_available_index_beyond_the_queue_is_refused() {
+    let mut driver = driver();
+    driver.set_available_index(0, QUEUE_SIZES[0] + 1);
+    driver.kick(0);
+    assert!(driver.wait_needs_reset(LONG).is_some());
+}
+
+#[test]
+fn requests_made_while_paused_are_served_where_the_machine_goes_on() {
+    let mut driver = driver();
+    let buffer = driver.allocate(64);
+    driver
+        .request(0, &[Buffer::Writable(buffer, 64)], LONG)
+        .unwrap();
+    driver.pause().unwrap();
+    driver.submit(0, &[Buffer::Writable(buffer, 32)]).unwrap();
+    driver.kick(0);
+    assert_eq!(driver.poll_used(0), None);
+
+    let (mut moved, _old) = driver.move_to(Rng::new().unwrap()).unwrap();
+    assert_eq!(moved.poll_used(0), None);
+    moved.device_mut().resume().unwrap();
+    assert_eq!(moved.wait_used(0, LONG).unwrap().len, 32);
+}
+
+#[test]
+fn a_failed_device_stays_failed_when_it_moves() {
+    let mut driver = driver();
+    driver.set_available_index(0, u16::MAX);
+    driver.kick(0);
+    driver.wait_needs_reset(LONG).unwrap();
+    let (mut moved, _old) = driver.move_to(Rng::new().unwrap()).unwrap();
+    let worker = moved.device().worker.as_ref().unwrap();
+    assert_eq!(
+        worker.call(|service| service.health()).unwrap(),
+        Health::Failed
+    );
+    moved.reset();
+    moved.activate(Start::Working).unwrap();
+    let buffer = moved.allocate(8);
+    assert!(
+        moved
+            .request(0, &[Buffer::Writable(buffer, 8)], LONG)
+            .is_some()
+    );
+}
+
+#[test]
+fn a_state_of_another_version_is_refused() {
+    let saved = SavedBody::serialized(&Saved {
+        version: STATE_VERSION + 1,
+        health: Health::Well,
+    });
+    let refused = Rng::new().unwrap().restore(saved.unwrap());
+    assert!(matches!(refused, Err(DeviceError::BadState { .. })));
+    let refused = Rng::new().unwrap().restore(SavedBody::Null);
+    assert!(matches!(refused, Err(DeviceError::BadState { .. })));
+}

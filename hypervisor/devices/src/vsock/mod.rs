@@ -1,0 +1,290 @@
+//! Sockets between the guest and its host (virtio 1.2, 5.10), on the host's side UNIX sockets in a directory, laid
+//! out as Firecracker's: a host process connects to `vsock.sock` and writes `CONNECT port\n`, and gets `OK port\n`
+//! when the guest has accepted; a guest that connects to port 52 of the host reaches the listener at
+//! `vsock.sock_52`.
+//!
+//! ```text
+//! packet      headers                      (pure)
+//! connection  one connection and its credit
+//! rings       the guest's queues
+//! muxer       all of them, on one thread: a guest has few, and order between queues is kept for nothing
+//! ```
+//!
+//! Packets are read and written here rather than with a crate: the one there is takes packets of at most two
+//! descriptors, and Linux sends data in more.
+//!
+//! Connections do not outlive a move to another host: after [`VirtioDevice::restore`] the guest is told that all of
+//! them are gone.
+
+mod connection;
+mod muxer;
+pub mod packet;
+mod rings;
+
+#[cfg(test)]
+mod tests;
+
+use crate::device::{
+    Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody,
+    Start, VirtioDevice,
+};
+use crate::worker::{Worker, WorkerError};
+use godwit_wire::devices::MIN_VSOCK_CID;
+use muxer::{Muxer, Parts};
+use rings::Rings;
+use serde::{Deserialize, Serialize};
+use std::io::{self, ErrorKind};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Name of the device.
+const NAME: &str = "vsock";
+/// The socket that host processes connect to; with `_PORT` behind it, the one that guests reach.
+pub const SOCKET_NAME: &str = "vsock.sock";
+/// Stream sockets.
+const F_STREAM: u64 = 1;
+/// Receive, transmit, events.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+/// Longest path of a UNIX socket (`sun_path`, with its end).
+const MAX_SOCKET_PATH_BYTES: usize = 107;
+/// Version of the saved state.
+const SAVED_VERSION: u32 = 1;
+
+/// The guest's vsock.
+#[derive(Debug)]
+pub struct Vsock {
+    cid: u32,
+    directory: PathBuf,
+    listener: Arc<UnixListener>,
+    counters: Arc<Counters>,
+    worker: Option<Worker<Muxer>>,
+    /// The guest may believe in connections of another host.
+    moved: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    cid: u32,
+}
+
+/// What the device has done; metric names are the field names.
+#[derive(Debug, Default)]
+struct Counters {
+    rx_packets: Counter,
+    rx_bytes: Counter,
+    tx_packets: Counter,
+    tx_bytes: Counter,
+    connections: Counter,
+    refused: Counter,
+    resets: Counter,
+}
+
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Vsock {
+    /// A vsock for the guest with context id `cid`, whose sockets are in `directory`.
+    pub fn new(cid: u32, directory: PathBuf) -> Result<Self, DeviceError> {
+        if cid < MIN_VSOCK_CID || cid == u32::MAX {
+            return Err(unusable(format!(
+                "context id {cid} is reserved; use one from {MIN_VSOCK_CID} up"
+            )));
+        }
+        let path = directory.join(SOCKET_NAME);
+        let longest = path.as_os_str().len() + "_4294967295".len();
+        if longest > MAX_SOCKET_PATH_BYTES {
+            return Err(unusable(format!(
+                "{} is too long for a socket's path; use a directory of at most {} bytes",
+                path.display(),
+                MAX_SOCKET_PATH_BYTES - "/vsock.sock_4294967295".len()
+            )));
+        }
+        let listener = listen(&path).map_err(|source| DeviceError::Host {
+            device: NAME.into(),
+            what: format!("{} cannot be listened on", path.display()),
+            source,
+        })?;
+        Ok(Self {
+            cid,
+            directory,
+            listener: Arc::new(listener),
+            counters: Arc::default(),
+            worker: None,
+            moved: false,
+        })
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        // A socket that is left over is replaced by the next listener.
+        let _ = std::fs::remove_file(self.directory.join(SOCKET_NAME));
+    }
+}
+
+/// Listens, in place of a socket that nobody listens on any more.
+fn listen(path: &Path) -> io::Result<UnixListener> {
+    if let Err(error) = UnixStream::connect(path)
+        && error.kind() == ErrorKind::ConnectionRefused
+    {
+        std::fs::remove_file(path)?;
+    }
+    let listener = UnixListener::bind(path)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+impl VirtioDevice for Vsock {
+    fn name(&self) -> &str {
+        NAME
+    }
+
+    fn kind(&self) -> DeviceKind {
+        DeviceKind::Vsock
+    }
+
+    fn features(&self) -> u64 {
+        F_STREAM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn read_config(&self, offset: u32, data: &mut [u8]) {
+        let bytes = u64::from(self.cid).to_le_bytes();
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (nth, byte) in data.iter_mut().enumerate() {
+            *byte = bytes.get(from.saturating_add(nth)).copied().unwrap_or(0);
+        }
+    }
+
+    fn write_config(&mut self, _: u32, _: &[u8]) {}
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.worker = None;
+        let mut queues = activation.queues;
+        queues.sort_by_key(|queue| queue.index);
+        let complete = queues.iter().map(|queue| queue.index).eq(0..3);
+        let queues: Result<[ActiveQueue; 3], _> = queues.try_into();
+        let (Ok(queues), true) = (queues, complete) else {
+            // Not this host's fault: the driver left queues out. It may try again after a reset.
+            activation
+                .interrupt
+                .needs_reset("vsock works with all of its three queues only");
+            return Ok(());
+        };
+        let muxer = Muxer::new(Parts {
+            cid: self.cid.into(),
+            directory: self.directory.clone(),
+            listener: Arc::clone(&self.listener),
+            counters: Arc::clone(&self.counters),
+            rings: Rings::new(activation.memory, queues, activation.interrupt),
+            reset_owed: std::mem::take(&mut self.moved),
+        });
+        let worker = match activation.start {
+            Start::Working => Worker::start(NAME, muxer),
+            Start::Paused => Worker::start_quiesced(NAME, muxer),
+        };
+        self.worker = Some(worker.map_err(worker_failed)?);
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<Vec<QueuePosition>, DeviceError> {
+        let Some(worker) = &self.worker else {
+            return Ok(Vec::new());
+        };
+        worker.pause().map_err(worker_failed)?;
+        worker
+            .call(|muxer| muxer.positions())
+            .map_err(worker_failed)
+    }
+
+    fn resume(&mut self) -> Result<(), DeviceError> {
+        match &self.worker {
+            Some(worker) => worker.resume().map_err(worker_failed),
+            None => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.worker = None;
+        self.moved = false;
+    }
+
+    fn save(&self) -> Result<SavedBody, DeviceError> {
+        let saved = Saved {
+            version: SAVED_VERSION,
+            cid: self.cid,
+        };
+        SavedBody::serialized(&saved).map_err(|error| bad_state(error.to_string()))
+    }
+
+    fn restore(&mut self, saved: SavedBody) -> Result<(), DeviceError> {
+        let saved: Saved = saved
+            .deserialized()
+            .map_err(|error| bad_state(error.to_string()))?;
+        if saved.version != SAVED_VERSION {
+            return Err(bad_state(format!(
+                "version {}, and only {SAVED_VERSION} is known",
+                saved.version
+            )));
+        }
+        if saved.cid != self.cid {
+            return Err(bad_state(format!(
+                "context id {} there, {} here",
+                saved.cid, self.cid
+            )));
+        }
+        self.moved = true;
+        Ok(())
+    }
+
+    fn metrics(&self) -> DeviceMetrics {
+        let counters = &self.counters;
+        vec![
+            ("rx_packets", counters.rx_packets.get()),
+            ("rx_bytes", counters.rx_bytes.get()),
+            ("tx_packets", counters.tx_packets.get()),
+            ("tx_bytes", counters.tx_bytes.get()),
+            ("connections", counters.connections.get()),
+            ("refused", counters.refused.get()),
+            ("resets", counters.resets.get()),
+        ]
+    }
+}
+
+fn unusable(reason: String) -> DeviceError {
+    DeviceError::Unusable {
+        device: NAME.into(),
+        reason,
+    }
+}
+
+fn bad_state(reason: String) -> DeviceError {
+    DeviceError::BadState {
+        device: NAME.into(),
+        reason,
+    }
+}
+
+fn worker_failed(error: WorkerError) -> DeviceError {
+    DeviceError::Host {
+        device: NAME.into(),
+        what: "its thread does not work".into(),
+        source: io::Error::other(error),
+    }
+}

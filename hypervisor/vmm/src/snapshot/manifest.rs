@@ -1,0 +1,201 @@
+//! What a snapshot says about itself, and why one is refused.
+
+use crate::kvm::KvmError;
+use crate::machine::MachineError;
+use crate::memory::RamError;
+use godwit_wire::cpu::GuestCpu;
+use godwit_wire::machine::{CpuFacts, MachineSpec};
+use godwit_wire::problem::{FieldProblem, Problem};
+use serde::{Deserialize, Serialize};
+use std::io;
+use std::path::PathBuf;
+
+/// Version of the format.
+pub(super) const VERSION: u32 = 1;
+pub(super) const MANIFEST: &str = "manifest.json";
+pub(super) const STATE: &str = "state.cbor";
+pub(super) const MEMORY: &str = "memory";
+pub(super) const PIECES: &str = "pieces";
+/// Unit of checksums and of loading.
+pub(super) const PIECE_BYTES: u64 = 1 << 20;
+/// Bytes of one checksum in the table.
+pub(super) const CHECKSUM_BYTES: usize = 16;
+/// Longest manifest that is read.
+pub(super) const MAX_MANIFEST_BYTES: u64 = 1 << 20;
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the format.
+    pub version: u32,
+    /// The machine.
+    pub spec: MachineSpec,
+    /// CPU of the host it was taken on.
+    pub cpu: CpuFacts,
+    /// What the guest saw of it.
+    pub guest_cpu: GuestCpu,
+    /// When guest time was sampled: nanoseconds since 1970.
+    pub saved_at_unix_ns: u64,
+    /// vCPUs and devices.
+    pub state: FileSeal,
+    /// Guest memory; its content is sealed piece by piece.
+    pub memory_bytes: u64,
+    /// Checksums of the pieces.
+    pub pieces: FileSeal,
+}
+
+/// Size and XXH3-128 of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileSeal {
+    /// Length.
+    pub bytes: u64,
+    /// 32 hex digits.
+    pub xxh3: String,
+}
+
+/// The manifest as it is in its file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Sealed {
+    pub(super) manifest: Manifest,
+    pub(super) seal: String,
+}
+
+/// Only what tells versions apart, which every version has.
+#[derive(Deserialize)]
+struct Versioned {
+    manifest: VersionOnly,
+}
+
+#[derive(Deserialize)]
+struct VersionOnly {
+    version: u32,
+}
+
+pub(super) fn checksum(bytes: &[u8]) -> String {
+    format!("{:032x}", xxhash_rust::xxh3::xxh3_128(bytes))
+}
+
+impl FileSeal {
+    pub(super) fn of(bytes: &[u8]) -> Self {
+        Self {
+            bytes: bytes.len() as u64,
+            xxh3: checksum(bytes),
+        }
+    }
+}
+
+impl Manifest {
+    /// The manifest's file.
+    pub(super) fn encode(self) -> Result<Vec<u8>, SnapshotError> {
+        let unreadable = |error: serde_json::Error| SnapshotError::Encode(error.to_string());
+        let seal = checksum(&serde_json::to_vec(&self).map_err(unreadable)?);
+        serde_json::to_vec(&Sealed {
+            manifest: self,
+            seal,
+        })
+        .map_err(unreadable)
+    }
+
+    /// Reads a manifest's file and believes nothing in it that its seal does not cover.
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
+        let damaged = |detail: String| SnapshotError::Damaged {
+            file: MANIFEST,
+            detail,
+        };
+        let unreadable = |error: serde_json::Error| damaged(error.to_string());
+        let found: Versioned = serde_json::from_slice(bytes).map_err(unreadable)?;
+        if found.manifest.version != VERSION {
+            return Err(SnapshotError::Version {
+                found: found.manifest.version,
+            });
+        }
+        let sealed: Sealed = serde_json::from_slice(bytes).map_err(unreadable)?;
+        let again = serde_json::to_vec(&sealed.manifest).map_err(unreadable)?;
+        if checksum(&again) != sealed.seal {
+            return Err(damaged("it is not what was written".into()));
+        }
+        Ok(sealed.manifest)
+    }
+}
+
+/// A snapshot cannot be taken or restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// The place is taken.
+    #[error("{} exists and is not an empty directory", .0.display())]
+    NotEmpty(PathBuf),
+    /// A file cannot be written or read.
+    #[error("{what} {}", path.display())]
+    Io {
+        /// What was attempted.
+        what: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no manifest.
+    #[error("{} has no manifest: it is no snapshot, or one that was never finished", .0.display())]
+    Unfinished(PathBuf),
+    /// Written by another version.
+    #[error("it has format {found} and this program knows {VERSION}")]
+    Version {
+        /// The version it names.
+        found: u32,
+    },
+    /// A file is not what was written.
+    #[error("its file {file} is damaged: {detail}")]
+    Damaged {
+        /// Which.
+        file: &'static str,
+        /// What is wrong.
+        detail: String,
+    },
+    /// A piece of memory is not what was written.
+    #[error("guest memory at offset {offset:#x} of its file memory is damaged")]
+    DamagedMemory {
+        /// Where in the file.
+        offset: u64,
+    },
+    /// Something cannot be written down.
+    #[error("the machine cannot be encoded: {0}")]
+    Encode(String),
+    /// Guest memory.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The dirty log.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The machine.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+}
+
+impl SnapshotError {
+    /// The same as an API problem.
+    pub fn problem(&self) -> Problem {
+        let mut chain = self.to_string();
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            chain = format!("{chain}: {error}");
+            source = error.source();
+        }
+        let directory = |remedy: &str| {
+            Problem::invalid(vec![FieldProblem::new("directory", chain.clone(), remedy)])
+        };
+        match self {
+            Self::NotEmpty(_) => directory("choose a directory that does not exist yet"),
+            Self::Io { .. } => {
+                directory("check that the directory can be written or read and has room")
+            }
+            Self::Unfinished(_) => directory("take the snapshot again"),
+            Self::Version { .. } => directory("restore it with the program that took it"),
+            Self::Damaged { .. } | Self::DamagedMemory { .. } => {
+                directory("restore from a sound copy")
+            }
+            Self::Machine(error) => error.problem("spec"),
+            Self::Encode(_) | Self::Ram(_) | Self::Kvm(_) => Problem::internal(chain),
+        }
+    }
+}

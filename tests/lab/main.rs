@@ -1,0 +1,139 @@
+//! Stock Linux guests on emulated hosts: what the product does with them, shown on any machine.
+//!
+//! QEMU without KVM plays the hosts, each with a stock Debian kernel, `kvm_amd` and our programs; a virtual switch
+//! joins them. `tests/run lab` is the way in; see `docs/guests.md`. A module uses only the modules above it in this
+//! list.
+
+mod packages;
+
+mod modules;
+
+mod images;
+
+mod switch;
+
+mod shell;
+
+mod machine;
+
+mod pool;
+
+mod guest;
+
+mod scenario;
+
+mod scenarios;
+
+use anyhow::bail;
+use godwit_tests::skip;
+use scenario::{Extent, Lab, Outcome, Scenario};
+use scenarios::SCENARIOS;
+use std::process::ExitCode;
+
+const USAGE: &str = "usage: lab [core | try | SCENARIO...]
+
+Without arguments all scenarios run; `core` is the short selection that every test run has.
+`try` starts a pool with two hosts for you and ends it at Ctrl-C.";
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let done = tokio::select! {
+        done = run(&arguments) => done,
+        _ = tokio::signal::ctrl_c() => Ok(ExitCode::FAILURE),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("lab: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+async fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
+    if arguments == ["--help"] {
+        println!("{USAGE}\n\n{}", names());
+        return Ok(ExitCode::SUCCESS);
+    }
+    if arguments == ["try"] {
+        return try_out().await;
+    }
+    let scenarios = select(arguments)?;
+    let mut lab = match Lab::prepare(&packages::lab_dir()) {
+        Err(reason) if arguments == ["core"] => return Ok(skip_all(&scenarios, &reason)),
+        prepared => prepared?,
+    };
+    let outcomes = lab.run(&scenarios).await;
+    Ok(report(&outcomes))
+}
+
+fn select(arguments: &[String]) -> anyhow::Result<Vec<&'static Scenario>> {
+    let selected = |scenario: &&Scenario| match arguments {
+        [] => true,
+        [only] if only == "core" => scenario.extent == Extent::Core,
+        names => names.iter().any(|name| name == scenario.name),
+    };
+    for name in arguments {
+        if name != "core" && !SCENARIOS.iter().any(|scenario| scenario.name == name) {
+            bail!("{USAGE}\n\n{}", names());
+        }
+    }
+    Ok(SCENARIOS.iter().filter(selected).collect())
+}
+
+fn names() -> String {
+    let names: Vec<_> = SCENARIOS.iter().map(|scenario| scenario.name).collect();
+    format!("scenarios: {}", names.join(", "))
+}
+
+async fn try_out() -> anyhow::Result<ExitCode> {
+    let mut lab = Lab::prepare(&packages::lab_dir())?;
+    let running = lab.start_pool().await?;
+    println!(
+        "The pool is up. In another terminal:\n\n    {}\n    {} host list\n\nCtrl-C ends it.",
+        running.pool.environment(),
+        godwit_tests::program::godwit().display()
+    );
+    std::future::pending().await
+}
+
+/// The core is part of every test run, also where there are no Debian packages to be had.
+fn skip_all(scenarios: &[&Scenario], reason: &anyhow::Error) -> ExitCode {
+    for scenario in scenarios {
+        skip::skip_named(
+            &format!("lab {}", scenario.name),
+            format!("{reason:#}").replace('\n', " "),
+        );
+    }
+    println!("lab: 0 passed, 0 failed, {} skipped", scenarios.len());
+    ExitCode::SUCCESS
+}
+
+/// Prints the table; the last line counts.
+fn report(outcomes: &[Outcome]) -> ExitCode {
+    let failed = outcomes
+        .iter()
+        .filter(|outcome| outcome.result.is_err())
+        .count();
+    println!(
+        "\n{:<18} {:>8}  {:<6}  shows",
+        "scenario", "seconds", "result"
+    );
+    for outcome in outcomes {
+        println!(
+            "{:<18} {:>8.1}  {:<6}  {}",
+            outcome.name,
+            outcome.took.as_secs_f32(),
+            if outcome.result.is_ok() {
+                "passed"
+            } else {
+                "FAILED"
+            },
+            outcome.shows
+        );
+    }
+    println!("lab: {} passed, {failed} failed", outcomes.len() - failed);
+    if failed == 0 && !outcomes.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,32 @@
+//! Stock kernels boot.
+
+use crate::guest::{Guest, GuestKernel};
+use crate::pool::Pool;
+use anyhow::ensure;
+
+pub(crate) async fn with_one_vcpu(pool: &mut Pool) -> anyhow::Result<()> {
+    boots(pool, GuestKernel::Backports, 1).await
+}
+
+pub(crate) async fn with_four_vcpus(pool: &mut Pool) -> anyhow::Result<()> {
+    boots(pool, GuestKernel::Backports, 4).await?;
+    boots(pool, GuestKernel::Stable, 4).await
+}
+
+async fn boots(pool: &mut Pool, kernel: GuestKernel, vcpus: u8) -> anyhow::Result<()> {
+    let number = vcpus.to_string();
+    let mut guest = Guest::create(pool, "boots", "host-1", kernel, &["--vcpus", &number]).await?;
+    let found = guest.run("nproc").await?;
+    ensure!(found.trim() == number, "{found} CPUs instead of {vcpus}");
+    let release = guest.run("uname -r").await?;
+    ensure!(release.contains("cloud"), "no stock kernel: {release}");
+    let oops = guest
+        .run("dmesg | grep -ciE 'oops|bug:|call trace' || true")
+        .await?;
+    ensure!(
+        oops.trim() == "0",
+        "the kernel complains: {}",
+        guest.run("dmesg | tail -n 100").await?
+    );
+    guest.delete(pool).await
+}

@@ -1,0 +1,84 @@
+//! Live migration of stock guests between hosts.
+
+use crate::guest::{Guest, GuestKernel};
+use crate::machine::Cpu;
+use crate::pool::Pool;
+use anyhow::{Context, ensure};
+
+/// Memory that holds random pages, and how fast the guest rewrites a part of it.
+const FILLED_MIB: u32 = 64;
+const DIRTY_MIB_PER_S: u32 = 8;
+const WORKING_SET_MIB: u32 = 16;
+
+pub(crate) async fn of_busy_memory(pool: &mut Pool) -> anyhow::Result<()> {
+    let options = ["--vcpus", "2"];
+    let mut guest =
+        Guest::create(pool, "mover", "host-1", GuestKernel::default(), &options).await?;
+    guest.run(&format!("agent fill {FILLED_MIB}")).await?;
+    guest
+        .run(&format!("agent dirty {DIRTY_MIB_PER_S} {WORKING_SET_MIB}"))
+        .await?;
+    let boot_id = guest.run("cat /proc/sys/kernel/random/boot_id").await?;
+    for target in ["host-2", "host-1"] {
+        migrate(pool, "mover", target).await?;
+        guest = Guest::attach(pool, "mover").await?;
+        let same = guest.run("cat /proc/sys/kernel/random/boot_id").await?;
+        ensure!(same == boot_id, "the guest on {target} is another one");
+    }
+    guest.run("agent stop").await?;
+    let verified = guest.run("agent verify").await?;
+    eprintln!("lab:   {verified}");
+    guest.delete(pool).await
+}
+
+/// The target's CPU is less than the guest was promised.
+pub(crate) async fn to_a_lesser_cpu(pool: &mut Pool) -> anyhow::Result<()> {
+    pool.add_host("old-host", Cpu::WithoutAvx2).await?;
+    let options = ["--cpu", "x86-64-v3"];
+    let mut guest =
+        Guest::create(pool, "modern", "host-1", GuestKernel::default(), &options).await?;
+    let uptime = guest.run("cat /proc/uptime").await?;
+    let refusal = pool
+        .godwit(&["vm", "migrate", "modern", "--to", "old-host", "--wait"])
+        .await
+        .err()
+        .context("the migration to a host without AVX2 was not refused")?;
+    let refusal = format!("{refusal:#}");
+    eprintln!("lab:   {}", refusal.lines().last().unwrap_or_default());
+    ensure!(
+        refusal.to_lowercase().contains("cpu"),
+        "refused, but not for the CPU: {refusal}"
+    );
+    let vm = guest.show(pool).await?;
+    ensure!(
+        vm["state"] == "running" && vm["host_name"] == "host-1",
+        "it does not run on host-1 any more: {vm:#}"
+    );
+    let later = guest.run("cat /proc/uptime").await?;
+    ensure!(later != uptime, "the guest's clock stands still");
+    guest.delete(pool).await?;
+    pool.cut_power("old-host").await
+}
+
+/// Emulated hosts on a busy machine are slow: what is shown is that nothing is lost, not how short the blackout is.
+const DOWNTIME_LIMIT_MS: &str = "5000";
+
+/// Moves a VM and waits until it runs there.
+pub(crate) async fn migrate(pool: &Pool, vm: &str, target: &str) -> anyhow::Result<()> {
+    pool.godwit(&[
+        "vm",
+        "migrate",
+        vm,
+        "--to",
+        target,
+        "--downtime-limit-ms",
+        DOWNTIME_LIMIT_MS,
+        "--wait",
+    ])
+    .await?;
+    pool.wait_until(&["vm", "show", vm], |vm| {
+        vm["state"] == "running" && vm["host_name"] == target
+    })
+    .await?;
+    Ok(())
+}

@@ -1,0 +1,195 @@
+//! Commands for a machine that has nothing but a busybox shell on a character device.
+//!
+//! One line per command: `ID COMMAND`. The loop in `init-host.sh` or `init-guest.sh` answers with `<<ID`, what the
+//! command printed, and `ID>>STATUS`. Everything else on the line (kernel messages, an earlier guest's last words)
+//! is skipped and kept for the failure report.
+
+use anyhow::{Context, anyhow, ensure};
+use std::collections::VecDeque;
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
+
+/// The line with which a command loop says that it is there.
+pub(crate) const READY: &str = "lab shell ready";
+/// Lines kept for failure messages.
+const TRANSCRIPT_LINES: usize = 60;
+
+/// A command loop's other end.
+pub(crate) struct Shell {
+    /// Whose, for messages.
+    name: String,
+    writer: Box<dyn AsyncWrite + Send + Unpin>,
+    lines: mpsc::UnboundedReceiver<String>,
+    reader: JoinHandle<()>,
+    transcript: VecDeque<String>,
+}
+
+impl Shell {
+    /// Speaks through any two-way stream.
+    pub(crate) fn new(
+        name: &str,
+        mut from: impl AsyncRead + Send + Unpin + 'static,
+        writer: impl AsyncWrite + Send + Unpin + 'static,
+    ) -> Self {
+        let (sender, lines) = mpsc::unbounded_channel();
+        let reader = tokio::spawn(async move {
+            let (mut chunk, mut line) = ([0; 4096], Vec::new());
+            while let Ok(read @ 1..) = from.read(&mut chunk).await {
+                for byte in &chunk[..read] {
+                    match byte {
+                        b'\n' => {
+                            let text = String::from_utf8_lossy(&line).into_owned();
+                            line.clear();
+                            if sender.send(text).is_err() {
+                                return;
+                            }
+                        }
+                        b'\r' => {}
+                        byte => line.push(*byte),
+                    }
+                }
+            }
+        });
+        Self {
+            name: name.to_owned(),
+            writer: Box::new(writer),
+            lines,
+            reader,
+            transcript: VecDeque::new(),
+        }
+    }
+
+    /// The next line that contains `text`.
+    pub(crate) async fn wait_for(
+        &mut self,
+        text: &str,
+        patience: Duration,
+    ) -> anyhow::Result<String> {
+        let deadline = Instant::now() + patience;
+        loop {
+            let line = self
+                .next_line(deadline)
+                .await
+                .with_context(|| format!("waiting {patience:?} for {text:?}"))?;
+            if line.contains(text) {
+                return Ok(line);
+            }
+        }
+    }
+
+    /// Runs a command that must succeed; what it printed.
+    pub(crate) async fn run(
+        &mut self,
+        command: &str,
+        patience: Duration,
+    ) -> anyhow::Result<String> {
+        let (status, text) = self.try_run(command, patience).await?;
+        ensure!(
+            status == 0,
+            "{}: `{command}` ended with status {status}: {text}",
+            self.name
+        );
+        Ok(text)
+    }
+
+    /// Runs a command; its exit status and what it printed.
+    pub(crate) async fn try_run(
+        &mut self,
+        command: &str,
+        patience: Duration,
+    ) -> anyhow::Result<(u32, String)> {
+        ensure!(!command.contains('\n'), "one line per command");
+        let deadline = Instant::now() + patience;
+        let id = fresh_id();
+        self.writer
+            .write_all(format!("{id} {command}\n").as_bytes())
+            .await
+            .with_context(|| format!("{}: cannot send `{command}`", self.name))?;
+        self.read_answer(&id, deadline)
+            .await
+            .with_context(|| format!("waiting {patience:?} for the end of `{command}`"))
+    }
+
+    async fn read_answer(&mut self, id: &str, deadline: Instant) -> anyhow::Result<(u32, String)> {
+        let (begin, end) = (format!("<<{id}"), format!("{id}>>"));
+        while !self.next_line(deadline).await?.contains(&begin) {}
+        let mut text = String::new();
+        loop {
+            let line = self.next_line(deadline).await?;
+            let Some((before, status)) = line.split_once(&end) else {
+                let _ = writeln!(text, "{line}");
+                continue;
+            };
+            // Output without a newline at its end stands before the mark.
+            text.push_str(before);
+            let status = status.trim().parse().context("an exit status")?;
+            return Ok((status, text.trim_end().to_owned()));
+        }
+    }
+
+    async fn next_line(&mut self, deadline: Instant) -> anyhow::Result<String> {
+        let line = match timeout_at(deadline, self.lines.recv()).await {
+            Ok(Some(line)) => line,
+            Ok(None) => return Err(anyhow!("{} hung up; {}", self.name, self.last_words())),
+            Err(_) => return Err(anyhow!("{} is silent; {}", self.name, self.last_words())),
+        };
+        if self.transcript.len() == TRANSCRIPT_LINES {
+            self.transcript.pop_front();
+        }
+        self.transcript.push_back(line.clone());
+        Ok(line)
+    }
+
+    fn last_words(&self) -> String {
+        let lines: Vec<_> = self.transcript.iter().map(String::as_str).collect();
+        format!("it said last:\n    {}", lines.join("\n    "))
+    }
+}
+
+impl Drop for Shell {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// Never said before, on this line or on an earlier one whose words are still in a console's ring.
+fn fresh_id() -> String {
+    static COMMANDS: AtomicU32 = AtomicU32::new(0);
+    let number = COMMANDS.fetch_add(1, Ordering::Relaxed);
+    format!("@{}.{number}", std::process::id())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(5);
+
+    #[tokio::test]
+    async fn an_answer_is_found_between_other_lines() {
+        let (near, far) = tokio::io::duplex(1024);
+        let (from, to) = tokio::io::split(near);
+        let mut shell = Shell::new("a machine", from, to);
+        let machine = tokio::spawn(async move {
+            let (mut read, mut write) = tokio::io::split(far);
+            let mut command = vec![0; 256];
+            let length = read.read(&mut command).await.unwrap();
+            let command = String::from_utf8(command[..length].to_vec()).unwrap();
+            let (id, text) = command.trim().split_once(' ').unwrap();
+            assert_eq!(text, "cat /fact");
+            let answer = format!("[ 1.0] noise\n<<{id}\r\nan answer\r\nno newline{id}>>3\r\n");
+            write.write_all(answer.as_bytes()).await.unwrap();
+            (read, write)
+        });
+        let (status, text) = shell.try_run("cat /fact", SOON).await.unwrap();
+        assert_eq!((status, text.as_str()), (3, "an answer\nno newline"));
+        drop(machine.await.unwrap());
+        let error = shell.run("cat /fact", SOON).await.unwrap_err();
+        assert!(format!("{error:#}").contains("a machine"), "{error:#}");
+    }
+}

@@ -1,0 +1,63 @@
+//! A tap device that lasts as long as the test that made it.
+
+use anyhow::{Context, ensure};
+use std::process::Command;
+
+/// A tap device in this process's network namespace, up, with nothing at its other end.
+#[derive(Debug)]
+pub struct Tap {
+    /// Its name.
+    pub name: String,
+}
+
+impl Tap {
+    /// Makes one. `label` tells taps of one process apart; at most 4 bytes.
+    pub fn new(label: &str) -> anyhow::Result<Self> {
+        let name = format!("gw{label}{}", std::process::id());
+        ensure!(name.len() <= 15, "{name} is too long for an interface");
+        ip(&["tuntap", "add", "dev", &name, "mode", "tap", "vnet_hdr"])?;
+        let tap = Self { name };
+        ip(&["link", "set", &tap.name, "up"])?;
+        Ok(tap)
+    }
+
+    /// Gives the host's end an address with its prefix length.
+    pub fn address(&self, address: &str) -> anyhow::Result<()> {
+        ip(&["addr", "add", address, "dev", &self.name])
+    }
+
+    /// Tells the host who is at the other end.
+    pub fn neighbour(&self, address: &str, mac: &str) -> anyhow::Result<()> {
+        ip(&[
+            "neigh",
+            "replace",
+            address,
+            "lladdr",
+            mac,
+            "nud",
+            "permanent",
+            "dev",
+            &self.name,
+        ])
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        let _ = ip(&["link", "del", &self.name]);
+    }
+}
+
+fn ip(arguments: &[&str]) -> anyhow::Result<()> {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .context("ip (Debian: iproute2)")?;
+    ensure!(
+        output.status.success(),
+        "ip {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(())
+}
