@@ -16,7 +16,7 @@ mod vm;
 
 use crate::intent::{Accepted, Intent, Preview, Resource};
 use crate::ledger::Draft;
-use crate::model::{Actor, OperationState, Vm, Work};
+use crate::model::{Actor, Operation, OperationState, Vm, Work};
 use crate::view::View;
 use godwit_wire::id::{OperationId, VmId};
 use godwit_wire::problem::Problem;
@@ -104,19 +104,22 @@ fn idle_vm(view: &View, id: VmId) -> Result<Vm, Problem> {
         .operation
         .and_then(|id| view.operations.get(&id))
         .filter(|op| !op.state.is_final());
-    match busy {
-        None => Ok(vm),
-        Some(operation) => {
-            let detail = format!(
-                "{} is busy with {} ({})",
-                vm.name,
-                operation.work.kind(),
-                operation.id
-            );
-            Err(Problem::conflict("busy", detail)
-                .with_remedy("wait until that operation ends, or cancel it"))
-        }
-    }
+    refuse_if_busy(&vm.name, busy.map(AsRef::as_ref))?;
+    Ok(vm)
+}
+
+/// Refuses to change something that an operation is changing.
+fn refuse_if_busy(name: &str, with: Option<&Operation>) -> Result<(), Problem> {
+    let Some(operation) = with else {
+        return Ok(());
+    };
+    let detail = format!(
+        "{name} is busy with {} ({})",
+        operation.work.kind(),
+        operation.id
+    );
+    Err(Problem::conflict("busy", detail)
+        .with_remedy("wait until that operation ends, or cancel it"))
 }
 
 fn cancel_operation(

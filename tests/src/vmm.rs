@@ -9,7 +9,7 @@ use crate::test_dir::TestDir;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{Command as EpochCommand, CreateRequest, VmmInfo, VmmState};
+use godwit_wire::vmm_api::{Command as EpochCommand, CreateRequest, StopReason, VmmInfo, VmmState};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -105,6 +105,15 @@ impl Vmm {
             );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// Waits until the guest has powered off by itself.
+    pub async fn wait_until_halted(&self, patience: Duration) -> anyhow::Result<VmmInfo> {
+        let halted = VmmState::Stopped {
+            reason: StopReason::GuestHalted,
+        };
+        self.wait_for_state(patience, |state| *state == halted)
+            .await
     }
 
     /// Attaches to the guest's console.

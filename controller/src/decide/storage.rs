@@ -1,10 +1,12 @@
 //! Intents about images and disks.
 
-use super::Decision;
+use super::{Decision, refuse_if_busy};
 use crate::intent::{NewDisk, NewImage, Resource};
 use crate::ledger::Draft;
 use crate::model::limits::{MAX_IMAGES, MAX_POOL_DISKS};
-use crate::model::{Actor, Disk, DiskState, Image, ImageState, Subject, VmState, Work, name};
+use crate::model::{
+    Actor, Disk, DiskState, Image, ImageState, Operation, Subject, VmState, Work, name,
+};
 use crate::operation::{begin_deletion, fresh};
 use crate::view::View;
 use godwit_wire::devices::DiskFormat;
@@ -257,15 +259,12 @@ fn find_disk(view: &View, id: DiskId) -> Result<Disk, Problem> {
         .disks
         .get(&id)
         .ok_or_else(|| Problem::not_found("disk", id))?;
-    match disk.operation.and_then(|id| view.operations.get(&id)) {
-        None => Ok(disk.as_ref().clone()),
-        Some(operation) => {
-            let kind = operation.work.kind();
-            let detail = format!("{} is busy with {kind} ({})", disk.name, operation.id);
-            Err(Problem::conflict("busy", detail)
-                .with_remedy("wait until that operation ends, or cancel it"))
-        }
-    }
+    refuse_if_busy(&disk.name, under_way(view, disk.operation))?;
+    Ok(disk.as_ref().clone())
+}
+
+fn under_way(view: &View, operation: Option<OperationId>) -> Option<&Operation> {
+    view.operations.get(&operation?).map(AsRef::as_ref)
 }
 
 pub(super) fn grow_disk(
@@ -458,12 +457,7 @@ pub(super) fn delete_image(
         .get(&id)
         .ok_or_else(|| Problem::not_found("image", id))?;
     let mut image = image.as_ref().clone();
-    if let Some(operation) = image.operation.and_then(|id| view.operations.get(&id)) {
-        let kind = operation.work.kind();
-        let detail = format!("{} is busy with {kind} ({})", image.name, operation.id);
-        return Err(Problem::conflict("busy", detail)
-            .with_remedy("wait until that operation ends, or cancel it"));
-    }
+    refuse_if_busy(&image.name, under_way(view, image.operation))?;
     let based: Vec<&str> = view
         .disks_of(id)
         .filter(|disk| !matches!(disk.state, DiskState::Failed { .. }))

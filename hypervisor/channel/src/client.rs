@@ -190,17 +190,27 @@ impl<D: Dial> HttpClient<D> {
     ) -> Result<T, CallError> {
         let name = format!("{method} {path}");
         let request = self.build(method, path, &name, body)?;
+        self.exchange(limit, &name, request).await
+    }
+
+    /// Sends a request and reads the answer, all within `limit`.
+    async fn exchange<T: DeserializeOwned>(
+        &self,
+        limit: Duration,
+        name: &str,
+        request: Request<Body>,
+    ) -> Result<T, CallError> {
         let answer = async {
             let response = self
                 .client
                 .request(request)
                 .await
-                .map_err(|error| self.failed(&name, error))?;
-            self.read(&name, response).await
+                .map_err(|error| self.failed(name, error))?;
+            self.read(name, response).await
         };
         match tokio::time::timeout(limit, answer).await {
             Ok(answer) => answer,
-            Err(_) => Err(self.unanswered(&name, too_late(limit))),
+            Err(_) => Err(self.unanswered(name, too_late(limit))),
         }
     }
 
@@ -251,18 +261,7 @@ impl<D: Dial> HttpClient<D> {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/octet-stream"),
         );
-        let answer = async {
-            let response = self
-                .client
-                .request(request)
-                .await
-                .map_err(|error| self.failed(&name, error))?;
-            self.read(&name, response).await
-        };
-        match tokio::time::timeout(limit, answer).await {
-            Ok(answer) => answer,
-            Err(_) => Err(self.unanswered(&name, too_late(limit))),
-        }
+        self.exchange(limit, &name, request).await
     }
 
     /// Asks for an HTTP upgrade to `protocol`; the stream then belongs to the caller.

@@ -91,6 +91,23 @@ impl DeviceError {
             | Self::BadState { device, .. } => device,
         }
     }
+
+    /// Something on the host could not be opened or used.
+    pub(crate) fn host(device: &str, what: &str, source: std::io::Error) -> Self {
+        Self::Host {
+            device: device.to_owned(),
+            what: what.to_owned(),
+            source,
+        }
+    }
+
+    /// A saved state that this device cannot have.
+    pub(crate) fn bad_state(device: &str, reason: impl ToString) -> Self {
+        Self::BadState {
+            device: device.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
 }
 
 /// How a device speaks to its driver. Implemented by the transport; cheap to call.

@@ -7,6 +7,7 @@
 //! sys      the only unsafe code: ioctls and rings of the kernel
 //! device   what a virtio device is to its transport
 //! worker   the thread a device works on
+//! device_thread  that thread, from one driver to the next
 //! limiter  token buckets for rate limits
 //! rng console balloon vsock block net   the devices
 //! pci      configuration space, MSI-X, the virtio-pci transport
@@ -24,6 +25,8 @@ pub mod device;
 pub mod chain;
 
 pub mod worker;
+
+mod device_thread;
 
 pub mod limiter;
 

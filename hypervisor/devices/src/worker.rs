@@ -9,6 +9,7 @@
 //!
 //! While serving, the thread waits for the service's sources and for orders; while quiesced, for orders only.
 
+use crate::device::{DeviceError, Start};
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use std::fmt;
 use std::io;
@@ -98,6 +99,13 @@ pub enum WorkerError {
     Gone,
 }
 
+impl WorkerError {
+    /// The same as an error of the device called `device`.
+    pub(crate) fn of(self, device: &str) -> DeviceError {
+        DeviceError::host(device, "its thread does not work", io::Error::other(self))
+    }
+}
+
 /// A device's thread.
 pub struct Worker<S> {
     orders: Sender<Order<S>>,
@@ -112,17 +120,12 @@ impl<S> fmt::Debug for Worker<S> {
 }
 
 impl<S: Service> Worker<S> {
-    /// Starts a thread called `name` (15 bytes are shown) that serves at once.
-    pub fn start(name: &str, service: S) -> Result<Self, WorkerError> {
-        Self::spawn(name, service, Mode::Serving)
-    }
-
-    /// Starts a thread that waits for [`Self::resume`].
-    pub fn start_quiesced(name: &str, service: S) -> Result<Self, WorkerError> {
-        Self::spawn(name, service, Mode::Quiesced)
-    }
-
-    fn spawn(name: &str, mut service: S, mode: Mode) -> Result<Self, WorkerError> {
+    /// Starts a thread called `name` (15 bytes are shown) that serves at once, or waits for [`Self::resume`].
+    pub fn start(name: &str, mut service: S, start: Start) -> Result<Self, WorkerError> {
+        let mode = match start {
+            Start::Working => Mode::Serving,
+            Start::Paused => Mode::Quiesced,
+        };
         let poll = Poll::new().map_err(WorkerError::Start)?;
         let wake =
             EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(WorkerError::Start)?;
@@ -308,7 +311,11 @@ mod tests {
             quiesced: 0,
             resumed: 0,
         };
-        (Worker::start("counting", service).unwrap(), bell, heard)
+        (
+            Worker::start("counting", service, Start::Working).unwrap(),
+            bell,
+            heard,
+        )
     }
 
     #[test]

@@ -49,11 +49,16 @@ pub enum TscScaling {
     Missing,
 }
 
+/// One of the registers in which CPUID answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Register {
+pub enum Register {
+    /// EAX.
     Eax,
+    /// EBX.
     Ebx,
+    /// ECX.
     Ecx,
+    /// EDX.
     Edx,
 }
 

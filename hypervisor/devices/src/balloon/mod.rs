@@ -33,16 +33,15 @@ mod stats;
 mod tests;
 
 use crate::device::{
-    Activation, DeviceError, DeviceKind, DeviceMetrics, Interrupt, QueuePosition, SavedBody, Start,
+    Activation, DeviceError, DeviceKind, DeviceMetrics, Interrupt, QueuePosition, SavedBody,
     VirtioDevice,
 };
-use crate::worker::{Worker, WorkerError};
+use crate::device_thread::{DeviceThread, Health};
 use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
 use serde::{Deserialize, Serialize};
 use service::Service;
 use stats::Stats;
 use std::fmt;
-use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -73,9 +72,7 @@ pub type DiscardHook = Arc<dyn Fn(u64, u64) + Send + Sync>;
 pub struct Balloon {
     shared: Arc<Shared>,
     hook: Option<DiscardHook>,
-    worker: Option<Worker<Service>>,
-    /// Whether a restored state says that the driver broke the rules before it was saved.
-    restored: Health,
+    thread: DeviceThread<Service>,
 }
 
 /// The operator's side.
@@ -106,16 +103,6 @@ struct Counters {
     foreign_pages: AtomicU64,
 }
 
-/// Whether the driver has kept the rules.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Health {
-    #[default]
-    Well,
-    /// It has not; nothing is served until a reset.
-    Failed,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
     version: u32,
@@ -142,8 +129,7 @@ impl Balloon {
         let device = Self {
             shared: shared.clone(),
             hook: None,
-            worker: None,
-            restored: Health::Well,
+            thread: DeviceThread::new(NAME),
         };
         (device, BalloonControl(shared))
     }
@@ -225,55 +211,40 @@ impl VirtioDevice for Balloon {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        self.worker = None;
+        drop(self.thread.stop());
         let start = activation.start;
         let interrupt = activation.interrupt.clone();
         let service = Service::new(
             activation,
             self.shared.clone(),
             self.hook.clone(),
-            self.restored,
+            self.thread.restored(),
         );
-        let worker = match start {
-            Start::Working => Worker::start(NAME, service),
-            Start::Paused => Worker::start_quiesced(NAME, service),
-        };
-        self.worker = Some(worker.map_err(thread)?);
+        self.thread.start(service, start)?;
         *self.shared.driver() = Some(interrupt);
         Ok(())
     }
 
     fn pause(&mut self) -> Result<Vec<QueuePosition>, DeviceError> {
-        let Some(worker) = &self.worker else {
-            return Ok(Vec::new());
-        };
-        worker.pause().map_err(thread)?;
-        worker.call(|service| service.positions()).map_err(thread)
+        self.thread.pause()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.worker
-            .as_ref()
-            .map_or(Ok(()), |worker| worker.resume().map_err(thread))
+        self.thread.resume()
     }
 
     fn reset(&mut self) {
         *self.shared.driver() = None;
-        self.worker = None;
-        self.restored = Health::Well;
+        self.thread.reset();
         *self.shared.stats() = Stats::default();
         // The guest that comes next uses all of its memory until it gives some up itself.
         self.shared.actual_pages.store(0, Ordering::Release);
     }
 
     fn save(&self) -> Result<SavedBody, DeviceError> {
-        let health = match &self.worker {
-            Some(worker) => worker.call(|service| service.health()).map_err(thread)?,
-            None => self.restored,
-        };
         SavedBody::serialized(&Saved {
             version: STATE_VERSION,
-            health,
+            health: self.thread.health()?,
             target_pages: self.shared.target_pages.load(Ordering::Acquire),
             actual_pages: self.shared.actual_pages.load(Ordering::Acquire),
         })
@@ -296,7 +267,7 @@ impl VirtioDevice for Balloon {
                 )));
             }
         }
-        self.restored = saved.health;
+        self.thread.restore(saved.health);
         self.shared
             .target_pages
             .store(saved.target_pages, Ordering::Release);
@@ -321,25 +292,12 @@ impl VirtioDevice for Balloon {
             ("foreign_pages", of(&counters.foreign_pages)),
         ];
         metrics.extend(self.shared.stats().metrics());
-        if let Some(worker) = &self.worker {
-            // What the guest answers is there the next time; a thread that has ended cannot ask.
-            let _ = worker.call(|service| service.ask_for_stats());
-        }
+        // What the guest answers is there the next time; a thread that has ended cannot ask.
+        let _ = self.thread.call(|service| service.ask_for_stats());
         metrics
     }
 }
 
-fn thread(error: WorkerError) -> DeviceError {
-    DeviceError::Host {
-        device: NAME.into(),
-        what: "its thread".into(),
-        source: io::Error::other(error),
-    }
-}
-
 fn bad_state(reason: impl ToString) -> DeviceError {
-    DeviceError::BadState {
-        device: NAME.into(),
-        reason: reason.to_string(),
-    }
+    DeviceError::bad_state(NAME, reason)
 }

@@ -1,9 +1,10 @@
 //! What the device's thread does with its queues.
 
 use super::discard::{Deflation, Discarder};
-use super::{Counters, DiscardHook, Health, MUST_TELL_HOST, REPORTING, STATS, Shared};
+use super::{Counters, DiscardHook, MUST_TELL_HOST, REPORTING, STATS, Shared};
 use crate::chain::Chain;
 use crate::device::{Activation, ActiveQueue, Interrupt, QueuePosition};
+use crate::device_thread::{Health, QueueService};
 use crate::memory::GuestMemory;
 use crate::worker::{self, Poll};
 use std::io;
@@ -81,17 +82,6 @@ impl Service {
             stats_buffer: None,
             health,
         }
-    }
-
-    pub(super) fn positions(&self) -> Vec<QueuePosition> {
-        self.lanes
-            .iter()
-            .map(|lane| lane.queue.position())
-            .collect()
-    }
-
-    pub(super) const fn health(&self) -> Health {
-        self.health
     }
 
     /// Gives the statistics' buffer back, which asks the driver to fill it again.
@@ -232,6 +222,19 @@ fn count(counter: &std::sync::atomic::AtomicU64, more: usize) {
 
 fn refused(error: impl ToString) -> String {
     error.to_string()
+}
+
+impl QueueService for Service {
+    fn positions(&self) -> Vec<QueuePosition> {
+        self.lanes
+            .iter()
+            .map(|lane| lane.queue.position())
+            .collect()
+    }
+
+    fn health(&self) -> Health {
+        self.health
+    }
 }
 
 impl worker::Service for Service {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::Start;
 use crate::memory::GuestMemory;
 use crate::mock::{Buffer, MockDriver, NEXT};
 use rustix::fs::{MemfdFlags, SeekFrom};

@@ -232,11 +232,8 @@ impl Block {
         *slot.lock().unwrap_or_else(PoisonError::into_inner) = interrupt;
     }
 
-    fn bad_state(&self, reason: impl Into<String>) -> DeviceError {
-        DeviceError::BadState {
-            device: self.config.name.clone(),
-            reason: reason.into(),
-        }
+    fn bad_state(&self, reason: impl ToString) -> DeviceError {
+        DeviceError::bad_state(&self.config.name, reason)
     }
 }
 
@@ -306,10 +303,7 @@ impl VirtioDevice for Block {
         })
         .map_err(|error| self.failed(&error))?;
         let name = format!("disk-{}", self.config.name);
-        let worker = match start {
-            Start::Working => Worker::start(&name, service),
-            Start::Paused => Worker::start_quiesced(&name, service),
-        };
+        let worker = Worker::start(&name, service, start);
         self.worker = Some(worker.map_err(|error| self.failed(&error))?);
         self.paused = start == Start::Paused;
         Ok(())
@@ -369,7 +363,7 @@ impl VirtioDevice for Block {
     fn restore(&mut self, saved: SavedBody) -> Result<(), DeviceError> {
         let Saved { version, pending } = saved
             .deserialized()
-            .map_err(|error| self.bad_state(error.to_string()))?;
+            .map_err(|error| self.bad_state(error))?;
         if version != SAVED_VERSION {
             return Err(self.bad_state(format!(
                 "it has version {version}, and this is {SAVED_VERSION}"

@@ -15,10 +15,9 @@ mod service;
 mod tests;
 
 use crate::device::{
-    Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, Start,
-    VirtioDevice,
+    Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, VirtioDevice,
 };
-use crate::worker::{Worker, WorkerError};
+use crate::device_thread::{DeviceThread, Health};
 use serde::{Deserialize, Serialize};
 use service::Service;
 use std::collections::VecDeque;
@@ -41,9 +40,7 @@ pub struct VirtioConsole {
     shared: Arc<Shared>,
     /// Where the guest's output goes; with the thread while there is one.
     output: Option<Output>,
-    worker: Option<Worker<Service>>,
-    /// Whether a restored state says that the driver broke the rules before it was saved.
-    restored: Health,
+    thread: DeviceThread<Service>,
 }
 
 /// Types into the console.
@@ -85,16 +82,6 @@ struct Counters {
     refused_input_bytes: AtomicU64,
 }
 
-/// Whether the driver has kept the rules.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Health {
-    #[default]
-    Well,
-    /// It has not; nothing is served until a reset.
-    Failed,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Saved {
     version: u32,
@@ -118,8 +105,7 @@ impl VirtioConsole {
         let device = Self {
             shared: shared.clone(),
             output: Some(Output(output)),
-            worker: None,
-            restored: Health::Well,
+            thread: DeviceThread::new(NAME),
         };
         (device, ConsoleInput(shared))
     }
@@ -127,7 +113,7 @@ impl VirtioConsole {
     /// Ends the thread and takes the output back from it.
     fn stop(&mut self) {
         self.shared.input().bell = None;
-        if let Some(service) = self.worker.take().and_then(Worker::stop) {
+        if let Some(service) = self.thread.stop() {
             self.output = Some(service.into_output());
         }
     }
@@ -203,13 +189,9 @@ impl VirtioDevice for VirtioConsole {
             self.shared.clone(),
             output,
             theirs,
-            self.restored,
+            self.thread.restored(),
         );
-        let worker = match start {
-            Start::Working => Worker::start(NAME, service),
-            Start::Paused => Worker::start_quiesced(NAME, service),
-        };
-        self.worker = Some(worker.map_err(thread)?);
+        self.thread.start(service, start)?;
         let mut input = self.shared.input();
         // For what was typed before there was a bell.
         let _ = bell.write(1);
@@ -218,32 +200,22 @@ impl VirtioDevice for VirtioConsole {
     }
 
     fn pause(&mut self) -> Result<Vec<QueuePosition>, DeviceError> {
-        let Some(worker) = &self.worker else {
-            return Ok(Vec::new());
-        };
-        worker.pause().map_err(thread)?;
-        worker.call(|service| service.positions()).map_err(thread)
+        self.thread.pause()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.worker
-            .as_ref()
-            .map_or(Ok(()), |worker| worker.resume().map_err(thread))
+        self.thread.resume()
     }
 
     fn reset(&mut self) {
         self.stop();
-        self.restored = Health::Well;
+        self.thread.reset();
     }
 
     fn save(&self) -> Result<SavedBody, DeviceError> {
-        let health = match &self.worker {
-            Some(worker) => worker.call(|service| service.health()).map_err(thread)?,
-            None => self.restored,
-        };
         SavedBody::serialized(&Saved {
             version: STATE_VERSION,
-            health,
+            health: self.thread.health()?,
             input: self.shared.input().waiting.iter().copied().collect(),
         })
         .map_err(bad_state)
@@ -260,7 +232,7 @@ impl VirtioDevice for VirtioConsole {
                 saved.input.len()
             )));
         }
-        self.restored = saved.health;
+        self.thread.restore(saved.health);
         self.shared.input().waiting = saved.input.into();
         Ok(())
     }
@@ -278,20 +250,9 @@ impl VirtioDevice for VirtioConsole {
 }
 
 fn host(what: &str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME.into(),
-        what: what.into(),
-        source,
-    }
-}
-
-fn thread(error: WorkerError) -> DeviceError {
-    host("its thread", io::Error::other(error))
+    DeviceError::host(NAME, what, source)
 }
 
 fn bad_state(reason: impl ToString) -> DeviceError {
-    DeviceError::BadState {
-        device: NAME.into(),
-        reason: reason.to_string(),
-    }
+    DeviceError::bad_state(NAME, reason)
 }

@@ -1,8 +1,9 @@
 //! What the device's thread does: output from the guest, input to it.
 
-use super::{Health, Output, Shared};
+use super::{Output, Shared};
 use crate::chain::Chain;
 use crate::device::{Activation, ActiveQueue, Interrupt, QueuePosition};
+use crate::device_thread::{Health, QueueService};
 use crate::memory::GuestMemory;
 use crate::worker::{self, Poll};
 use std::io::{self, Write};
@@ -58,15 +59,6 @@ impl Service {
             bell,
             health,
         }
-    }
-
-    pub(super) fn positions(&self) -> Vec<QueuePosition> {
-        let queues = self.receive.iter().chain(&self.transmit);
-        queues.map(ActiveQueue::position).collect()
-    }
-
-    pub(super) const fn health(&self) -> Health {
-        self.health
     }
 
     pub(super) fn into_output(self) -> Output {
@@ -200,6 +192,17 @@ impl Output {
         }
         // An output that cannot flush has been counted, or will be with the next bytes.
         let _ = self.0.flush();
+    }
+}
+
+impl QueueService for Service {
+    fn positions(&self) -> Vec<QueuePosition> {
+        let queues = self.receive.iter().chain(&self.transmit);
+        queues.map(ActiveQueue::position).collect()
+    }
+
+    fn health(&self) -> Health {
+        self.health
     }
 }
 

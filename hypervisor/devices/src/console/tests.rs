@@ -1,4 +1,5 @@
 use super::*;
+use crate::device::Start;
 use crate::mock::{Buffer, MockDriver, NEXT};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::time::Duration;

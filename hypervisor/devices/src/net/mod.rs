@@ -43,7 +43,6 @@ use pair::{Pair, Queues};
 use ring::Ring;
 use serde::{Deserialize, Serialize};
 use shared::{SavedCounters, Shared, pairs_allowed};
-use std::io;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -159,7 +158,7 @@ impl Net {
         queue_sizes.push(CONTROL_QUEUE_SIZE);
         let name = config.name.clone();
         let shared = Shared::new(config)
-            .map_err(|source| host_failed(&name, "an eventfd cannot be made", source))?;
+            .map_err(|source| DeviceError::host(&name, "an eventfd cannot be made", source))?;
         let net = Self {
             taps,
             shared: Arc::new(shared),
@@ -197,11 +196,7 @@ impl Net {
     }
 
     fn worker_failed(&self, error: WorkerError) -> DeviceError {
-        host_failed(
-            self.name(),
-            "its thread does not work",
-            io::Error::other(error),
-        )
+        error.of(self.name())
     }
 
     fn start_pairs(&self, activation: Activation) -> Result<Vec<Worker<Pair>>, DeviceError> {
@@ -231,25 +226,21 @@ impl Net {
             };
             let (shared, signals) = (Arc::clone(&self.shared), Arc::clone(&interrupt));
             let mut pair = Pair::new(index, Arc::clone(tap), rings, shared, features, signals)
-                .map_err(|source| host_failed(self.name(), "a timer cannot be made", source))?;
+                .map_err(|source| {
+                    DeviceError::host(self.name(), "a timer cannot be made", source)
+                })?;
             let thread = format!("net-{}-{index}", self.name());
-            let worker = match start {
-                Start::Working => {
-                    pair.drop_stale_frames();
-                    Worker::start(&thread, pair)
-                }
-                Start::Paused => Worker::start_quiesced(&thread, pair),
-            };
+            if start == Start::Working {
+                pair.drop_stale_frames();
+            }
+            let worker = Worker::start(&thread, pair, start);
             workers.push(worker.map_err(|error| self.worker_failed(error))?);
         }
         Ok(workers)
     }
 
     fn bad_state(&self, reason: String) -> DeviceError {
-        DeviceError::BadState {
-            device: self.name().to_owned(),
-            reason,
-        }
+        DeviceError::bad_state(self.name(), reason)
     }
 }
 
@@ -439,13 +430,5 @@ fn tap_failed(device: &str, error: TapError) -> DeviceError {
             device,
             reason: error.to_string(),
         },
-    }
-}
-
-fn host_failed(device: &str, what: &str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: device.to_owned(),
-        what: what.to_owned(),
-        source,
     }
 }

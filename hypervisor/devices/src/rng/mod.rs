@@ -6,10 +6,9 @@
 mod service;
 
 use crate::device::{
-    Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, Start,
-    VirtioDevice,
+    Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, VirtioDevice,
 };
-use crate::worker::{Worker, WorkerError};
+use crate::device_thread::{DeviceThread, Health};
 use serde::{Deserialize, Serialize};
 use service::Service;
 use std::io;
@@ -29,19 +28,7 @@ const STATE_VERSION: u32 = 1;
 #[derive(Debug)]
 pub struct Rng {
     counters: Arc<Counters>,
-    worker: Option<Worker<Service>>,
-    /// Whether a restored state says that the driver broke the rules before it was saved.
-    restored: Health,
-}
-
-/// Whether the driver has kept the rules.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Health {
-    #[default]
-    Well,
-    /// It has not; nothing is served until a reset.
-    Failed,
+    thread: DeviceThread<Service>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -67,8 +54,7 @@ impl Rng {
         service::fill(&mut probe).map_err(|source| host("getrandom", source))?;
         Ok(Self {
             counters: Arc::default(),
-            worker: None,
-            restored: Health::Well,
+            thread: DeviceThread::new(NAME),
         })
     }
 }
@@ -97,49 +83,33 @@ impl VirtioDevice for Rng {
     fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        self.worker = None;
+        drop(self.thread.stop());
         let start = activation.start;
-        let Some(service) = Service::new(activation, self.counters.clone(), self.restored)
+        let Some(service) = Service::new(activation, self.counters.clone(), self.thread.restored())
             .map_err(|source| host("timerfd_create", source))?
         else {
             return Ok(());
         };
-        let worker = match start {
-            Start::Working => Worker::start(NAME, service),
-            Start::Paused => Worker::start_quiesced(NAME, service),
-        };
-        self.worker = Some(worker.map_err(thread)?);
+        self.thread.start(service, start)?;
         Ok(())
     }
 
     fn pause(&mut self) -> Result<Vec<QueuePosition>, DeviceError> {
-        let Some(worker) = &self.worker else {
-            return Ok(Vec::new());
-        };
-        worker.pause().map_err(thread)?;
-        let position = worker.call(|service| service.position()).map_err(thread)?;
-        Ok(vec![position])
+        self.thread.pause()
     }
 
     fn resume(&mut self) -> Result<(), DeviceError> {
-        self.worker
-            .as_ref()
-            .map_or(Ok(()), |worker| worker.resume().map_err(thread))
+        self.thread.resume()
     }
 
     fn reset(&mut self) {
-        self.worker = None;
-        self.restored = Health::Well;
+        self.thread.reset();
     }
 
     fn save(&self) -> Result<SavedBody, DeviceError> {
-        let health = match &self.worker {
-            Some(worker) => worker.call(|service| service.health()).map_err(thread)?,
-            None => self.restored,
-        };
         SavedBody::serialized(&Saved {
             version: STATE_VERSION,
-            health,
+            health: self.thread.health()?,
         })
         .map_err(bad_state)
     }
@@ -149,7 +119,7 @@ impl VirtioDevice for Rng {
         if saved.version != STATE_VERSION {
             return Err(bad_state(format!("version {} is unknown", saved.version)));
         }
-        self.restored = saved.health;
+        self.thread.restore(saved.health);
         Ok(())
     }
 
@@ -164,22 +134,11 @@ impl VirtioDevice for Rng {
 }
 
 fn host(what: &str, source: io::Error) -> DeviceError {
-    DeviceError::Host {
-        device: NAME.into(),
-        what: what.into(),
-        source,
-    }
-}
-
-fn thread(error: WorkerError) -> DeviceError {
-    host("its thread", io::Error::other(error))
+    DeviceError::host(NAME, what, source)
 }
 
 fn bad_state(reason: impl ToString) -> DeviceError {
-    DeviceError::BadState {
-        device: NAME.into(),
-        reason: reason.to_string(),
-    }
+    DeviceError::bad_state(NAME, reason)
 }
 
 #[cfg(test)]

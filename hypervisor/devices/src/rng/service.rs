@@ -1,8 +1,9 @@
 //! What the device's thread does: take requests, fill them, give them back.
 
-use super::{BYTES_PER_SECOND, Counters, Health, MAX_REQUEST_BYTES};
+use super::{BYTES_PER_SECOND, Counters, MAX_REQUEST_BYTES};
 use crate::chain::Chain;
 use crate::device::{Activation, ActiveQueue, Interrupt, QueuePosition};
+use crate::device_thread::{Health, QueueService};
 use crate::limiter::Limiter;
 use crate::memory::GuestMemory;
 use crate::worker::{self, Poll};
@@ -66,14 +67,6 @@ impl Service {
             )?,
             health,
         }))
-    }
-
-    pub(super) fn position(&self) -> QueuePosition {
-        self.queue.position()
-    }
-
-    pub(super) const fn health(&self) -> Health {
-        self.health
     }
 
     fn serve(&mut self) {
@@ -173,6 +166,16 @@ impl Service {
         if let Err(error) = timerfd_settime(&self.refilled, TimerfdTimerFlags::empty(), &timer) {
             tracing::error!(%error, "the entropy source cannot set its timer");
         }
+    }
+}
+
+impl QueueService for Service {
+    fn positions(&self) -> Vec<QueuePosition> {
+        vec![self.queue.position()]
+    }
+
+    fn health(&self) -> Health {
+        self.health
     }
 }
 

@@ -1,4 +1,6 @@
 use super::*;
+use crate::device::Start;
+use crate::device_thread::QueueService;
 use crate::mock::{Buffer, MockDriver, NEXT};
 use std::time::Duration;
 use virtio_queue::desc::split::Descriptor;
@@ -119,10 +121,10 @@ fn a_failed_device_stays_failed_when_it_moves() {
     driver.kick(0);
     driver.wait_needs_reset(LONG).unwrap();
     let (mut moved, _old) = driver.move_to(Rng::new().unwrap()).unwrap();
-    let worker = moved.device().worker.as_ref().unwrap();
+    let thread = &moved.device().thread;
     assert_eq!(
-        worker.call(|service| service.health()).unwrap(),
-        Health::Failed
+        thread.call(|service| service.health()).unwrap(),
+        Some(Health::Failed)
     );
     moved.reset();
     moved.activate(Start::Working).unwrap();

@@ -26,7 +26,7 @@ mod tests;
 
 use crate::device::{
     Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody,
-    Start, VirtioDevice,
+    VirtioDevice,
 };
 use crate::worker::{Worker, WorkerError};
 use godwit_wire::devices::MIN_VSOCK_CID;
@@ -195,10 +195,7 @@ impl VirtioDevice for Vsock {
             rings: Rings::new(activation.memory, queues, activation.interrupt),
             reset_owed: std::mem::take(&mut self.moved),
         });
-        let worker = match activation.start {
-            Start::Working => Worker::start(NAME, muxer),
-            Start::Paused => Worker::start_quiesced(NAME, muxer),
-        };
+        let worker = Worker::start(NAME, muxer, activation.start);
         self.worker = Some(worker.map_err(worker_failed)?);
         Ok(())
     }
@@ -230,13 +227,11 @@ impl VirtioDevice for Vsock {
             version: SAVED_VERSION,
             cid: self.cid,
         };
-        SavedBody::serialized(&saved).map_err(|error| bad_state(error.to_string()))
+        SavedBody::serialized(&saved).map_err(bad_state)
     }
 
     fn restore(&mut self, saved: SavedBody) -> Result<(), DeviceError> {
-        let saved: Saved = saved
-            .deserialized()
-            .map_err(|error| bad_state(error.to_string()))?;
+        let saved: Saved = saved.deserialized().map_err(bad_state)?;
         if saved.version != SAVED_VERSION {
             return Err(bad_state(format!(
                 "version {}, and only {SAVED_VERSION} is known",
@@ -274,17 +269,10 @@ fn unusable(reason: String) -> DeviceError {
     }
 }
 
-fn bad_state(reason: String) -> DeviceError {
-    DeviceError::BadState {
-        device: NAME.into(),
-        reason,
-    }
+fn bad_state(reason: impl ToString) -> DeviceError {
+    DeviceError::bad_state(NAME, reason)
 }
 
 fn worker_failed(error: WorkerError) -> DeviceError {
-    DeviceError::Host {
-        device: NAME.into(),
-        what: "its thread does not work".into(),
-        source: io::Error::other(error),
-    }
+    error.of(NAME)
 }

@@ -3,18 +3,10 @@
 mod baseline;
 
 use super::{KvmError, VcpuFd};
-use godwit_wire::cpu::{CpuidLeaf, GuestCpu, TscScaling};
+use godwit_wire::cpu::{CpuidLeaf, GuestCpu, Register, TscScaling};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
 
 fn register(entry: &mut kvm_cpuid_entry2, register: Register) -> &mut u32 {
     match register {

@@ -65,13 +65,7 @@ async fn a_graceful_stop_lets_the_guest_power_off() {
     let dir = TestDir::new();
     let (vmm, request) = boot_pilot(&dir, "vmm", 1, Mib(64)).await;
     vmm.command("stop", request.epoch).await.expect("stop");
-    let halted = |state: &VmmState| {
-        *state
-            == VmmState::Stopped {
-                reason: StopReason::GuestHalted,
-            }
-    };
-    vmm.wait_for_state(PATIENCE, halted)
+    vmm.wait_until_halted(PATIENCE)
         .await
         .expect("the guest powers off");
 }

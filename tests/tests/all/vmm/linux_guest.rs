@@ -8,7 +8,7 @@ use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::machine::{Boot, MachineSpec};
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{CreateRequest, StopReason, VmmState};
+use godwit_wire::vmm_api::CreateRequest;
 
 async fn boot_agent(
     dir: &TestDir,
@@ -57,13 +57,7 @@ async fn linux_boots_to_a_shell_on_the_serial_console() {
         .await
         .expect("the shell answers");
     serial.send_line("poweroff -f").await.expect("type");
-    let halted = |state: &VmmState| {
-        *state
-            == VmmState::Stopped {
-                reason: StopReason::GuestHalted,
-            }
-    };
-    vmm.wait_for_state(BOOT_PATIENCE, halted)
+    vmm.wait_until_halted(BOOT_PATIENCE)
         .await
         .expect("Linux powers off through ACPI");
 }
@@ -90,13 +84,7 @@ async fn a_linux_guest_powers_off_when_it_is_asked_to_stop() {
     // Its shell answers, so everything else it does at its start is done too.
     vmm.shell().await.expect("shell");
     vmm.command("stop", request.epoch).await.expect("stop");
-    let halted = |state: &VmmState| {
-        *state
-            == VmmState::Stopped {
-                reason: StopReason::GuestHalted,
-            }
-    };
-    vmm.wait_for_state(BOOT_PATIENCE, halted)
+    vmm.wait_until_halted(BOOT_PATIENCE)
         .await
         .expect("the guest hears the power button");
 }
