@@ -49,7 +49,12 @@ enum Role {
     #[command(subcommand)]
     Host(Host),
     /// Run one VM in this process; started by the host agent, usable alone.
-    Vmm(godwit_vmm::VmmArgs),
+    Vmm {
+        #[command(flatten)]
+        arguments: godwit_vmm::VmmArgs,
+        #[command(flatten)]
+        log: LogOptions,
+    },
     /// Run a whole pool on this machine, guests running, console open.
     Demo(DemoArgs),
     /// Work with VMs.
@@ -138,7 +143,9 @@ pub fn main() -> ExitCode {
         Role::Host(Host::Run { arguments, log }) => {
             logged(&log, || report(godwit_host::run(arguments)))
         }
-        Role::Vmm(arguments) => report(godwit_vmm::run(arguments, pilot::ELF)),
+        Role::Vmm { arguments, log } => {
+            logged(&log, || report(godwit_vmm::run(arguments, pilot::ELF)))
+        }
         Role::Host(Host::Ask(command)) => {
             ask(
                 &matches,

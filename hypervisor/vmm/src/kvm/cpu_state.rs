@@ -69,9 +69,29 @@ impl ClockAdvance {
     }
 }
 
+/// Whether the state of a vCPU that is out of `KVM_RUN` can be read now.
+///
+/// A backend may let the guest go from user mode into its kernel without KVM's knowledge; interrupted there, KVM
+/// reports the registers of now with the code segment of before. A guest that is restored from that takes its next
+/// interrupt on the wrong stack. It shows as user mode at an address of the kernel's half, where on other CPUs only
+/// the vsyscall page may be executed, so nothing is lost by letting such a vCPU run on for a moment.
+pub fn is_settled(vcpu: &VcpuFd) -> Result<bool, KvmError> {
+    let regs = vcpu.get_regs().map_err(KvmError::during("KVM_GET_REGS"))?;
+    let sregs = vcpu
+        .get_sregs()
+        .map_err(KvmError::during("KVM_GET_SREGS"))?;
+    Ok(!is_user_in_kernel(&regs, &sregs))
+}
+
+const fn is_user_in_kernel(regs: &kvm_regs, sregs: &kvm_sregs) -> bool {
+    const USER: u8 = 3;
+    const KERNEL_HALF: u64 = 1 << 63;
+    sregs.cs.l == 1 && sregs.ss.dpl == USER && regs.rip & KERNEL_HALF != 0
+}
+
 impl VcpuState {
-    /// Reads the state of a vCPU that is out of `KVM_RUN` with no I/O half done. `msrs` as from
-    /// [`super::readable_msrs`]. `host_tsc` is sampled once for all vCPUs of a machine.
+    /// Reads the state of a vCPU that is out of `KVM_RUN` with no I/O half done and [settled](is_settled). `msrs` as
+    /// from [`super::readable_msrs`]. `host_tsc` is sampled once for all vCPUs of a machine.
     pub fn save(
         kvm: &Kvm,
         vcpu: &VcpuFd,
@@ -81,6 +101,13 @@ impl VcpuState {
         let mp_state = vcpu
             .get_mp_state()
             .map_err(KvmError::during("KVM_GET_MP_STATE"))?;
+        let regs = vcpu.get_regs().map_err(KvmError::during("KVM_GET_REGS"))?;
+        let sregs = vcpu
+            .get_sregs()
+            .map_err(KvmError::during("KVM_GET_SREGS"))?;
+        if is_user_in_kernel(&regs, &sregs) {
+            return Err(KvmError::Unsettled);
+        }
         let tsc = if ioctl::has_tsc_offset(vcpu) {
             at.host_tsc.wrapping_add(ioctl::get_tsc_offset(vcpu)?)
         } else {
@@ -88,10 +115,8 @@ impl VcpuState {
         };
         Ok(Self {
             mp_state,
-            regs: vcpu.get_regs().map_err(KvmError::during("KVM_GET_REGS"))?,
-            sregs: vcpu
-                .get_sregs()
-                .map_err(KvmError::during("KVM_GET_SREGS"))?,
+            regs,
+            sregs,
             sregs2: if has_sregs2(kvm) {
                 Some(ioctl::sregs2_bytes(&ioctl::get_sregs2(vcpu)?))
             } else {
@@ -203,6 +228,24 @@ fn has_sregs2(kvm: &Kvm) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn user_mode_in_the_kernels_half_is_a_contradiction() {
+        let at = |rip, privilege| {
+            let mut sregs = kvm_sregs::default();
+            (sregs.cs.l, sregs.ss.dpl) = (1, privilege);
+            is_user_in_kernel(
+                &kvm_regs {
+                    rip,
+                    ..Default::default()
+                },
+                &sregs,
+            )
+        };
+        assert!(at(0xffff_ffff_8128_d63c, 3));
+        assert!(!at(0xffff_ffff_8128_d63c, 0));
+        assert!(!at(0x7f36_08c7_3ff8, 3));
+    }
 
     #[test]
     fn guest_tsc_advances_with_real_time() {

@@ -39,6 +39,9 @@ pub enum KvmError {
         /// Value on this host, if readable.
         present: Option<u64>,
     },
+    /// The vCPU's registers contradict each other, see [`super::is_settled`].
+    #[error("a vCPU stands where its state cannot be read")]
+    Unsettled,
     /// The host's TSC runs at another rate and cannot be scaled.
     #[error(
         "the guest's TSC runs at {guest_khz} kHz, the host's at {host_khz} kHz, and it cannot be scaled"
@@ -82,6 +85,7 @@ impl KvmError {
             Self::Msr { .. } => {
                 "choose a target with the same CPU, or a lower CPU baseline for the VM"
             }
+            Self::Unsettled => "let the machine run for a moment and try again",
             _ => {
                 "check the kernel log (dmesg) and the kernel's version; Linux 5.10 or newer is needed"
             }

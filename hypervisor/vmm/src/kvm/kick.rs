@@ -98,12 +98,11 @@ impl Kickable {
         unsafe { &*self.immediate_exit }.store(0, Ordering::SeqCst);
     }
 
-    /// Lets KVM finish the I/O of the latest exit without running the guest further.
-    pub fn finish_io(&mut self) {
+    /// From here on `KVM_RUN` only completes what the latest exit left to do and returns EINTR, until kicks are
+    /// accepted again.
+    pub fn bar_entry(&self) {
         // SAFETY: as in `accept_kicks`.
         unsafe { &*self.immediate_exit }.store(1, Ordering::SeqCst);
-        // With immediate_exit set KVM_RUN completes what is pending and returns EINTR.
-        let _ = self.vcpu.run();
     }
 }
 

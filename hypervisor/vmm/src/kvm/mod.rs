@@ -10,7 +10,7 @@ mod kick;
 mod msr;
 mod vm_state;
 
-pub use cpu_state::{ClockAdvance, VcpuState};
+pub use cpu_state::{ClockAdvance, VcpuState, is_settled};
 pub use cpuid::{cpu_facts, guest_cpu, guest_cpuid, tsc_scaling};
 pub use dirty_log::{DirtyBitmap, DirtyLog, DirtyLogSource, LoggedSlot};
 pub use error::KvmError;

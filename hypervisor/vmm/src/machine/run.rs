@@ -29,6 +29,13 @@ use vmm_sys_util::eventfd::EventFd;
 const SAVED_VERSION: u32 = 2;
 const SAVED_VERSION_WITHOUT_PCI: u32 = 1;
 
+/// Times vCPUs are let run on because their state cannot be read where they stand (see [`kvm::is_settled`]),
+const MAX_SETTLING: u32 = 200;
+/// each time for this long,
+const SETTLING: Duration = Duration::from_micros(100);
+/// and every so many times all of them together.
+const SETTLE_TOGETHER: u32 = 4;
+
 /// What a machine is made from.
 #[derive(Clone)]
 pub struct MachineParts {
@@ -234,7 +241,44 @@ impl Machine {
         Ok(())
     }
 
+    /// Stops all vCPUs where their state can be read, if they get there soon; else where they are.
     fn stop_vcpus(&self) -> Result<(), MachineError> {
+        self.interrupt_vcpus()?;
+        for attempt in 1..=MAX_SETTLING {
+            let unsettled = self.unsettled()?;
+            if unsettled.is_empty() {
+                break;
+            }
+            self.gate.stop.store(false, Ordering::SeqCst);
+            if attempt % SETTLE_TOGETHER == 0 {
+                // One may be waiting for another that stands still.
+                self.vcpus.iter().try_for_each(Vcpu::run)?;
+            } else {
+                unsettled.into_iter().try_for_each(Vcpu::run)?;
+            }
+            // Guest code announces to nobody where it is.
+            std::thread::sleep(SETTLING);
+            self.interrupt_vcpus()?;
+        }
+        Ok(())
+    }
+
+    fn unsettled(&self) -> Result<Vec<&Vcpu>, MachineError> {
+        let asked = self
+            .vcpus
+            .iter()
+            .map(|vcpu| Ok((vcpu, vcpu.call(|fd| kvm::is_settled(fd))?)))
+            .collect::<Result<Vec<_>, MachineError>>()?;
+        let mut unsettled = Vec::new();
+        for (vcpu, answer) in asked {
+            if !answer.wait()?? {
+                unsettled.push(vcpu);
+            }
+        }
+        Ok(unsettled)
+    }
+
+    fn interrupt_vcpus(&self) -> Result<(), MachineError> {
         self.gate.stop.store(true, Ordering::SeqCst);
         for vcpu in &self.vcpus {
             vcpu.kick().kick();

@@ -233,6 +233,48 @@ enum Next {
     Wait,
 }
 
+/// What an exit was.
+enum Served {
+    /// The guest reached a device, which has answered.
+    Io,
+    /// KVM came back for reasons of its own.
+    Interrupted,
+    /// The CPU gave up (triple fault).
+    Shutdown,
+    /// The guest cannot go on.
+    Stop(MachineEvent),
+}
+
+fn serve(exit: VcpuExit<'_>, buses: &Buses, stats: &VcpuStats) -> Served {
+    stats.exits.fetch_add(1, Ordering::Relaxed);
+    let count = |exits: &AtomicU64| exits.fetch_add(1, Ordering::Relaxed);
+    match exit {
+        VcpuExit::IoIn(port, data) => {
+            count(&stats.io_exits);
+            buses.ports.read(port, data);
+            Served::Io
+        }
+        VcpuExit::IoOut(port, data) => {
+            count(&stats.io_exits);
+            let event = buses.ports.write(port, data);
+            event.map_or(Served::Io, |event| Served::Stop(MachineEvent::Power(event)))
+        }
+        VcpuExit::MmioRead(address, data) => {
+            count(&stats.mmio_exits);
+            buses.memory.read(address, data);
+            Served::Io
+        }
+        VcpuExit::MmioWrite(address, data) => {
+            count(&stats.mmio_exits);
+            buses.memory.write(address, data);
+            Served::Io
+        }
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt => Served::Interrupted,
+        VcpuExit::Shutdown => Served::Shutdown,
+        other => Served::Stop(MachineEvent::Fault(format!("{other:?}"))),
+    }
+}
+
 impl Runner {
     fn serve(mut self, inbox: &Receiver<Command>) {
         while let Ok(command) = inbox.recv() {
@@ -259,7 +301,20 @@ impl Runner {
                 break;
             }
         }
-        self.vcpu.finish_io();
+        self.finish_io();
+    }
+
+    /// Lets KVM finish the I/O of the latest exit, which may come in several pieces, without running the guest
+    /// further.
+    fn finish_io(&mut self) {
+        self.vcpu.bar_entry();
+        while let Ok(exit) = self.vcpu.vcpu().run() {
+            match serve(exit, &self.buses, &self.stats) {
+                Served::Io => {}
+                Served::Stop(event) => return (self.events)(event),
+                Served::Interrupted | Served::Shutdown => return,
+            }
+        }
     }
 
     /// Handles exits until a kick, or until the guest cannot go on.
@@ -269,47 +324,24 @@ impl Runner {
             if !self.gate.lease_allows() {
                 return Next::Enter;
             }
-            let exit = self.vcpu.vcpu().run();
-            if let Err(error) = &exit
-                && matches!(error.errno(), libc::EINTR | libc::EAGAIN)
-            {
-                return Next::Enter;
-            }
-            self.stats.exits.fetch_add(1, Ordering::Relaxed);
-            let event = match exit {
-                Ok(VcpuExit::IoIn(port, data)) => {
-                    self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
-                    self.buses.ports.read(port, data);
-                    continue;
+            let event = match self.vcpu.vcpu().run() {
+                Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                    return Next::Enter;
                 }
-                Ok(VcpuExit::IoOut(port, data)) => {
-                    self.stats.io_exits.fetch_add(1, Ordering::Relaxed);
-                    match self.buses.ports.write(port, data) {
-                        None => continue,
-                        Some(event) => MachineEvent::Power(event),
-                    }
-                }
-                Ok(VcpuExit::MmioRead(address, data)) => {
-                    self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
-                    self.buses.memory.read(address, data);
-                    continue;
-                }
-                Ok(VcpuExit::MmioWrite(address, data)) => {
-                    self.stats.mmio_exits.fetch_add(1, Ordering::Relaxed);
-                    self.buses.memory.write(address, data);
-                    continue;
-                }
-                Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => return Next::Enter,
-                Ok(VcpuExit::Shutdown) => {
-                    let found = self.describe("triple fault");
-                    tracing::warn!(
-                        found,
-                        "a vCPU cannot go on; the machine restarts as a PC would"
-                    );
-                    MachineEvent::Power(PowerEvent::Reset)
-                }
-                Ok(other) => MachineEvent::Fault(format!("{other:?}")),
                 Err(error) => MachineEvent::Fault(KvmError::during("KVM_RUN")(error).to_string()),
+                Ok(exit) => match serve(exit, &self.buses, &self.stats) {
+                    Served::Io => continue,
+                    Served::Interrupted => return Next::Enter,
+                    Served::Stop(event) => event,
+                    Served::Shutdown => {
+                        let found = self.describe("triple fault");
+                        tracing::warn!(
+                            found,
+                            "a vCPU cannot go on; the machine restarts as a PC would"
+                        );
+                        MachineEvent::Power(PowerEvent::Reset)
+                    }
+                },
             };
             let event = match event {
                 MachineEvent::Fault(reason) => MachineEvent::Fault(self.describe(&reason)),

@@ -9,9 +9,7 @@ use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::{Disk, DiskAccess, DiskFormat, DiskSource};
 use godwit_wire::migration::MigrationPhase;
 use godwit_wire::unit::{Bytes, Mib};
-use godwit_wire::vmm_api::{
-    BalloonRequest, CreateRequest, DriverState, ResizeDisk, StopReason, VmmInfo, VmmState,
-};
+use godwit_wire::vmm_api::{BalloonRequest, CreateRequest, DriverState, ResizeDisk, VmmInfo};
 use std::fs::File;
 use std::path::Path;
 
@@ -119,13 +117,7 @@ async fn what_a_guest_writes_is_there_after_stop_and_start() {
         .send_line("halt")
         .await
         .expect("halt");
-    let halted = |state: &VmmState| {
-        *state
-            == VmmState::Stopped {
-                reason: StopReason::GuestHalted,
-            }
-    };
-    vmm.wait_for_state(BOOT_PATIENCE, halted)
+    vmm.wait_until_halted(BOOT_PATIENCE)
         .await
         .expect("it powers off");
     let vmm = boot(&dir, "second", &request).await;
@@ -141,7 +133,6 @@ async fn what_a_guest_writes_is_there_after_stop_and_start() {
 }
 
 #[tokio::test]
-#[ignore = "known defect: a guest under disk load resets on arrival in about one of ten migrations"]
 async fn a_guest_that_writes_its_disk_survives_live_migration() {
     let guest = require!(LinuxGuest::prepare());
     let dir = TestDir::new();
@@ -150,7 +141,7 @@ async fn a_guest_that_writes_its_disk_survives_live_migration() {
     let mut shell = here.shell().await.expect("shell");
     shell.command("fill 32").await.expect("fill");
     shell.command("disk load /dev/vda 16").await.expect("load");
-    for flight in 1..=4 {
+    for flight in 1..=6 {
         another_round(&here).await;
         let there = Vmm::start(&dir, &format!("vmm-{flight}"))
             .await
@@ -166,7 +157,6 @@ async fn a_guest_that_writes_its_disk_survives_live_migration() {
 }
 
 #[tokio::test]
-#[ignore = "known defect: a guest under disk load resets on arrival in about one of ten migrations"]
 async fn a_cancelled_migration_leaves_the_disk_at_work_and_a_later_one_succeeds() {
     let guest = require!(LinuxGuest::prepare());
     let dir = TestDir::new();
