@@ -10,6 +10,7 @@ mod pvh;
 use super::boot_params::{BootParams, RangeKind};
 use super::layout::{ECAM_BYTES, ECAM_START};
 use super::{MachineError, acpi};
+use crate::devices::{KEYBOARD_COMMAND_PORT, KEYBOARD_RESET};
 use crate::memory::GuestRam;
 use entry::Entry;
 use godwit_wire::machine::{Boot, MachineSpec, MachineType};
@@ -29,11 +30,28 @@ const CMDLINE: u64 = 0x2_0000;
 const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables: in the BIOS area, where also guests that search for the RSDP find it.
 const ACPI_TABLES: u64 = 0xe_0000;
+/// Where a PC's firmware begins in real mode, at f000:fff0.
+const FIRMWARE_ENTRY: u64 = 0xf_fff0;
 const HIGH_RAM: u64 = 0x10_0000;
 
 /// The pilot's timer tick: short enough to measure blackouts of a few milliseconds, long enough to leave an idle
 /// guest idle where every guest kernel instruction is emulated.
 const PILOT_TICK_US: u32 = 5_000;
+
+/// All the firmware there is, 16-bit code: whoever jumps to it wants the machine to restart.
+///
+/// A Linux kernel with EFI support restarts hardware-reduced ACPI platforms through EFI alone, and where there is none
+/// it jumps to the firmware's entry as its last resort (`native_machine_emergency_restart`); it never tries the
+/// FADT's reset register.
+const RESTART: [u8; 7] = [
+    0xb0, // mov al, KEYBOARD_RESET
+    KEYBOARD_RESET,
+    0xe6, // out KEYBOARD_COMMAND_PORT, al
+    KEYBOARD_COMMAND_PORT as u8,
+    0xf4, // hlt
+    0xeb, // jmp to the hlt
+    0xfd,
+];
 
 const INITRD: &str = "boot.initrd";
 
@@ -88,6 +106,7 @@ pub(super) fn load(
     let tables = acpi::tables(spec.machine_type, spec.vcpus, ACPI_TABLES);
     ram.write(ACPI_TABLES, &tables)?;
     ram.write(LOW_RAM_END, &mp_floating_pointer())?;
+    ram.write(FIRMWARE_ENTRY, &RESTART)?;
     let memory_map = memory_map(spec.machine_type, ram);
     match placed.entry {
         Protocol::Linux64(_) => {

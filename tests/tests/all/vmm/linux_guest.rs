@@ -1,7 +1,7 @@
 //! Linux boots, and lives through live migration under load.
 
 use super::{verify, verifying};
-use godwit_tests::linux::{AGENT_GREETING, LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
+use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
 use godwit_tests::migration::migrate;
 use godwit_tests::require;
 use godwit_tests::test_dir::TestDir;
@@ -17,7 +17,11 @@ async fn boot_agent(
     memory: Mib,
 ) -> (Vmm, CreateRequest) {
     let request = new_vm(vmm::linux(guest, vcpus, memory));
-    let vmm = Vmm::boot(dir, "vmm-0", &request)
+    (boot_agent_of(dir, &request).await, request)
+}
+
+async fn boot_agent_of(dir: &TestDir, request: &CreateRequest) -> Vmm {
+    let vmm = Vmm::boot(dir, "vmm-0", request)
         .await
         .expect("Linux boots");
     vmm.serial()
@@ -26,7 +30,7 @@ async fn boot_agent(
         .wait_for(AGENT_GREETING, BOOT_PATIENCE)
         .await
         .expect("init is up");
-    (vmm, request)
+    vmm
 }
 
 #[tokio::test]
@@ -62,11 +66,20 @@ async fn linux_boots_to_a_shell_on_the_serial_console() {
         .expect("Linux powers off through ACPI");
 }
 
-#[tokio::test]
-async fn a_linux_guest_that_restarts_boots_again() {
+/// `how` is the kernel's own choice of how to restart the machine.
+async fn a_linux_guest_that_restarts_boots_again(how: &str) {
     let guest = require!(LinuxGuest::prepare());
     let dir = TestDir::new();
-    let (vmm, _) = boot_agent(&dir, &guest, 1, Mib(128)).await;
+    let boot = Boot::Linux {
+        kernel: guest.kernel.clone(),
+        initrd: Some(guest.initrd.clone()),
+        cmdline: format!("{AGENT_CMDLINE} {how}"),
+    };
+    let request = new_vm(MachineSpec {
+        boot,
+        ..vmm::linux(&guest, 1, Mib(128))
+    });
+    let vmm = boot_agent_of(&dir, &request).await;
     let mut shell = vmm.shell().await.expect("shell");
     shell.command("reset").await.expect("reset");
     shell
@@ -74,6 +87,17 @@ async fn a_linux_guest_that_restarts_boots_again() {
         .await
         .expect("init is up again");
     assert_eq!(vmm.info().await.expect("info").counters.resets, 1);
+}
+
+#[tokio::test]
+async fn a_linux_guest_restarts_through_acpi() {
+    a_linux_guest_that_restarts_boots_again("reboot=acpi").await;
+}
+
+/// As kernels with EFI support do on hardware-reduced platforms without EFI.
+#[tokio::test]
+async fn a_linux_guest_restarts_through_the_firmware_entry() {
+    a_linux_guest_that_restarts_boots_again("reboot=bios").await;
 }
 
 #[tokio::test]
