@@ -7,9 +7,11 @@
 //!             └─▶ godwit host run  host-3 ──▶ godwit vmm …
 //! ```
 //! It speaks to the pool through the REST API only, as an operator's own program would. However it ends, it leaves
-//! no process, socket or file behind.
+//! no process, socket or file behind. Where guests cannot run, `--lab` offers emulated hosts instead.
 
 mod machine;
+
+mod lab;
 
 mod pool;
 
@@ -22,6 +24,7 @@ mod table;
 mod check;
 
 use crate::client::ClientError;
+use lab::LabError;
 use machine::KvmError;
 use pool::{Pool, PoolError, PoolPlan};
 use shell::ShellError;
@@ -40,6 +43,10 @@ pub struct DemoArgs {
     /// maintenance, verify every guest, bring the VMs home, verify again. The exit status says whether all held.
     #[arg(long)]
     check: bool,
+    /// Start a pool of emulated hosts with stock Linux guests, for machines without a usable /dev/kvm. It is built
+    /// from a checkout's `tests/run` and Debian packages, and slow.
+    #[arg(long, conflicts_with_all = ["check", "hosts", "api", "state_dir"])]
+    lab: bool,
     /// Number of hosts.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=8), value_name = "COUNT")]
     hosts: u8,
@@ -57,6 +64,9 @@ pub enum DemoError {
     /// Guests cannot run here.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The lab cannot be started.
+    #[error(transparent)]
+    Lab(#[from] LabError),
     /// The API demands TLS and a token beyond loopback, which a demo does without.
     #[error(
         "the demo's API cannot listen on {address}, which can be reached from other machines\n  remedy: choose a loopback address, such as 127.0.0.1:7070"
@@ -121,8 +131,11 @@ impl DemoError {
     }
 }
 
-/// Runs the demo until Ctrl-C, or the check until its end.
+/// Runs the demo until Ctrl-C, or the check until its end. The lab takes this process over.
 pub async fn run(arguments: DemoArgs) -> Result<(), DemoError> {
+    if arguments.lab {
+        return Err(lab::become_lab().into());
+    }
     if !arguments.api.ip().is_loopback() {
         return Err(DemoError::NotLoopback {
             address: arguments.api,

@@ -1,7 +1,9 @@
 //! Linux boots, and lives through live migration under load.
 
 use super::{verify, verifying};
-use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
+use godwit_tests::linux::{
+    AGENT_CMDLINE, AGENT_GREETING, LinuxGuest, SHELL_CMDLINE, SHELL_GREETING,
+};
 use godwit_tests::migration::migrate;
 use godwit_tests::require;
 use godwit_tests::test_dir::TestDir;
@@ -21,9 +23,7 @@ async fn boot_agent(
 }
 
 async fn boot_agent_of(dir: &TestDir, request: &CreateRequest) -> Vmm {
-    let vmm = Vmm::boot(dir, "vmm-0", request)
-        .await
-        .expect("Linux boots");
+    let vmm = Vmm::boot(dir, "vmm-0", request).await.expect("Linux boots");
     vmm.serial()
         .await
         .expect("console")
