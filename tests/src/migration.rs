@@ -32,7 +32,8 @@ pub struct Flight<'a> {
 }
 
 impl<'a> Flight<'a> {
-    /// Makes `target` ready for the VM of `request`, which runs in `source` under `request.epoch`.
+    /// Makes `target` ready for the VM of `request`, which runs in `source` under `request.epoch`. The request's
+    /// attachments are the target's.
     pub async fn prepare(
         source: &'a Vmm,
         target: &'a Vmm,
@@ -40,7 +41,7 @@ impl<'a> Flight<'a> {
     ) -> anyhow::Result<Self> {
         let migration = MigrationId::fresh();
         let incoming = IncomingRequest {
-            attachments: Default::default(),
+            attachments: request.attachments.clone(),
             vm: request.vm,
             epoch: request.epoch,
             spec: request.spec.clone(),

@@ -1,4 +1,4 @@
-//! A tap device that lasts as long as the test that made it.
+//! Tap devices, and a bridge between them, that last as long as the test that made them.
 
 use anyhow::{Context, ensure};
 use std::process::Command;
@@ -46,6 +46,41 @@ impl Drop for Tap {
     fn drop(&mut self) {
         let _ = ip(&["link", "del", &self.name]);
     }
+}
+
+/// A bridge of this process's network namespace, up.
+#[derive(Debug)]
+pub struct Bridge {
+    name: String,
+}
+
+impl Bridge {
+    /// Makes one that the host can be reached on at `address`, which has its prefix length. `label` is as for taps.
+    pub fn new(label: &str, address: &str) -> anyhow::Result<Self> {
+        let name = format!("gw{label}{}", std::process::id());
+        ip(&["link", "add", &name, "type", "bridge"])?;
+        let bridge = Self { name };
+        ip(&["addr", "add", address, "dev", &bridge.name])?;
+        ip(&["link", "set", &bridge.name, "up"])?;
+        Ok(bridge)
+    }
+
+    /// Plugs a tap device in.
+    pub fn plug(&self, tap: &Tap) -> anyhow::Result<()> {
+        ip(&["link", "set", &tap.name, "master", &self.name])
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        let _ = ip(&["link", "del", &self.name]);
+    }
+}
+
+/// Whether taps and bridges can be made here; the error is the reason to skip.
+pub fn available() -> Result<(), String> {
+    let made = Tap::new("try").map(drop);
+    made.map_err(|error| format!("no tap devices: {error:#}"))
 }
 
 fn ip(arguments: &[&str]) -> anyhow::Result<()> {

@@ -4,12 +4,15 @@ use super::{endless, verifying};
 use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
 use godwit_tests::migration::{Flight, migrate};
 use godwit_tests::require;
+use godwit_tests::skip;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::{Disk, DiskAccess, DiskFormat, DiskSource};
 use godwit_wire::migration::MigrationPhase;
 use godwit_wire::unit::{Bytes, Mib};
-use godwit_wire::vmm_api::{BalloonRequest, CreateRequest, DriverState, ResizeDisk, VmmInfo};
+use godwit_wire::vmm_api::{
+    BalloonRequest, CreateRequest, DriverState, ResizeDisk, VmmInfo, VmmState,
+};
 use std::fs::File;
 use std::path::Path;
 
@@ -222,4 +225,37 @@ async fn a_disk_grows_and_the_balloon_takes_memory_while_linux_runs() {
             break;
         }
     }
+}
+
+#[tokio::test]
+async fn a_second_vmm_is_refused_a_disk_that_the_first_holds() {
+    require!(skip::kvm());
+    let dir = TestDir::new();
+    let mut spec = vmm::pilot(1, Mib(32));
+    spec.devices.disks.push(blank_disk(&dir));
+    let (first, second) = (new_vm(spec.clone()), new_vm(spec));
+    let holder = Vmm::boot(&dir, "holder", &first).await.expect("boot");
+    let other = Vmm::start(&dir, "other").await.expect("a VMM");
+    other.create(&second).await.expect("create");
+    let refusal = other
+        .command("boot", second.epoch)
+        .await
+        .expect_err("two machines would write one disk");
+    let text = format!("{refusal:#}");
+    assert!(text.contains("is held by"), "{text}");
+    assert!(text.contains(&first.vm.to_string()), "{text}");
+    let state = |info: VmmInfo| info.state;
+    assert_eq!(
+        other.info().await.map(state).expect("info"),
+        VmmState::Created
+    );
+    assert_eq!(
+        holder.info().await.map(state).expect("info"),
+        VmmState::Running
+    );
+    holder.command("kill", first.epoch).await.expect("kill");
+    other
+        .command("boot", second.epoch)
+        .await
+        .expect("nobody holds it any more");
 }

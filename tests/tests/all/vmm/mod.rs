@@ -7,8 +7,10 @@ mod lease;
 mod lifecycle;
 mod linux_guest;
 mod migration;
+mod network_card;
 mod refusals;
 mod serial_console;
+mod sizes;
 mod snapshots;
 
 use godwit_tests::serial::Serial;

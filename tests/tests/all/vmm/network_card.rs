@@ -1,0 +1,140 @@
+//! A Linux guest keeps its connections when it moves to another tap.
+
+use super::verifying;
+use godwit_tests::linux::{LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
+use godwit_tests::migration::migrate;
+use godwit_tests::require;
+use godwit_tests::serial::Serial;
+use godwit_tests::tap::{self, Bridge, Tap};
+use godwit_tests::test_dir::TestDir;
+use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
+use godwit_wire::devices::{Attachments, MacAddress, Nic, NicAttach, NicAttachment, NicLimits};
+use godwit_wire::machine::{Boot, MachineSpec};
+use godwit_wire::unit::Mib;
+use godwit_wire::vmm_api::CreateRequest;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+const ECHO_PORT: u16 = 7;
+/// TCP repeats what was lost in a blackout after fractions of a second.
+const ECHO_PATIENCE: Duration = Duration::from_secs(20);
+const MTU: u16 = 1500;
+
+/// A subnet of its own for each test process, so that two of them do not meet.
+fn address(last: u8) -> String {
+    let pid = std::process::id();
+    format!("10.{}.{}.{last}", 220 + (pid >> 8 & 0x7), pid & 0xff)
+}
+
+fn on_tap(tap: &Tap) -> Attachments {
+    Attachments {
+        nics: vec![NicAttachment {
+            tap: tap.name.clone(),
+            mtu: MTU,
+        }],
+        ..Attachments::default()
+    }
+}
+
+fn with_card(guest: &LinuxGuest, tap: &Tap) -> CreateRequest {
+    let boot = Boot::Linux {
+        kernel: guest.kernel.clone(),
+        initrd: Some(guest.initrd.clone()),
+        cmdline: SHELL_CMDLINE.to_owned(),
+    };
+    let mut spec = MachineSpec {
+        boot,
+        ..vmm::linux(guest, 2, Mib(128))
+    };
+    spec.devices.nics.push(Nic {
+        name: "lan".into(),
+        mac: MacAddress::local(u64::from(std::process::id())),
+        attach: NicAttach::Tap {
+            tap: tap.name.clone(),
+        },
+        address: None,
+        queue_pairs: 1,
+        limits: NicLimits::default(),
+    });
+    CreateRequest {
+        attachments: on_tap(tap),
+        ..new_vm(spec)
+    }
+}
+
+/// Has the guest answer everything that comes to its echo port.
+async fn serve_echo(serial: &mut Serial) {
+    for line in [
+        &format!("ip addr add {}/24 dev eth0", address(2)),
+        "ip link set eth0 up",
+        &format!("nc -ll -p {ECHO_PORT} -e cat &"),
+        "until netstat -ltn | grep -q :7; do usleep 10000; done; echo listeners=$((0 + 1))",
+    ] {
+        serial.send_line(line).await.expect("type");
+    }
+    serial
+        .wait_for("listeners=1", BOOT_PATIENCE)
+        .await
+        .expect("the guest listens");
+}
+
+/// Says something new and hears it again.
+async fn exchange(connection: &mut TcpStream, number: u32) {
+    let said = number.to_be_bytes();
+    let mut heard = [0; 4];
+    let answered = timeout(ECHO_PATIENCE, async {
+        connection.write_all(&said).await?;
+        connection.read_exact(&mut heard).await
+    });
+    answered
+        .await
+        .unwrap_or_else(|_| panic!("no answer to {number}"))
+        .unwrap_or_else(|error| panic!("{number}: {error}"));
+    assert_eq!(heard, said);
+}
+
+#[tokio::test]
+async fn a_connection_to_a_linux_guest_survives_live_migration_to_another_tap() {
+    let guest = require!(LinuxGuest::prepare());
+    require!(tap::available());
+    let dir = TestDir::new();
+    let bridge = Bridge::new("br", &format!("{}/24", address(1))).expect("a bridge");
+    let taps = ["ta", "tb"].map(|label| Tap::new(label).expect("a tap"));
+    for tap in &taps {
+        bridge.plug(tap).expect("plug in");
+    }
+    let mut request = with_card(&guest, &taps[0]);
+    let mut here = Vmm::boot(&dir, "vmm-0", &request).await.expect("boot");
+    let mut serial = here.serial().await.expect("console");
+    serial
+        .wait_for(SHELL_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("the shell is up");
+    serve_echo(&mut serial).await;
+    let to = format!("{}:{ECHO_PORT}", address(2));
+    let mut connection = timeout(ECHO_PATIENCE, TcpStream::connect(&to))
+        .await
+        .expect("in time")
+        .expect("connect");
+    exchange(&mut connection, 0).await;
+
+    for flight in 1..=4u32 {
+        // There and back: each VMM has the tap that the one before it does not have.
+        request.attachments = on_tap(&taps[flight as usize % 2]);
+        let there = Vmm::start(&dir, &format!("vmm-{flight}"))
+            .await
+            .expect("a target");
+        let talk = async {
+            for number in 1..=20 {
+                exchange(&mut connection, flight << 16 | number).await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let (landed, ()) = tokio::join!(migrate(&here, &there, &mut request, verifying()), talk);
+        landed.unwrap_or_else(|error| panic!("{flight}: {error:#}"));
+        here = there;
+        exchange(&mut connection, flight << 16).await;
+    }
+}
