@@ -32,14 +32,15 @@ const fn bits(leaf: u32, index: u32, register: Register, numbers: &[u32]) -> Bit
 }
 
 const V2: &[Bits] = &[
-    // FPU, VME, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFLUSH, MMX, FXSR,
-    // SSE, SSE2
+    // FPU, DE, PSE, TSC, MSR, PAE, MCE, CX8, APIC, SEP, MTRR, PGE, MCA, CMOV, PAT, PSE36, CLFLUSH, MMX, FXSR, SSE,
+    // SSE2. Not VME, which 64-bit systems have no use for: where the host is itself emulated there is none, and a
+    // level that asks for it would be refused there.
     bits(
         1,
         0,
         Register::Edx,
         &[
-            0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
+            0, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26,
         ],
     ),
     // SSE3, SSSE3, CMPXCHG16B, SSE4.1, SSE4.2, POPCNT
@@ -392,5 +393,19 @@ mod tests {
         assert!(offers(&lesser, CpuBaseline::V2));
         assert!(!offers(&lesser, CpuBaseline::V3));
         assert!(!offers(&lesser, CpuBaseline::V4));
+    }
+
+    /// QEMU's emulation has all of `x86-64-v3` and no virtual-8086 mode extensions.
+    #[test]
+    fn an_emulated_host_is_of_its_level_too() {
+        let mut emulated = host(1);
+        for entry in emulated.iter_mut().filter(|e| e.function == 1) {
+            entry.edx &= !(1 << 1);
+        }
+        assert!(offers(&emulated, CpuBaseline::V3));
+        assert_eq!(
+            cpuid(CpuBaseline::V3, &emulated),
+            cpuid(CpuBaseline::V3, &host(1))
+        );
     }
 }
