@@ -44,7 +44,7 @@ const GUEST_MODULES: [&str; 6] = [
     "evdev",
 ];
 /// Programs of this machine that the agent calls on its host (Debian: iproute2, nftables).
-const HOST_PROGRAMS: [&str; 3] = ["ip", "bridge", "nft"];
+const HOST_PROGRAMS: [&str; 4] = ["ip", "bridge", "nft", "curl"];
 /// Where they may be.
 const PROGRAM_FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
@@ -145,7 +145,7 @@ fn find_program(name: &str) -> anyhow::Result<PathBuf> {
         .map(|folder| Path::new(folder).join(name))
         .into_iter()
         .find(|path| path.exists())
-        .with_context(|| format!("{name} is missing (Debian: iproute2, nftables)"))
+        .with_context(|| format!("{name} is missing (Debian: iproute2, nftables, curl)"))
 }
 
 fn host_initramfs(packages: &Packages) -> anyhow::Result<Vec<u8>> {

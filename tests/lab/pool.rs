@@ -108,6 +108,12 @@ impl Pool {
         self.join(machine).await
     }
 
+    /// Runs a command on a host that must succeed; what it printed.
+    pub(crate) async fn on_host(&mut self, name: &str, command: &str) -> anyhow::Result<String> {
+        let machine = self.hosts.get_mut(name).context("the host runs")?;
+        machine.run(command).await
+    }
+
     /// Adds what the VMMs of every host have logged to the host's log, for whoever looks into a failure.
     pub(crate) async fn collect_logs(&mut self) {
         for machine in self.hosts.values_mut() {

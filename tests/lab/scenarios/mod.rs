@@ -6,6 +6,8 @@ mod power;
 
 mod disk;
 
+mod snapshot;
+
 mod network;
 
 mod migration;
@@ -57,6 +59,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         extent: Extent::Core,
         bound: MINUTE.saturating_mul(8),
         run: |pool| disk::keeps_data(pool).boxed_local(),
+    },
+    Scenario {
+        name: "snapshot",
+        shows: "a running guest is saved, ends, and goes on from what was saved",
+        extent: Extent::Full,
+        bound: MINUTE.saturating_mul(8),
+        run: |pool| snapshot::goes_on(pool).boxed_local(),
     },
     Scenario {
         name: "network",
