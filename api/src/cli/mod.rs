@@ -12,6 +12,8 @@ mod wait;
 
 mod attach;
 
+mod limits;
+
 mod vm;
 
 mod host;

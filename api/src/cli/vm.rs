@@ -1,5 +1,6 @@
 //! `godwit vm …`.
 
+use super::limits::LimitArgs;
 use super::words::size;
 use super::{ChangeOptions, Failure, Session, attach, render};
 use crate::resource::{
@@ -132,6 +133,8 @@ pub struct CreateArgs {
     /// Sockets between guest and host.
     #[arg(long, help_heading = "Devices")]
     vsock: bool,
+    #[command(flatten)]
+    limits: LimitArgs,
     /// Host to place it on; the best one when absent.
     #[arg(long)]
     host: Option<String>,
@@ -331,20 +334,21 @@ fn new_disks(arguments: &CreateArgs) -> Vec<CreateVmDisk> {
         disk: Some(disk.clone()),
         ..CreateVmDisk::default()
     });
-    root.into_iter().chain(blank).chain(existing).collect()
+    let disks = root.into_iter().chain(blank).chain(existing);
+    disks.map(|disk| arguments.limits.bind_disk(disk)).collect()
 }
 
 fn new_nics(arguments: &CreateArgs) -> Vec<CreateVmNic> {
     let nic = |text: &String| {
         let (network, address) = text.split_once('=').unwrap_or((text, "auto"));
-        CreateVmNic {
+        arguments.limits.bind_nic(CreateVmNic {
             name: None,
             network: network.to_owned(),
             mac: None,
             address: address.to_owned(),
             queue_pairs: None,
             limits: Default::default(),
-        }
+        })
     };
     arguments.network.iter().map(nic).collect()
 }

@@ -199,7 +199,9 @@ pub enum DiskFormat {
 }
 
 /// What an I/O error of the host does to the guest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
 #[serde(rename_all = "snake_case")]
 pub enum OnIoError {
     /// A full pool pauses the VM until there is room; other errors are reported to the guest.

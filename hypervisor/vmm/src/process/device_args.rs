@@ -9,10 +9,12 @@ use std::path::PathBuf;
 /// The devices of a machine that boots at once.
 #[derive(Clone, Debug, clap::Args)]
 pub struct DeviceArgs {
-    /// A disk: PATH[,format=raw|qcow2][,name=NAME][,ro]. The format is raw unless it is given. May be repeated.
+    /// A disk: PATH[,format=raw|qcow2][,name=NAME][,ro][,requests-per-s=N][,bytes-per-s=N]
+    /// [,on-error=pause-when-full|pause|report]. The format is raw unless it is given. May be repeated.
     #[arg(long = "disk", value_name = "DISK", value_parser = parse_disk)]
     disks: Vec<DiskArg>,
-    /// A network card on a tap device: TAP[,mac=ADDRESS][,queues=PAIRS]. May be repeated.
+    /// A network card on a tap device: TAP[,mac=ADDRESS][,queues=PAIRS][,receive-bytes-per-s=N]
+    /// [,transmit-bytes-per-s=N]. May be repeated.
     #[arg(long = "nic", value_name = "NIC", value_parser = parse_nic)]
     nics: Vec<NicArg>,
     /// Context id of the guest's vsock, from 3 up; its UNIX sockets appear beside the API socket.
@@ -32,6 +34,8 @@ struct DiskArg {
     format: DiskFormat,
     name: Option<String>,
     access: DiskAccess,
+    limits: DiskLimits,
+    on_error: OnIoError,
 }
 
 #[derive(Clone, Debug)]
@@ -39,6 +43,7 @@ struct NicArg {
     tap: String,
     mac: Option<MacAddress>,
     queue_pairs: u8,
+    limits: NicLimits,
 }
 
 fn parse_disk(text: &str) -> Result<DiskArg, String> {
@@ -50,16 +55,24 @@ fn parse_disk(text: &str) -> Result<DiskArg, String> {
         format: DiskFormat::Raw,
         name: None,
         access: DiskAccess::ReadWrite,
+        limits: DiskLimits::default(),
+        on_error: OnIoError::default(),
     };
     for word in words {
         match word.split_once('=') {
             Some(("format", "raw")) => disk.format = DiskFormat::Raw,
             Some(("format", "qcow2")) => disk.format = DiskFormat::Qcow2,
             Some(("name", name)) => disk.name = Some(name.to_owned()),
+            Some(("requests-per-s", count)) => disk.limits.requests_per_s = Some(rate(count)?),
+            Some(("bytes-per-s", count)) => disk.limits.bytes_per_s = Some(rate(count)?),
+            Some(("on-error", "pause-when-full")) => disk.on_error = OnIoError::PauseWhenFull,
+            Some(("on-error", "pause")) => disk.on_error = OnIoError::Pause,
+            Some(("on-error", "report")) => disk.on_error = OnIoError::Report,
             None if word == "ro" => disk.access = DiskAccess::ReadOnly,
             _ => {
                 return Err(format!(
-                    "{word:?} is none of format=raw|qcow2, name=NAME, ro"
+                    "{word:?} is none of format=raw|qcow2, name=NAME, ro, requests-per-s=N, bytes-per-s=N, \
+                     on-error=pause-when-full|pause|report"
                 ));
             }
         }
@@ -74,6 +87,7 @@ fn parse_nic(text: &str) -> Result<NicArg, String> {
         tap,
         mac: None,
         queue_pairs: 1,
+        limits: NicLimits::default(),
     };
     for word in words {
         match word.split_once('=') {
@@ -85,10 +99,28 @@ fn parse_nic(text: &str) -> Result<NicArg, String> {
                     .parse()
                     .map_err(|_| format!("{pairs:?} is no number"))?;
             }
-            _ => return Err(format!("{word:?} is neither mac=ADDRESS nor queues=PAIRS")),
+            Some(("receive-bytes-per-s", count)) => {
+                nic.limits.receive_bytes_per_s = Some(rate(count)?);
+            }
+            Some(("transmit-bytes-per-s", count)) => {
+                nic.limits.transmit_bytes_per_s = Some(rate(count)?);
+            }
+            _ => {
+                return Err(format!(
+                    "{word:?} is none of mac=ADDRESS, queues=PAIRS, receive-bytes-per-s=N, transmit-bytes-per-s=N"
+                ));
+            }
         }
     }
     Ok(nic)
+}
+
+/// A limit of nothing at all would stop the device for good.
+fn rate(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(count @ 1..) => Ok(count),
+        _ => Err(format!("{text:?} is no whole number from 1 up")),
+    }
 }
 
 fn parse_console(text: &str) -> Result<ConsoleKind, String> {
@@ -109,8 +141,8 @@ impl DeviceArgs {
                 format: disk.format,
             },
             access: disk.access,
-            limits: DiskLimits::default(),
-            on_error: OnIoError::default(),
+            limits: disk.limits,
+            on_error: disk.on_error,
         };
         let nic = |(index, nic): (usize, &NicArg)| Nic {
             name: format!("nic{index}"),
@@ -122,7 +154,7 @@ impl DeviceArgs {
             },
             address: None,
             queue_pairs: nic.queue_pairs,
-            limits: NicLimits::default(),
+            limits: nic.limits,
         };
         Devices {
             disks: self.disks.iter().enumerate().map(disk).collect(),
@@ -156,7 +188,18 @@ mod tests {
             (DiskFormat::Qcow2, DiskAccess::ReadOnly)
         );
         assert_eq!(other.name.as_deref(), Some("data"));
-        for bad in ["", ",ro", "/a,format=vmdk", "/a,rw"] {
+        let slow = parse_disk("/c,requests-per-s=100,bytes-per-s=5000,on-error=report").unwrap();
+        assert_eq!(slow.limits.requests_per_s, Some(100));
+        assert_eq!(slow.limits.bytes_per_s, Some(5000));
+        assert_eq!(slow.on_error, OnIoError::Report);
+        for bad in [
+            "",
+            ",ro",
+            "/a,format=vmdk",
+            "/a,rw",
+            "/a,bytes-per-s=0",
+            "/a,on-error=retry",
+        ] {
             assert!(parse_disk(bad).is_err(), "{bad}");
         }
     }
@@ -165,6 +208,9 @@ mod tests {
     fn a_card_names_its_tap_first() {
         let nic = parse_nic("tap0,mac=52:54:00:00:00:09,queues=2").unwrap();
         assert_eq!((nic.tap.as_str(), nic.queue_pairs), ("tap0", 2));
+        let slow = parse_nic("tap0,receive-bytes-per-s=1000,transmit-bytes-per-s=2000").unwrap();
+        assert_eq!(slow.limits.receive_bytes_per_s, Some(1000));
+        assert_eq!(slow.limits.transmit_bytes_per_s, Some(2000));
         assert!(parse_nic("tap0,mac=52:54").is_err());
         assert!(parse_nic("tap0,speed=9").is_err());
     }
