@@ -108,7 +108,7 @@ impl Controller {
         let store = Arc::new(SqliteStore::open(&config.state_dir.join(STORE_FILE))?);
         let authority = Arc::new(Authority::load_or_create(&config.state_dir)?);
         let identity = authority.issue_server(&config.agents_names)?;
-        let driver = Arc::new(TlsDriver::new(&identity)?);
+        let driver = Arc::new(TlsDriver::new(&identity, authority.clone())?);
         let settings = Settings {
             migrations_per_host: config.migrations_per_host.max(1),
         };

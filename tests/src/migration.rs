@@ -2,8 +2,12 @@
 
 use crate::vmm::Vmm;
 use anyhow::{Context, bail};
+use godwit_channel::pki::Authority;
 use godwit_wire::id::{Epoch, MigrationId};
-use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationStatus};
+use godwit_wire::migration::{
+    MigrationIdentity, MigrationPhase, MigrationPolicy, MigrationRole, MigrationStatus,
+    MigrationToken,
+};
 use godwit_wire::vmm_api::{
     CreateRequest, IncomingReady, IncomingRequest, MigrationCommand, OutgoingRequest,
 };
@@ -29,6 +33,10 @@ pub struct Flight<'a> {
     pub epoch: Epoch,
     /// Where the target listens.
     pub address: SocketAddr,
+    /// What it gave out.
+    pub token: MigrationToken,
+    /// What the source proves itself with, on an encrypted flight.
+    pub identity: Option<MigrationIdentity>,
 }
 
 impl<'a> Flight<'a> {
@@ -39,7 +47,31 @@ impl<'a> Flight<'a> {
         target: &'a Vmm,
         request: &CreateRequest,
     ) -> anyhow::Result<Self> {
-        let migration = MigrationId::fresh();
+        Self::prepare_with(source, target, request, MigrationId::fresh(), None).await
+    }
+
+    /// The same with connections that are encrypted and prove who is at their ends.
+    pub async fn prepare_encrypted(
+        source: &'a Vmm,
+        target: &'a Vmm,
+        request: &CreateRequest,
+    ) -> anyhow::Result<Self> {
+        let (authority, migration) = (Authority::create()?, MigrationId::fresh());
+        let identities = (
+            authority.issue_migration(migration, MigrationRole::Source)?,
+            authority.issue_migration(migration, MigrationRole::Target)?,
+        );
+        Self::prepare_with(source, target, request, migration, Some(identities)).await
+    }
+
+    /// Both ends' identities are given, source first, or none.
+    pub async fn prepare_with(
+        source: &'a Vmm,
+        target: &'a Vmm,
+        request: &CreateRequest,
+        migration: MigrationId,
+        identities: Option<(MigrationIdentity, MigrationIdentity)>,
+    ) -> anyhow::Result<Self> {
         let incoming = IncomingRequest {
             attachments: request.attachments.clone(),
             vm: request.vm,
@@ -48,6 +80,7 @@ impl<'a> Flight<'a> {
             lease: request.lease.clone(),
             migration,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            identity: identities.as_ref().map(|(_, target)| target.clone()),
         };
         let ready: IncomingReady = target
             .api
@@ -60,6 +93,8 @@ impl<'a> Flight<'a> {
             migration,
             epoch: request.epoch,
             address: ready.address,
+            token: ready.token,
+            identity: identities.map(|(source, _)| source),
         })
     }
 
@@ -87,7 +122,9 @@ impl<'a> Flight<'a> {
             epoch,
             migration,
             target: address,
+            token: self.token.clone(),
             policy,
+            identity: self.identity.clone(),
         };
         self.source
             .api

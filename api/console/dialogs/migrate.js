@@ -13,11 +13,17 @@ import { ProblemNote } from '../parts/problem.js';
 import { useAnswer } from './form.js';
 
 const DOWNTIME_LIMIT_MS = 300;
+const MAX_THROTTLE_PERCENT = 80;
+const MIB = 2 ** 20;
 
 export function MigrateDialog({ vm, close }) {
   const pool = useStore();
   const [target, setTarget] = useState('');
   const [limit, setLimit] = useState(String(DOWNTIME_LIMIT_MS));
+  const [bandwidth, setBandwidth] = useState('');
+  const [throttle, setThrottle] = useState(String(MAX_THROTTLE_PERCENT));
+  const [deadline, setDeadline] = useState('');
+  const [compress, setCompress] = useState(true);
   const [verify, setVerify] = useState(false);
   const path = `/v1/vms/${vm.id}/migrate`;
   const dry = useAnswer(vm.id, (signal) => tryPost(path, {}, signal));
@@ -26,7 +32,14 @@ export function MigrateDialog({ vm, close }) {
   const nowhere = others.length === 0;
   const submit = (event) => {
     event.preventDefault();
-    const policy = { downtime_limit_ms: Number(limit), verify: verify ? 'whole_memory' : 'frames' };
+    const policy = {
+      downtime_limit_ms: Number(limit),
+      max_throttle_percent: Number(throttle),
+      compression: compress ? 'auto' : 'off',
+      verify: verify ? 'whole_memory' : 'frames',
+      ...(bandwidth ? { max_bandwidth_bytes_per_s: Number(bandwidth) * MIB } : {}),
+      ...(deadline ? { deadline_s: Number(deadline) } : {}),
+    };
     close();
     perform(`Migrate ${vm.name}`, () => post(path, { ...(target ? { target } : {}), policy }));
   };
@@ -51,6 +64,15 @@ export function MigrateDialog({ vm, close }) {
             <${Field} label="Longest blackout, ms" hint="the guest is paused once the rest fits into this"
               error=${fieldError(dry.problem, 'policy.downtime_limit_ms')}>
               <input type="number" min="1" max="60000" value=${limit} onInput=${(event) => setLimit(event.target.value)} /><//>
+            <${Field} label="Slow the guest by at most, %" hint="only when it changes memory faster than it can be sent; 0 never slows it">
+              <input type="number" min="0" max="99" value=${throttle} onInput=${(event) => setThrottle(event.target.value)} /><//>
+            <${Field} label="Most bandwidth, MiB/s" hint="empty means no limit">
+              <input type="number" min="1" value=${bandwidth} onInput=${(event) => setBandwidth(event.target.value)} /><//>
+            <${Field} label="Ends within, s" hint="empty means no deadline">
+              <input type="number" min="1" value=${deadline} onInput=${(event) => setDeadline(event.target.value)} /><//>
+            <label class="check">
+              <input type="checkbox" checked=${compress}
+                onChange=${(event) => setCompress(event.target.checked)} /> Compress pages where that is faster</label>
             <label class="check">
               <input type="checkbox" checked=${verify}
                 onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>

@@ -1,11 +1,12 @@
 // A live migration as it happens, and what is left of it afterwards.
 
 import { classes, html } from '../lib/ui.js';
-import { ago, between, bytes, capital, inMib, milliseconds, rate, sentence, time } from '../lib/format.js';
+import { ago, between, bytes, capital, inMib, milliseconds, percent, rate, sentence, time } from '../lib/format.js';
 import { isMoving } from '../lib/pool.js';
 import { linkTo } from '../lib/router.js';
 import { phaseWords, PHASE_ORDER } from '../lib/tone.js';
 import { useNow } from '../lib/clock.js';
+import { hasTimeline, MigrationTimeline } from './blackout.js';
 import { Progress } from './meter.js';
 
 /** How much of the guest's memory the target holds, 0 to 1. */
@@ -30,7 +31,11 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
     ['Remaining', begun ? `${inMib(p.remaining_bytes)} MiB` : '–'],
     ['Dirty rate', rate(told(p.dirty_bytes_per_s))],
     ['Predicted blackout', milliseconds(told(p.predicted_blackout_ms))],
-  ];
+    ['Lanes', told(p.lanes) || '–'],
+    p.throttle_percent > 0 && ['Guest slowed by', percent(p.throttle_percent)],
+    p.saved_bytes > 0 && ['Compression saved', bytes(p.saved_bytes)],
+    p.prefault_ms > 0 && ['Prefault', milliseconds(p.prefault_ms)],
+  ].filter(Boolean);
   return html`<section class="migration" data-testid="migration-${migration.vm_name}" data-phase=${migration.phase}
     aria-label="Migration of ${migration.vm_name}">
     <div class="migration-head">
@@ -77,10 +82,12 @@ function stayedSentence(migration, now) {
 
 const downtime = (progress) => milliseconds(progress.downtime_us === undefined || progress.downtime_us === null ? null : progress.downtime_us / 1000);
 
-/** Table of a VM's migrations, newest first. */
+/** Table of a VM's migrations, newest first; the latest one that tells its parts is drawn above it. */
 export function MigrationHistory({ migrations }) {
   if (migrations.length === 0) return html`<p class="quiet">It has not moved yet.</p>`;
-  return html`<div class="scroll"><table class="table table-compact">
+  const drawn = migrations.find(hasTimeline);
+  return html`${drawn && html`<${MigrationTimeline} migration=${drawn} />`}
+  <div class="scroll"><table class="table table-compact">
     <thead><tr><th scope="col">When</th><th scope="col">Way</th><th scope="col">Outcome</th><th scope="col" class="number">Rounds</th>
       <th scope="col" class="number">Sent</th><th scope="col" class="number">Took</th><th scope="col" class="number">Downtime</th></tr>
       </thead>

@@ -295,6 +295,13 @@ fn migrations_show_how_far_they_are() {
     ended["state"] = json!("committed");
     ended["phase"] = json!("completed");
     ended["progress"]["downtime_us"] = json!(8_312);
+    ended["progress"]["lanes"] = json!(4);
+    ended["progress"]["throttle_percent"] = json!(40);
+    ended["progress"]["saved_bytes"] = json!(104_857_600);
+    ended["progress"]["prefault_ms"] = json!(120);
+    ended["progress"]["blackout"] = json!({
+        "predicted_us": 9_000, "pause_us": 312, "save_us": 1_100, "pages_us": 2_400, "restore_us": 1_900, "commit_us": 2_600
+    });
     let migrations: Vec<Migration> = [migration_json(), ended].map(read).into();
     check(
         render::migrations(&migrations, now()),
@@ -307,17 +314,22 @@ fn migrations_show_how_far_they_are() {
     check(
         render::migration(&migrations[1]),
         expect![[r#"
-        Id:        019300aa-0000-7000-8000-0000000000b1
-        VM:        db-1
-        Way:       host-1 to host-2
-        State:     committed (completed)
-        Round:     2
-        Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
-        Remaining: 12.0 MiB
-        Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
-        Time:      2.3 s
-        Downtime:  8.3 ms (measured)
-    "#]],
+            Id:        019300aa-0000-7000-8000-0000000000b1
+            VM:        db-1
+            Way:       host-1 to host-2
+            State:     committed (completed)
+            Round:     2
+            Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+            Saved:     100.0 MiB by compression
+            Remaining: 12.0 MiB
+            Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
+            Lanes:     4
+            Slowed:    the guest is kept from running for 40% of its time
+            Prefault:  120 ms
+            Time:      2.3 s
+            Downtime:  8.3 ms (measured)
+            Blackout:  pause 0.3 ms, save 1.1 ms, pages 2.4 ms, restore 1.9 ms, commit 2.6 ms, predicted 9.0 ms
+        "#]],
     );
 }
 

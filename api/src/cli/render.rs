@@ -9,7 +9,7 @@ pub(super) use storage::{disk, disks, image, images, network, networks, pools};
 use super::table::{Sheet, Table};
 use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};
 use crate::resource::{
-    Boot, Event, Host, Migration, MigrationPhase, MigrationState, Operation, Vm,
+    Blackout, Boot, Event, Host, Migration, MigrationPhase, MigrationState, Operation, Vm,
 };
 use jiff::Timestamp;
 use std::fmt::Write;
@@ -371,6 +371,10 @@ pub(super) fn migration(migration: &Migration) -> String {
                 progress.zero_pages
             ),
         )
+        .maybe(
+            "Saved",
+            nonzero(progress.saved_bytes).map(|saved| format!("{} by compression", bytes(saved))),
+        )
         .line("Remaining", bytes(progress.remaining_bytes))
         .line(
             "Rate",
@@ -380,9 +384,42 @@ pub(super) fn migration(migration: &Migration) -> String {
                 rate(progress.dirty_bytes_per_s)
             ),
         )
+        .maybe(
+            "Lanes",
+            nonzero(progress.lanes.into()).map(|lanes| lanes.to_string()),
+        )
+        .maybe(
+            "Slowed",
+            nonzero(progress.throttle_percent.into()).map(|percent| {
+                format!("the guest is kept from running for {percent}% of its time")
+            }),
+        )
+        .maybe(
+            "Prefault",
+            nonzero(progress.prefault_ms).map(|ms| format!("{ms} ms")),
+        )
         .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
         .maybe("Downtime", blackout)
+        .maybe("Blackout", progress.blackout.as_ref().map(blackout_parts))
         .to_string()
+}
+
+/// What a source that does not know or has nothing to tell leaves at 0.
+fn nonzero(value: u64) -> Option<u64> {
+    (value > 0).then_some(value)
+}
+
+fn blackout_parts(blackout: &Blackout) -> String {
+    let part = |name: &str, us: u64| format!("{name} {}", milliseconds_of_us(us));
+    [
+        part("pause", blackout.pause_us),
+        part("save", blackout.save_us),
+        part("pages", blackout.pages_us),
+        part("restore", blackout.restore_us),
+        part("commit", blackout.commit_us),
+        part("predicted", blackout.predicted_us),
+    ]
+    .join(", ")
 }
 
 pub(super) fn events(events: &[Event]) -> String {

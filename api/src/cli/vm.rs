@@ -1,16 +1,20 @@
 //! `godwit vm …`.
 
+mod migrate;
+
+pub(super) use migrate::MigrateArgs;
+
 use super::limits::LimitArgs;
 use super::words::size;
 use super::{ChangeOptions, Failure, Session, attach, render};
 use crate::resource::{
     Boot, ChangeVm, CloudInit, ConsoleKind, CpuBaseline, CreateVm, CreateVmDisk, CreateVmNic,
-    DeleteDisks, DryRun, LeasePolicy, MachineSpec, MachineType, MemoryBacking, MigrateVm,
-    MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmMaintenancePolicy,
-    VmState, Vsock,
+    DeleteDisks, DryRun, LeasePolicy, MachineSpec, MachineType, MemoryBacking, StartVm, StopMode,
+    StopVm, Vm, VmAccepted, VmMaintenancePolicy, VmState, Vsock,
 };
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
+use migrate::migrate;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -203,27 +207,6 @@ pub struct DeleteArgs {
     /// Keep the disks that were created with it.
     #[arg(long)]
     keep_disks: bool,
-    #[command(flatten)]
-    change: ChangeOptions,
-}
-
-/// A move.
-#[derive(Debug, Args)]
-pub struct MigrateArgs {
-    /// Name or id.
-    vm: String,
-    /// Host to move it to; the best one when absent.
-    #[arg(long)]
-    to: Option<String>,
-    /// Longest time the guest may stand still.
-    #[arg(long, value_name = "MS")]
-    downtime_limit_ms: Option<u64>,
-    /// Most rounds of copying before it gives up.
-    #[arg(long)]
-    max_rounds: Option<u32>,
-    /// How the target proves that it holds everything.
-    #[arg(long, value_enum)]
-    verify: Option<Verify>,
     #[command(flatten)]
     change: ChangeOptions,
 }
@@ -498,26 +481,6 @@ fn stop_body(arguments: &StopArgs) -> StopVm {
             timeout_ms: Some(arguments.timeout_s.saturating_mul(1000)),
         }
     }
-}
-
-async fn migrate(session: &Session, arguments: MigrateArgs) -> Result<(), Failure> {
-    let MigrateArgs {
-        vm,
-        to,
-        downtime_limit_ms,
-        max_rounds,
-        verify,
-        change,
-    } = arguments;
-    let body = MigrateVm {
-        target: to,
-        policy: Some(MigrationPolicy {
-            downtime_limit_ms,
-            max_rounds,
-            verify,
-        }),
-    };
-    act(session, &vm, "migrate", &body, change).await
 }
 
 async fn delete(session: &Session, arguments: DeleteArgs) -> Result<(), Failure> {

@@ -91,7 +91,39 @@ pub struct MigrationProgress {
     pub predicted_blackout_ms: u64,
     /// Since the migration began.
     pub elapsed_ms: u64,
+    /// Connections that carry pages.
+    #[serde(default)]
+    pub lanes: u8,
+    /// Share of their time that vCPUs are kept from running, so that the copy catches up.
+    #[serde(default)]
+    pub throttle_percent: u8,
+    /// Bytes that compression has saved.
+    #[serde(default)]
+    pub saved_bytes: u64,
+    /// How long the target took to take host memory, before anything was sent.
+    #[serde(default)]
+    pub prefault_ms: u64,
+    /// What the blackout consisted of; known at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout: Option<Blackout>,
     /// From pause at the source to the news that the target runs; known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
+}
+
+/// Parts of a blackout, one after the other, as the source measured them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Blackout {
+    /// What was predicted when the guest was paused.
+    pub predicted_us: u64,
+    /// Until every vCPU and device stood still.
+    pub pause_us: u64,
+    /// Saving vCPUs and devices.
+    pub save_us: u64,
+    /// Sending the last dirty pages.
+    pub pages_us: u64,
+    /// Until the target held and had checked everything and had restored the machine.
+    pub restore_us: u64,
+    /// Until the target told that the guest runs: the store's commit.
+    pub commit_us: u64,
 }

@@ -27,7 +27,7 @@ pub use maintenance::{
     Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState,
     MoveAction, MovedState, PlannedMove, ReturnPolicy, VmOverride,
 };
-pub use migration::{Migration, MigrationPhase, MigrationProgress, MigrationState};
+pub use migration::{Blackout, Migration, MigrationPhase, MigrationProgress, MigrationState};
 pub use network::{CreateNetwork, Lease, Network, NetworkAccepted, Subnet, Transport};
 pub use operation::{
     HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject,
@@ -35,8 +35,9 @@ pub use operation::{
 };
 pub use problem::{FieldProblem, Problem};
 pub use request::{
-    CancelMaintenance, ChangeVm, CreateJoinToken, CreateMaintenance, CreateVm, DeleteDisks,
-    HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify, VmTemplate,
+    CancelMaintenance, ChangeVm, Compression, CreateJoinToken, CreateMaintenance, CreateVm,
+    DeleteDisks, HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify,
+    VmTemplate,
 };
 pub use storage::{
     CreateDisk, CreateImage, Disk, DiskAccepted, DiskState, GrowDisk, Image, ImageAccepted,

@@ -176,13 +176,39 @@ pub struct MigrationPolicy {
     /// How the target proves that it holds everything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<Verify>,
+    /// Connections that carry pages, at most 16; the source chooses when absent or 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lanes: Option<u32>,
+    /// Most bytes per second on all of them together; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// Most of their time, in percent and at most 99, that vCPUs may be kept from running when the guest dirties
+    /// memory faster than it can be sent; 0 never slows the guest; 80 when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_throttle_percent: Option<u32>,
+    /// Whether pages are compressed; `auto` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+    /// The migration ends, one way or the other, within this time; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_s: Option<u64>,
+}
+
+/// Whether a migration compresses pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum Compression {
+    /// Where it was measured to be faster than sending them as they are.
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// How the target of a migration proves that it holds everything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Verify {
-    /// Page counts and a checksum of the state.
+    /// A checksum per frame, page counts and a checksum of the state.
     Frames,
     /// Also a hash of all guest memory, which lengthens the blackout.
     WholeMemory,

@@ -286,6 +286,18 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
         dirty_bytes_per_s: progress.dirty_bytes_per_s,
         predicted_blackout_ms: progress.predicted_blackout_ms,
         elapsed_ms: progress.elapsed_ms,
+        lanes: progress.lanes,
+        throttle_percent: progress.throttle_percent,
+        saved_bytes: progress.saved_bytes.0,
+        prefault_ms: progress.prefault_ms,
+        blackout: progress.blackout.map(|parts| api::Blackout {
+            predicted_us: parts.predicted_us,
+            pause_us: parts.pause_us,
+            save_us: parts.save_us,
+            pages_us: parts.pages_us,
+            restore_us: parts.restore_us,
+            commit_us: parts.commit_us,
+        }),
         downtime_us: progress.downtime_us,
     }
 }

@@ -1,11 +1,15 @@
 //! Counters for `/metrics`, and the log line of every request.
 
+mod migrations;
+
 use super::{Api, convert};
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::{HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use godwit_controller::view::View;
+use jiff::Timestamp;
+use migrations::MigrationFigures;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::family::Family;
@@ -47,6 +51,7 @@ type DurationFamily = Family<RequestLabels, Histogram, fn() -> Histogram>;
 #[derive(Debug)]
 pub(super) struct Metrics {
     durations: DurationFamily,
+    migrations: MigrationFigures,
 }
 
 impl Metrics {
@@ -54,6 +59,7 @@ impl Metrics {
         let histogram: fn() -> Histogram = || Histogram::new(DURATION_BUCKETS_S);
         Self {
             durations: Family::new_with_constructor(histogram),
+            migrations: MigrationFigures::since(Timestamp::now()),
         }
     }
 
@@ -100,6 +106,8 @@ impl Metrics {
             "Remembered migrations by state",
             migrations,
         );
+        self.migrations.observe(view);
+        self.migrations.register(&mut registry);
         let maintenances = view
             .maintenances
             .values()

@@ -16,6 +16,7 @@ mod devices;
 mod extract;
 
 mod page;
+mod policy;
 
 mod metrics;
 

@@ -6,10 +6,11 @@ use super::extract::{
     unknown_in_field, vm_named,
 };
 use super::page::{PageQuery, page};
+use super::policy::migration_policy;
 use super::{Api, convert};
 use crate::resource::{
     Boot, ChangeVm, CreateVm, DeleteDisks, DryRun, List, MachineSpec, MachineType, MigrateVm,
-    MigrationPolicy, StartVm, StopMode, StopVm, Verify, Vm, VmAccepted, VmTemplate,
+    StartVm, StopMode, StopVm, Vm, VmAccepted, VmTemplate,
 };
 use axum::Json;
 use axum::extract::State;
@@ -21,7 +22,6 @@ use godwit_controller::model::{DisksOnDelete, PowerIntent};
 use godwit_controller::view::View;
 use godwit_wire::host_api;
 use godwit_wire::id::{HostId, VmId};
-use godwit_wire::migration;
 use godwit_wire::problem::{FieldProblem, Problem};
 use serde::Deserialize;
 use utoipa::IntoParams;
@@ -351,21 +351,9 @@ async fn migrate(
 ) -> Result<Response, Refusal> {
     let vm = id(&api, &name)?;
     let target = host_in_field(&api.controller.view(), "target", body.target.as_deref())?;
-    let policy = migration_policy(body.policy.unwrap_or_default());
+    let policy = migration_policy(body.policy.unwrap_or_default())
+        .map_err(|found| Refusal(Problem::invalid(found)))?;
     carry_out(&api, &by, query, Intent::MigrateVm { vm, target, policy }).await
-}
-
-fn migration_policy(asked: MigrationPolicy) -> migration::MigrationPolicy {
-    let usual = migration::MigrationPolicy::default();
-    migration::MigrationPolicy {
-        downtime_limit_ms: asked.downtime_limit_ms.unwrap_or(usual.downtime_limit_ms),
-        max_rounds: asked.max_rounds.unwrap_or(usual.max_rounds),
-        verify: match asked.verify {
-            None => usual.verify,
-            Some(Verify::Frames) => migration::Verify::Frames,
-            Some(Verify::WholeMemory) => migration::Verify::WholeMemory,
-        },
-    }
 }
 
 fn id(api: &Api, name: &str) -> Result<VmId, Refusal> {

@@ -562,7 +562,7 @@ pub(super) fn migrate(
     let cost = estimate::live(
         resident,
         usage.dirty_bytes_per_s,
-        estimate::bandwidth(view),
+        estimate::bandwidth(view).min(policy.max_bandwidth_bytes_per_s.unwrap_or(u64::MAX)),
         policy.downtime_limit_ms,
     );
     let effect = format!(

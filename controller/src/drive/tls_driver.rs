@@ -1,4 +1,5 @@
-//! Commands to host agents over mutual TLS.
+//! Commands to host agents over mutual TLS. What the two ends of a migration prove themselves with is made here, at
+//! the edge: it goes to the hosts and nowhere else.
 
 use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
 use async_trait::async_trait;
@@ -6,13 +7,15 @@ use axum::body::Body;
 use axum::http::Method;
 use godwit_channel::CallError;
 use godwit_channel::client::NO_BODY;
-use godwit_channel::pki::Identity;
+use godwit_channel::pki::{Authority, Identity};
 use godwit_channel::tls::{self, TlsClient, TlsError};
 use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm,
     VmCommand, VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, VmId};
+use godwit_wire::migration::{MigrationIdentity, MigrationRole};
+use godwit_wire::problem::Problem;
 use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
 use godwit_wire::vmm_api::IncomingReady;
 use serde::Serialize;
@@ -32,6 +35,7 @@ const UPLOAD_TIME: Duration = Duration::from_secs(12 * 3600);
 /// See the module. Connections are kept per host.
 pub struct TlsDriver {
     config: Arc<rustls::ClientConfig>,
+    authority: Arc<Authority>,
     clients: Mutex<BTreeMap<HostAddress, TlsClient>>,
 }
 
@@ -42,10 +46,11 @@ impl fmt::Debug for TlsDriver {
 }
 
 impl TlsDriver {
-    /// A driver that shows the server's certificate.
-    pub fn new(identity: &Identity) -> Result<Self, TlsError> {
+    /// A driver that shows the server's certificate and lets `authority` vouch for the ends of migrations.
+    pub fn new(identity: &Identity, authority: Arc<Authority>) -> Result<Self, TlsError> {
         Ok(Self {
             config: tls::client(identity)?,
+            authority,
             clients: Mutex::default(),
         })
     }
@@ -56,6 +61,23 @@ impl TlsDriver {
         clients.retain(|known, _| known.host != to.host || known.address == to.address);
         let make = || TlsClient::to_host(&to.address.to_string(), to.host, self.config.clone());
         clients.entry(to).or_insert_with(make).clone()
+    }
+
+    /// A fresh one each time a command is sent: a repeated command may carry another, since the ends check each
+    /// other's name and CA, never one certificate.
+    fn vouch(
+        &self,
+        migration: MigrationId,
+        role: MigrationRole,
+    ) -> Result<MigrationIdentity, CallError> {
+        self.authority
+            .issue_migration(migration, role)
+            .map_err(|error| CallError::Problem {
+                peer: "the pool's CA".into(),
+                problem: Problem::internal(format!(
+                    "the pool's CA cannot vouch for an end of migration {migration}: {error}"
+                )),
+            })
     }
 
     async fn send<T: DeserializeOwned>(
@@ -156,12 +178,16 @@ impl HostDriver for TlsDriver {
         vm: VmId,
         command: &PrepareIncoming,
     ) -> Result<IncomingReady, CallError> {
+        let command = PrepareIncoming {
+            identity: Some(self.vouch(command.migration, MigrationRole::Target)?),
+            ..command.clone()
+        };
         self.send(
             to,
             SPAWN_TIME,
             Method::PUT,
             format!("/v1/vms/{vm}/incoming"),
-            command,
+            &command,
         )
         .await
     }
@@ -172,12 +198,16 @@ impl HostDriver for TlsDriver {
         vm: VmId,
         command: &StartOutgoing,
     ) -> Result<VmReport, CallError> {
+        let command = StartOutgoing {
+            identity: Some(self.vouch(command.migration, MigrationRole::Source)?),
+            ..command.clone()
+        };
         self.send(
             to,
             COMMAND_TIME,
             Method::POST,
             format!("/v1/vms/{vm}/outgoing"),
-            command,
+            &command,
         )
         .await
     }

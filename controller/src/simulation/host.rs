@@ -16,7 +16,9 @@ use godwit_wire::host_api::{
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, VmId};
 use godwit_wire::machine::MachineSpec;
-use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
+use godwit_wire::migration::{
+    MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus, MigrationToken,
+};
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::{HostUsage, VmUsage};
@@ -428,6 +430,7 @@ impl SimHost {
         self.poke.notify_one();
         Ok(IncomingReady {
             address: state.facts.address,
+            token: token_of(command.migration),
         })
     }
 
@@ -436,6 +439,12 @@ impl SimHost {
         vm: VmId,
         command: &StartOutgoing,
     ) -> Result<VmReport, Problem> {
+        if command.token != token_of(command.migration) {
+            return Err(Problem::conflict(
+                "bad-token",
+                "this is not the target's token",
+            ));
+        }
         let mut begun = false;
         let report = self.set(vm, command.epoch, command.generation, |vm, _| {
             if vm
@@ -691,4 +700,9 @@ fn obey(host: &SimHost, sent: Instant, reply: &HeartbeatReply) {
         }
     }
     state.obeyed = reply.number;
+}
+
+/// What a simulated target gives out.
+fn token_of(migration: MigrationId) -> MigrationToken {
+    MigrationToken(format!("token of {migration}"))
 }

@@ -13,7 +13,8 @@ mod token;
 pub use token::{Fingerprint, JoinToken, fresh_secret, secret_digest};
 
 use crate::file::{self, Access, FileError};
-use godwit_wire::id::HostId;
+use godwit_wire::id::{HostId, MigrationId};
+use godwit_wire::migration::{MigrationIdentity, MigrationRole};
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
@@ -175,6 +176,25 @@ impl Authority {
         })
     }
 
+    /// What one end of one migration proves itself with; worth nothing in any other.
+    pub fn issue_migration(
+        &self,
+        migration: MigrationId,
+        role: MigrationRole,
+    ) -> Result<MigrationIdentity, PkiError> {
+        let key = KeyPair::generate().map_err(making("make a migration's key"))?;
+        let name = migration_dns_name(migration, role);
+        let params = leaf(&name, vec![SanType::DnsName(ia5(&name)?)]);
+        let certificate = params
+            .signed_by(&key, &self.issuer)
+            .map_err(making("sign a migration's certificate"))?;
+        Ok(MigrationIdentity {
+            authority_pem: self.certificate_pem.clone(),
+            certificate_pem: certificate.pem(),
+            key_pem: key.serialize_pem(),
+        })
+    }
+
     /// Signs a host's request: the certificate (PEM) says that its key belongs to `host`, whatever the request
     /// claims.
     pub fn sign_host(&self, request_pem: &str, host: HostId) -> Result<String, PkiError> {
@@ -236,6 +256,15 @@ pub fn host_dns_name(host: HostId) -> String {
     format!("{host}.host.godwit")
 }
 
+/// DNS name in the certificate of one end of a migration.
+pub fn migration_dns_name(migration: MigrationId, role: MigrationRole) -> String {
+    let role = match role {
+        MigrationRole::Source => "source",
+        MigrationRole::Target => "target",
+    };
+    format!("{migration}.{role}.migration.godwit")
+}
+
 /// What comes before the id in [`host_uri`].
 pub(crate) const HOST_URI_PREFIX: &str = "godwit:host:";
 
@@ -294,6 +323,16 @@ impl fmt::Debug for Identity {
         f.debug_struct("Identity")
             .field("certificate", &self.certificate_pem)
             .finish_non_exhaustive()
+    }
+}
+
+impl From<&MigrationIdentity> for Identity {
+    fn from(identity: &MigrationIdentity) -> Self {
+        Self {
+            key_pem: identity.key_pem.clone(),
+            certificate_pem: identity.certificate_pem.clone(),
+            authority_pem: identity.authority_pem.clone(),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod accept;
 mod config;
+mod migration;
 mod peer;
 mod pin;
 
@@ -11,6 +12,7 @@ pub use config::{
     TlsError, client, client_pinned, public_server, server_for_hosts_and_joiners,
     server_for_server_only,
 };
+pub use migration::MigrationTls;
 pub use peer::{FromServer, HostPeer, Peer, require_server};
 
 use crate::client::{Dial, HttpClient};

@@ -34,7 +34,9 @@
 
 use crate::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
-use crate::migration::{MigrationPolicy, MigrationRole, MigrationStatus};
+use crate::migration::{
+    MigrationIdentity, MigrationPolicy, MigrationRole, MigrationStatus, MigrationToken,
+};
 use crate::network::{Network, Peers};
 use crate::storage::PoolReport;
 use crate::unit::Mib;
@@ -191,6 +193,9 @@ pub struct PrepareIncoming {
     pub networks: Vec<Network>,
     /// The migration.
     pub migration: MigrationId,
+    /// What the target's VMM proves itself with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<MigrationIdentity>,
 }
 
 /// Makes this host send a VM.
@@ -204,8 +209,13 @@ pub struct StartOutgoing {
     pub migration: MigrationId,
     /// Where the target's VMM listens.
     pub target: SocketAddr,
+    /// The token it gave out.
+    pub token: MigrationToken,
     /// Limits.
     pub policy: MigrationPolicy,
+    /// What the source's VMM proves itself with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<MigrationIdentity>,
 }
 
 /// Calls a migration off at one end. Asked of the source before anything is final; asked of the target it

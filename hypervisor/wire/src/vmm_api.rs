@@ -24,7 +24,7 @@
 use crate::devices::Attachments;
 use crate::id::{Epoch, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
-use crate::migration::{MigrationPolicy, MigrationStatus};
+use crate::migration::{MigrationIdentity, MigrationPolicy, MigrationStatus, MigrationToken};
 use crate::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -67,6 +67,10 @@ pub struct IncomingRequest {
     pub migration: MigrationId,
     /// Where to listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// What this end proves itself with; without it the connections are not encrypted and the token alone tells
+    /// the source from a stranger.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<MigrationIdentity>,
 }
 
 /// The target waits.
@@ -74,6 +78,8 @@ pub struct IncomingRequest {
 pub struct IncomingReady {
     /// Where the source shall connect.
     pub address: SocketAddr,
+    /// What it must say there.
+    pub token: MigrationToken,
 }
 
 /// A command that changes a machine's state.
@@ -92,9 +98,14 @@ pub struct OutgoingRequest {
     pub migration: MigrationId,
     /// Where the target listens.
     pub target: SocketAddr,
+    /// The token it gave out.
+    pub token: MigrationToken,
     /// Limits.
     #[serde(default)]
     pub policy: MigrationPolicy,
+    /// What this end proves itself with, if the target asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<MigrationIdentity>,
 }
 
 /// A word about the migration under way.

@@ -44,6 +44,8 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         spec: vm.spec.clone(),
         lease: vm.lease,
         migration: migration.id,
+        // The driver that speaks to hosts adds it; here, nobody sees a key.
+        identity: None,
     };
     let driver = &context.core.driver;
     let own = context.id;
@@ -74,7 +76,10 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         generation: migration.send_generation,
         migration: migration.id,
         target: ready.address,
+        // Not kept: after a restart the target is prepared again and repeats it.
+        token: ready.token,
         policy: migration.policy.clone(),
+        identity: None,
     };
     let noted = context
         .change(|_, draft, operation| {

@@ -76,6 +76,23 @@ pub fn client(identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
     Ok(Arc::new(config))
 }
 
+/// For the target of a migration: a certificate of the pool is demanded; that it is the source's, in this very
+/// migration, is for [`MigrationTls::check_source`](super::MigrationTls::check_source).
+pub(super) fn migration_target(identity: &Identity) -> Result<Arc<ServerConfig>, TlsError> {
+    let mut config = Arc::unwrap_or_clone(server_for_server_only(identity)?);
+    config.alpn_protocols.clear();
+    // Nobody comes twice with the same certificate.
+    config.send_tls13_tickets = 0;
+    Ok(Arc::new(config))
+}
+
+/// For the source of a migration.
+pub(super) fn migration_source(identity: &Identity) -> Result<Arc<ClientConfig>, TlsError> {
+    let mut config = Arc::unwrap_or_clone(client(identity)?);
+    config.alpn_protocols.clear();
+    Ok(Arc::new(config))
+}
+
 /// For joining: nothing is known yet but the CA's fingerprint from the token.
 pub fn client_pinned(authority: Fingerprint) -> Result<Arc<ClientConfig>, TlsError> {
     let mut config = ClientConfig::builder_with_provider(provider())

@@ -31,7 +31,7 @@ const MAX_WAITING_NEWS: usize = 32;
 #[derive(Debug)]
 pub(super) enum News {
     Observed(Box<Observation>),
-    Migration(MigrationStatus),
+    Migration(Box<MigrationStatus>),
     Verdict(CommitReply),
     Resolution(Resolution),
     /// Room where the disk is on which the machine waits.
@@ -72,7 +72,7 @@ pub(super) struct Driver {
     /// Why the latest generation failed, should it be asked again.
     pub(super) refusal: Option<Refusal>,
     pub(super) news: mpsc::Sender<News>,
-    /// How the latest incoming migration was prepared, should it be asked again.
+    /// How the latest incoming migration was prepared, should it be asked again. Only in memory: it has the token.
     pub(super) prepared: Option<(Generation, IncomingReady)>,
     pub(super) doom: watch::Receiver<Doom>,
     /// Orders to destroy that were carried out.
@@ -203,7 +203,7 @@ impl Driver {
     async fn take_note(&mut self, news: News) {
         match news {
             News::Observed(observation) => self.observed(*observation).await,
-            News::Migration(status) => self.migration_seen(status).await,
+            News::Migration(status) => self.migration_seen(*status).await,
             News::Verdict(reply) => self.verdict_given(reply).await,
             News::Resolution(resolution) => self.resolution_given(resolution).await,
             News::Room(room) => self.room_seen(room).await,

@@ -240,7 +240,7 @@ pub(super) fn watch_migration(vmm: UdsClient, news: mpsc::Sender<News>) -> Abort
             };
             seen = status.sequence;
             let last = status.phase.is_final();
-            if news.send(News::Migration(status)).await.is_err() || last {
+            if news.send(News::Migration(Box::new(status))).await.is_err() || last {
                 return;
             }
         }

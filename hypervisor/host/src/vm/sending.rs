@@ -39,7 +39,9 @@ impl Driver {
             epoch: ask.epoch,
             migration: ask.migration,
             target: ask.target,
+            token: ask.token.clone(),
             policy: ask.policy.clone(),
+            identity: ask.identity.clone(),
         };
         let vmm = live.vmm.clone();
         let status: MigrationStatus = self.vmm_answer(vmm.post("/v1/outgoing", &request)).await?;

@@ -200,6 +200,7 @@ impl Driver {
             lease: self.lease_page(ask.lease),
             migration: ask.migration,
             listen: SocketAddr::new(self.context.migration_address, 0),
+            identity: ask.identity.clone(),
         };
         let (vmm, attachments) = self.spawn_vmm(record).await?;
         let request = IncomingRequest {

@@ -1,6 +1,7 @@
 //! The driver against a fake VMM: the process is a real one (a script that waits), its API is served by the test; the
 //! server is served by the test over real TLS.
 
+mod credentials;
 mod devices;
 pub(crate) mod fake;
 
@@ -259,6 +260,7 @@ fn prepare(migration: MigrationId, epoch: u64, generation: u64) -> PrepareIncomi
         spec: spec(),
         lease: Default::default(),
         migration,
+        identity: Some(credentials::identity()),
     }
 }
 
@@ -402,7 +404,9 @@ async fn sending(host: &mut Host, vm: VmId) -> MigrationId {
         generation: Generation(2),
         migration,
         target: ([127, 0, 0, 1], 9).into(),
+        token: credentials::token(),
         policy: MigrationPolicy::default(),
+        identity: Some(credentials::identity()),
     };
     let report = host
         .registry

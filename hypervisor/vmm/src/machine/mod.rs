@@ -10,8 +10,10 @@ pub mod layout;
 mod memory_bus;
 mod power_button;
 mod run;
+mod throttle;
 mod vcpu;
 
 pub use error::MachineError;
 pub use run::{Machine, MachineParts, SavedMachine};
+pub use throttle::{Throttle, Throttling};
 pub use vcpu::{MachineEvent, VcpuStats};

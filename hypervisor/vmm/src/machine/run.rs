@@ -3,7 +3,8 @@
 use super::devices::PciDevices;
 use super::memory_bus::MemoryBus;
 use super::power_button::PowerButton;
-use super::vcpu::{Buses, EventSink, Gate, Vcpu};
+use super::throttle::Throttle;
+use super::vcpu::{Buses, EventSink, Gate, Vcpu, thread_cpu_time};
 use super::{MachineError, MachineEvent, boot};
 use crate::devices::{COM1_IRQ, Console, GuestInput, PortBus, SavedSerial, SerialPort};
 use crate::kvm::{self, ClockAdvance, DirtyLogSource, KvmError, VcpuState, VmFd, VmState};
@@ -212,6 +213,11 @@ impl Machine {
         }
     }
 
+    /// What slows the guest down.
+    pub fn throttle(&self) -> Throttle {
+        Throttle::new(self.vcpus.iter().map(Vcpu::throttle).collect())
+    }
+
     /// Lets all vCPUs and devices run. vCPUs stop by themselves if the lease does not allow it.
     pub fn run(&self) -> Result<(), MachineError> {
         self.gate.stop.store(false, Ordering::SeqCst);
@@ -280,9 +286,7 @@ impl Machine {
 
     fn interrupt_vcpus(&self) -> Result<(), MachineError> {
         self.gate.stop.store(true, Ordering::SeqCst);
-        for vcpu in &self.vcpus {
-            vcpu.kick().kick();
-        }
+        self.vcpus.iter().for_each(Vcpu::interrupt);
         let answers = self
             .vcpus
             .iter()
@@ -443,7 +447,8 @@ impl Machine {
                 mmio += vcpu.stats.mmio_exits.load(Ordering::Relaxed);
                 VcpuInfo {
                     index,
-                    cpu_time_ms: thread_cpu_ms(vcpu.stats.thread.load(Ordering::Relaxed)),
+                    cpu_time_ms: thread_cpu_time(vcpu.stats.thread.load(Ordering::Relaxed))
+                        .as_millis() as u64,
                     exits: vcpu.stats.exits.load(Ordering::Relaxed),
                 }
             })
@@ -468,16 +473,6 @@ fn irq_line(vm: &VmFd) -> Result<EventFd, MachineError> {
     vm.register_irqfd(&irq, COM1_IRQ)
         .map_err(KvmError::during("KVM_IRQFD"))?;
     Ok(irq)
-}
-
-/// User and system time of a thread of this process.
-fn thread_cpu_ms(thread: i32) -> u64 {
-    let stat =
-        std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
-    stat.split_whitespace()
-        .next()
-        .and_then(|ns| ns.parse::<u64>().ok())
-        .map_or(0, |ns| ns / 1_000_000)
 }
 
 /// Interrupts vCPUs when the lease is over. It runs on its own thread, so neither a busy driver nor a dead agent

@@ -13,6 +13,7 @@
 
 use super::MachineError;
 use super::memory_bus::MemoryBus;
+use super::throttle::{Handle, Hold};
 use crate::devices::{PortBus, PowerEvent};
 use crate::kvm::{Kick, Kickable, KvmError, VcpuExit, VcpuFd};
 use crate::memory::LeasePage;
@@ -94,8 +95,17 @@ pub(super) struct Vcpu {
     index: u8,
     commands: Option<Sender<Command>>,
     kick: Kick,
+    hold: Arc<Hold>,
     pub(super) stats: Arc<VcpuStats>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// User and system time of a thread of this process.
+pub(super) fn thread_cpu_time(thread: i32) -> Duration {
+    let stat =
+        std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).unwrap_or_default();
+    let ns = stat.split_whitespace().next();
+    Duration::from_nanos(ns.and_then(|ns| ns.parse().ok()).unwrap_or_default())
 }
 
 impl Vcpu {
@@ -110,6 +120,8 @@ impl Vcpu {
         let (commands, inbox) = mpsc::channel();
         let (kick, stats) = (Kick::new(), Arc::new(VcpuStats::default()));
         let (thread_kick, thread_stats) = (kick.clone(), stats.clone());
+        let hold = Arc::new(Hold::default());
+        let thread_hold = hold.clone();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .spawn(move || {
@@ -122,6 +134,7 @@ impl Vcpu {
                     vcpu,
                     buses,
                     gate,
+                    hold: thread_hold,
                     stats: thread_stats,
                     events,
                 }
@@ -135,6 +148,7 @@ impl Vcpu {
             index,
             commands: Some(commands),
             kick,
+            hold,
             stats,
             thread: Some(thread),
         })
@@ -148,6 +162,21 @@ impl Vcpu {
     /// Interrupts the guest, so that the gate is looked at.
     pub(super) const fn kick(&self) -> &Kick {
         &self.kick
+    }
+
+    /// What it takes to keep the vCPU from running.
+    pub(super) fn throttle(&self) -> Handle {
+        Handle {
+            hold: self.hold.clone(),
+            kick: self.kick.clone(),
+            stats: self.stats.clone(),
+        }
+    }
+
+    /// Makes the vCPU look at the gate, wherever it is.
+    pub(super) fn interrupt(&self) {
+        self.kick.kick();
+        self.hold.release();
     }
 
     /// Starts `f` on the vCPU as soon as it waits; the answer comes through the receiver.
@@ -187,7 +216,7 @@ impl Drop for Vcpu {
             .as_ref()
             .is_some_and(|thread| !thread.is_finished())
         {
-            self.kick.kick();
+            self.interrupt();
             std::thread::park_timeout(Duration::from_millis(1));
         }
         if let Some(thread) = self.thread.take() {
@@ -223,6 +252,7 @@ struct Runner {
     vcpu: Kickable,
     buses: Buses,
     gate: Arc<Gate>,
+    hold: Arc<Hold>,
     stats: Arc<VcpuStats>,
     events: EventSink,
 }
@@ -290,6 +320,7 @@ impl Runner {
             // In this order: a kick that comes after `accept_kicks` ends the KVM_RUN below at once, one that
             // came before has set what is looked at here.
             self.vcpu.accept_kicks();
+            self.hold.wait(&self.gate.stop);
             if self.gate.stop.load(Ordering::SeqCst) {
                 break;
             }

@@ -2,7 +2,8 @@
 //!
 //! A guest that dirties memory slower than the link carries it has less to send after every round. Pausing is
 //! *allowed* as soon as the rest fits the downtime limit; it is *wise* when another round would not make the rest
-//! much smaller. A guest that never gets below the limit within the round limit is left where it is.
+//! much smaller. A guest whose rest does not shrink is slowed down, step by step and as far as the policy allows. One
+//! that never gets below the limit within the round limit or the deadline is left where it is.
 
 use godwit_wire::migration::MigrationPolicy;
 use std::time::Duration;
@@ -12,13 +13,18 @@ const SMALL_REST_BYTES: u64 = 256 * 1024;
 /// Another round is worth it if it leaves at most this share of the rest.
 const WORTHWHILE_SHARE: f64 = 0.7;
 
+/// Rounds before a guest is slowed down: the first says little about the rest.
+const ROUNDS_BEFORE_THROTTLE: u32 = 2;
+/// How much more it is slowed down each time.
+const THROTTLE_STEP_PERCENT: u8 = 25;
+
 /// What one finished round showed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct RoundOutcome {
     /// Number of the round, from 1.
     pub(super) round: u32,
-    /// How long it took.
-    pub(super) duration: Duration,
+    /// Since the migration began.
+    pub(super) elapsed: Duration,
     /// Bytes the guest dirtied meanwhile: the rest.
     pub(super) rest_bytes: u64,
     /// Rest after the round before; all of memory for the first.
@@ -27,6 +33,8 @@ pub(super) struct RoundOutcome {
     pub(super) bytes_per_s: u64,
     /// Pause, device state and commit, which no round makes shorter.
     pub(super) fixed_cost: Duration,
+    /// How much the guest is slowed down already.
+    pub(super) throttle_percent: u8,
 }
 
 /// What to do next.
@@ -34,10 +42,17 @@ pub(super) struct RoundOutcome {
 pub(super) enum Decision {
     /// Copy another round.
     AnotherRound,
+    /// Copy another round with the guest slowed down to this.
+    Throttle {
+        /// Share of their time that its busiest vCPUs are kept from running.
+        percent: u8,
+    },
     /// Pause the guest and send the rest.
     Pause,
-    /// It will not fit.
+    /// It will not fit within the round limit.
     GiveUp,
+    /// It does not fit and the deadline is over.
+    OutOfTime,
 }
 
 impl RoundOutcome {
@@ -52,13 +67,25 @@ impl RoundOutcome {
         let fits = self.predicted_blackout() <= Duration::from_millis(policy.downtime_limit_ms);
         let shrinking =
             self.rest_bytes as f64 <= self.previous_rest_bytes as f64 * WORTHWHILE_SHARE;
-        let last = self.round >= policy.max_rounds;
+        let late = policy
+            .deadline_s
+            .is_some_and(|limit| self.elapsed >= Duration::from_secs(limit));
+        let last = late || self.round >= policy.max_rounds;
         match (fits, last) {
             (true, true) => Decision::Pause,
             (true, false) if self.rest_bytes <= SMALL_REST_BYTES || !shrinking => Decision::Pause,
-            (_, false) => Decision::AnotherRound,
+            (false, true) if late => Decision::OutOfTime,
             (false, true) => Decision::GiveUp,
+            (false, false) if !shrinking && self.may_slow_down(policy) => Decision::Throttle {
+                percent: (self.throttle_percent + THROTTLE_STEP_PERCENT)
+                    .min(policy.max_throttle_percent),
+            },
+            (_, false) => Decision::AnotherRound,
         }
+    }
+
+    fn may_slow_down(&self, policy: &MigrationPolicy) -> bool {
+        self.round >= ROUNDS_BEFORE_THROTTLE && self.throttle_percent < policy.max_throttle_percent
     }
 }
 
@@ -70,7 +97,8 @@ mod tests {
     fn round(round: u32, rest_bytes: u64, previous_rest_bytes: u64) -> RoundOutcome {
         RoundOutcome {
             round,
-            duration: Duration::from_secs(1),
+            elapsed: Duration::from_secs(u64::from(round)),
+            throttle_percent: 0,
             rest_bytes,
             previous_rest_bytes,
             bytes_per_s: 100 << 20,
@@ -102,6 +130,7 @@ mod tests {
     fn a_guest_that_outruns_the_link_is_given_up_at_the_round_limit() {
         let policy = MigrationPolicy {
             max_rounds: 5,
+            max_throttle_percent: 0,
             ..Default::default()
         };
         assert_eq!(
@@ -109,6 +138,41 @@ mod tests {
             Decision::AnotherRound
         );
         assert_eq!(round(5, 1 << 30, 1 << 30).decide(&policy), Decision::GiveUp);
+    }
+
+    #[test]
+    fn a_guest_that_outruns_the_link_is_slowed_down_as_far_as_allowed() {
+        let policy = MigrationPolicy {
+            max_throttle_percent: 40,
+            ..Default::default()
+        };
+        let after = |number, throttle_percent| {
+            RoundOutcome {
+                throttle_percent,
+                ..round(number, 1 << 30, 1 << 30)
+            }
+            .decide(&policy)
+        };
+        assert_eq!(after(1, 0), Decision::AnotherRound);
+        assert_eq!(after(2, 0), Decision::Throttle { percent: 25 });
+        assert_eq!(after(3, 25), Decision::Throttle { percent: 40 });
+        assert_eq!(after(4, 40), Decision::AnotherRound);
+    }
+
+    #[test]
+    fn the_deadline_ends_it_one_way_or_the_other() {
+        let policy = MigrationPolicy {
+            deadline_s: Some(10),
+            ..Default::default()
+        };
+        assert_eq!(
+            round(10, 1 << 30, 1 << 30).decide(&policy),
+            Decision::OutOfTime
+        );
+        assert_eq!(
+            round(10, 9 << 20, 100 << 20).decide(&policy),
+            Decision::Pause
+        );
     }
 
     proptest! {
@@ -126,7 +190,8 @@ mod tests {
         #[test]
         fn no_migration_goes_on_for_ever(rest in any::<u64>(), previous in any::<u64>()) {
             let policy = MigrationPolicy::default();
-            prop_assert_ne!(round(policy.max_rounds, rest >> 20, previous >> 20).decide(&policy), Decision::AnotherRound);
+            let decision = round(policy.max_rounds, rest >> 20, previous >> 20).decide(&policy);
+            prop_assert!(matches!(decision, Decision::Pause | Decision::GiveUp));
         }
     }
 }

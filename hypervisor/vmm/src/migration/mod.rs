@@ -4,8 +4,13 @@
 //! convergence  pure: another round, pause now, or give up
 //! hand_over    pure: who may still go back, and when only the store decides
 //! ledger       what the API tells of a migration; the one place its state changes
+//! pace         pure: the limit on what all lanes send together
+//! squeeze      pure: whether compressing pays
+//! round        one pass over dirty memory, shared out among the lanes
+//! connection   TCP, or TLS on it
 //! stream       frames on a connection
-//! pages        guest memory as frames
+//! sockets      all connections, for whoever calls the migration off
+//! lane, crew   connections that carry pages, each with a thread, at the source
 //! source       the sending end
 //! target       the receiving end
 //! ```
@@ -13,11 +18,17 @@
 //! Whatever fails before the source has sent `Done` leaves the source running: its memory is untouched, and the
 //! next attempt starts with every page dirty, so no dirty bit can be lost.
 
+mod connection;
 mod convergence;
+mod crew;
 mod hand_over;
+mod lane;
 mod ledger;
-mod pages;
+mod pace;
+mod round;
+mod sockets;
 mod source;
+mod squeeze;
 mod stream;
 mod target;
 

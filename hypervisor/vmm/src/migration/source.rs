@@ -6,31 +6,36 @@
 //!       any failure or cancel: the guest runs on here              the store decides, not this end
 //! ```
 
+use super::connection::Connection;
 use super::convergence::{Decision, RoundOutcome};
+use super::crew::Crew;
 use super::hand_over::{HandOverError, SourceHandOver};
+use super::lane::{Lane, PagesError};
 use super::ledger::Ledger;
-use super::pages::{Guest, PageSender, PagesError};
+use super::pace::Pace;
+use super::round::{Guest, Round, Sent, Tally, bytes_of};
+use super::sockets::Sockets;
+use super::squeeze::Squeeze;
 use super::stream::{FrameStream, StreamError, brief};
 use crate::kvm::{DirtyBitmap, DirtyLog, KvmError};
-use crate::machine::{MachineError, SavedMachine};
+use crate::machine::{MachineError, SavedMachine, Throttle, Throttling};
 use crate::memory::GuestRam;
+use godwit_channel::tls::MigrationTls;
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
-    Arrival, FrameHeader, MAX_TOUCHED_STRETCHES, MigrationPhase, OLDEST_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, ToSource, ToTarget, Verify,
+    Arrival, Blackout, FrameHeader, MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationPhase,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use godwit_wire::vmm_api::OutgoingRequest;
-use std::io;
-use std::net::TcpStream;
+use std::num::NonZero;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Device state, last acknowledgement and commit, before they have been measured.
+/// Pause, device state, last acknowledgement and commit, before they have been measured.
 const EXPECTED_FIXED_COST: Duration = Duration::from_millis(10);
 /// The last pass is broken off when it takes this many times the downtime limit,
 const BLACKOUT_PATIENCE: u32 = 3;
@@ -38,11 +43,17 @@ const BLACKOUT_PATIENCE: u32 = 3;
 const LEAST_PATIENCE: Duration = Duration::from_secs(2);
 /// Rounds shorter than this say little about the link.
 const TELLING_ROUND: Duration = Duration::from_millis(50);
+/// How long a target that has ended its connections may take to say why.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Lanes where the operator leaves their number to the source: one for each CPU, but no more than a link needs.
+const MAX_CHOSEN_LANES: usize = 8;
 
 /// What the sending end needs of the machine's owner.
 pub trait SourceMachine: Send {
     /// Stops the guest for the hand-over; says what the guest is to do afterwards.
     fn pause(&self) -> Result<Arrival, MachineError>;
+    /// What slows the guest down, if that is needed.
+    fn throttle(&self) -> Option<Throttle>;
     /// Saves everything but memory, and when guest time was sampled.
     fn save(&self) -> Result<(SavedMachine, Instant), MachineError>;
     /// The migration ended without a hand-over: the guest goes on if it ran.
@@ -56,7 +67,7 @@ pub trait SourceMachine: Send {
 pub struct Outgoing {
     /// What is known of it.
     pub ledger: Arc<Ledger<SourceHandOver>>,
-    stream: Mutex<Option<FrameStream>>,
+    sockets: Sockets,
 }
 
 impl Outgoing {
@@ -64,7 +75,7 @@ impl Outgoing {
     pub const fn new(ledger: Arc<Ledger<SourceHandOver>>) -> Self {
         Self {
             ledger,
-            stream: Mutex::new(None),
+            sockets: Sockets::new(),
         }
     }
 
@@ -75,7 +86,7 @@ impl Outgoing {
             MigrationPhase::Cancelled,
             Some(reason.to_owned()),
         )?;
-        self.hang_up();
+        self.sockets.hang_up();
         Ok(())
     }
 
@@ -84,7 +95,7 @@ impl Outgoing {
         let reason = Some("the store voided the migration".to_owned());
         self.ledger
             .step(SourceHandOver::abort, MigrationPhase::Failed, reason)?;
-        self.hang_up();
+        self.sockets.hang_up();
         Ok(())
     }
 
@@ -92,29 +103,17 @@ impl Outgoing {
     pub fn release(&self) -> Result<(), HandOverError> {
         self.ledger
             .step(SourceHandOver::gone, MigrationPhase::Completed, None)?;
-        self.hang_up();
+        self.sockets.hang_up();
         Ok(())
     }
 
-    /// Tells the target that nothing more will come, so that it frees what it has.
-    fn say_goodbye(&self, reason: &str) {
-        if let Some(mut stream) = self
-            .stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
-            // In the middle of a frame it reads as garbage, which ends the target's part just as well.
-            let _ = stream.send(&ToTarget::Abort {
-                reason: brief(reason),
-            });
-            stream.shutdown();
-        }
-    }
-
-    fn hang_up(&self) {
-        if let Some(stream) = &*self.stream.lock().unwrap_or_else(PoisonError::into_inner) {
-            stream.shutdown();
+    /// From here on whoever calls the migration off ends this connection.
+    fn publish(&self, stream: &FrameStream) -> Result<(), SourceError> {
+        self.sockets.add(stream).map_err(StreamError::from)?;
+        // One that came before there was a connection to end is heeded here.
+        match self.ledger.hand_over() {
+            SourceHandOver::Copying => Ok(()),
+            _ => Err(SourceError::Cancelled),
         }
     }
 }
@@ -125,7 +124,7 @@ enum SourceError {
     #[error("the target at {target} cannot be reached: {source}")]
     Connect {
         target: std::net::SocketAddr,
-        source: io::Error,
+        source: StreamError,
     },
     #[error(transparent)]
     Stream(#[from] StreamError),
@@ -143,6 +142,14 @@ enum SourceError {
         rest: Bytes,
         blackout_ms: u128,
         limit_ms: u64,
+    },
+    #[error(
+        "the guest does not converge: {rest} would still stand {blackout_ms} ms of blackout after {deadline_s} s, the deadline"
+    )]
+    Deadline {
+        rest: Bytes,
+        blackout_ms: u128,
+        deadline_s: u64,
     },
     #[error(transparent)]
     Machine(#[from] MachineError),
@@ -186,28 +193,24 @@ pub fn send_machine(
         ledger: &outgoing.ledger,
         request,
         ram,
+        tls: request
+            .identity
+            .as_ref()
+            .map(|identity| MigrationTls::new(request.migration, identity)),
+        started: Instant::now(),
     };
-    let copied = session.connect(identity).and_then(|stream| {
-        let log = start_log()?;
-        session.copy(stream, &log, machine)
-    });
+    let mut control = match session.connect(identity) {
+        Ok(control) => control,
+        Err(error) => return session.stay(None, &error, machine),
+    };
+    let copied = start_log()
+        .map_err(SourceError::from)
+        .and_then(|log| session.copy(&mut control, &log, machine));
     match copied {
-        Ok((stream, paused)) => session.await_running(stream, paused, machine),
+        Ok(blackout) => session.await_running(control, blackout, machine),
         Err(error) => {
-            let (phase, reason) = match session.ledger.status().phase {
-                MigrationPhase::Cancelled => (MigrationPhase::Cancelled, None),
-                _ => (MigrationPhase::Failed, Some(brief(&error.to_string()))),
-            };
-            // Refused only when the store has already decided; then the owner has acted on it.
-            if session
-                .ledger
-                .step(SourceHandOver::cancel, phase, reason)
-                .is_ok()
-            {
-                tracing::warn!(migration = %request.migration, %error, "the migration ended; the guest stays here");
-                machine.resume();
-            }
-            outgoing.say_goodbye(&error.to_string());
+            let error = session.hear_why(&mut control, error);
+            session.stay(Some(control), &error, machine);
         }
     }
 }
@@ -217,31 +220,84 @@ struct Session<'a> {
     ledger: &'a Ledger<SourceHandOver>,
     request: &'a OutgoingRequest,
     ram: &'a GuestRam,
+    tls: Option<MigrationTls>,
+    started: Instant,
+}
+
+/// A blackout under way.
+struct Dark {
+    since: Instant,
+    /// When everything was sent.
+    sent: Instant,
+    parts: Blackout,
+}
+
+/// What pre-copy leaves to be sent while the guest stands still.
+struct Rest {
+    round: u32,
+    dirty: Vec<DirtyBitmap>,
+    predicted: Duration,
 }
 
 impl Session<'_> {
+    /// The guest stays here; the target hears why.
+    fn stay(&self, control: Option<FrameStream>, error: &SourceError, machine: &dyn SourceMachine) {
+        let (phase, reason) = match self.ledger.status().phase {
+            MigrationPhase::Cancelled => (MigrationPhase::Cancelled, None),
+            _ => (MigrationPhase::Failed, Some(brief(&error.to_string()))),
+        };
+        // Refused only when the store has already decided; then the owner has acted on it.
+        if self
+            .ledger
+            .step(SourceHandOver::cancel, phase, reason)
+            .is_ok()
+        {
+            tracing::warn!(migration = %self.request.migration, %error, "the migration ended; the guest stays here");
+            machine.resume();
+        }
+        if let Some(mut control) = control {
+            let reason = brief(&error.to_string());
+            // So that it frees what it has; a broken connection tells it just as well.
+            let _ = control.send(&ToTarget::Abort { reason });
+            control.shutdown();
+        }
+    }
+
+    /// A target that gives up ends its connections and says why on the control connection; that is the better reason
+    /// than the broken connection that was noticed first.
+    fn hear_why(&self, control: &mut FrameStream, error: SourceError) -> SourceError {
+        let broken = matches!(error, SourceError::Stream(StreamError::Io(_)));
+        if !broken || control.limit_reads(LAST_WORDS).is_err() {
+            return error;
+        }
+        match control.receive() {
+            Ok(ToSource::Abort { reason }) => SourceError::Aborted(reason),
+            _ => error,
+        }
+    }
+
+    fn dial(&self) -> Result<FrameStream, SourceError> {
+        let target = self.request.target;
+        let connection = Connection::to_target(target, self.tls.as_ref())
+            .map_err(|source| SourceError::Connect { target, source })?;
+        let stream = FrameStream::new(connection);
+        self.outgoing.publish(&stream)?;
+        Ok(stream)
+    }
+
     fn connect(
         &self,
         (vm, spec, cpu, guest_cpu): (VmId, &MachineSpec, &CpuFacts, &GuestCpu),
     ) -> Result<FrameStream, SourceError> {
-        let target = self.request.target;
-        let connect = |source| SourceError::Connect { target, source };
-        let socket = TcpStream::connect_timeout(&target, CONNECT_TIMEOUT).map_err(connect)?;
-        let mut stream = FrameStream::new(socket).map_err(connect)?;
-        *self
-            .outgoing
-            .stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone().map_err(connect)?);
-        // A cancel that came before there was a connection to hang up is heeded here.
-        if self.ledger.hand_over() != SourceHandOver::Copying {
-            return Err(SourceError::Cancelled);
-        }
+        let mut stream = self.dial()?;
+        let lanes = self.lane_count();
         stream.send(&ToTarget::Hello {
             version: PROTOCOL_VERSION,
             oldest_version: OLDEST_PROTOCOL_VERSION,
             required: Default::default(),
             migration: self.request.migration,
+            token: self.request.token.clone(),
+            lanes,
             vm,
             epoch: self.request.epoch,
             spec: spec.clone(),
@@ -254,9 +310,14 @@ impl Session<'_> {
                 .map_err(MachineError::from)?,
         })?;
         // The target populates that memory first, which takes as long as there is memory.
+        let asked = Instant::now();
         stream.wait_without_limit().map_err(StreamError::from)?;
         let answer = stream.receive()?;
         stream.limit_silence().map_err(StreamError::from)?;
+        self.ledger.progress(|progress| {
+            progress.prefault_ms = asked.elapsed().as_millis() as u64;
+            progress.lanes = lanes;
+        });
         match answer {
             ToSource::Accept {
                 version: PROTOCOL_VERSION,
@@ -269,53 +330,93 @@ impl Session<'_> {
         }
     }
 
-    /// Copies everything; on return only the store can decide. Gives the moment the guest was paused.
+    fn lane_count(&self) -> u8 {
+        match self.request.policy.lanes {
+            0 => {
+                let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
+                cpus.min(MAX_CHOSEN_LANES) as u8
+            }
+            asked => asked.min(MAX_LANES),
+        }
+    }
+
+    fn open_lane(&self, lane: u8) -> Result<FrameStream, SourceError> {
+        let mut stream = self.dial()?;
+        stream.send(&ToTarget::Join {
+            migration: self.request.migration,
+            token: self.request.token.clone(),
+            lane,
+        })?;
+        match stream.receive()? {
+            ToSource::Joined => Ok(stream),
+            other => Err(out_of_turn(other, "Joined")),
+        }
+    }
+
+    /// Copies everything; on return only the store can decide.
     fn copy(
         &self,
-        stream: FrameStream,
+        control: &mut FrameStream,
         log: &DirtyLog,
         machine: &dyn SourceMachine,
-    ) -> Result<(FrameStream, Instant), SourceError> {
+    ) -> Result<Dark, SourceError> {
+        let policy = &self.request.policy;
+        let (pace, tally) = (
+            Pace::new(policy.max_bandwidth_bytes_per_s),
+            Tally::default(),
+        );
+        let lanes = (0..self.lane_count())
+            .map(|lane| {
+                let out = self.open_lane(lane)?;
+                let socket = out.socket().map_err(StreamError::from)?;
+                let squeeze = Squeeze::new(policy.compression);
+                let lane = Lane::new(out, (self.ram, log), &pace, &tally, squeeze);
+                Ok((lane, socket))
+            })
+            .collect::<Result<Vec<_>, SourceError>>()?;
         let memory_bytes = self.ram.size();
         self.ledger
             .progress(|progress| progress.memory_bytes = memory_bytes);
         self.ledger.enter(MigrationPhase::PreCopy);
-        let mut receiver = stream.try_clone().map_err(StreamError::from)?;
-        let mut pages = PageSender::new(self.ram, stream);
         // What devices wrote up to now is sent by the first round anyhow.
         self.ram.take_written();
-        let (round, rest) = self.pre_copy(log, &mut pages, &mut receiver)?;
+        std::thread::scope(|scope| {
+            let crew = Crew::start(scope, lanes);
+            let mut slowed = machine.throttle().map(Throttling::start);
+            let rest = self.pre_copy(log, (&crew, &tally), control, slowed.as_mut())?;
+            self.black_out(log, (&crew, &tally), control, machine, rest)
+        })
+    }
 
-        let paused = Instant::now();
+    /// Pauses the guest and sends what is left of it.
+    fn black_out(
+        &self,
+        log: &DirtyLog,
+        (crew, tally): (&Crew, &Tally),
+        control: &mut FrameStream,
+        machine: &dyn SourceMachine,
+        rest: Rest,
+    ) -> Result<Dark, SourceError> {
+        let since = Instant::now();
         let then = machine.pause()?;
         self.ledger.enter(MigrationPhase::Blackout);
+        let paused = Instant::now();
         let (saved, sampled) = machine.save()?;
+        let state_saved = Instant::now();
         // Read after the save: saving may itself write guest memory (kvmclock, steal time, used rings).
         let mut last = self.read_dirty(log)?;
-        for (bitmap, left) in last.iter_mut().zip(&rest) {
+        for (bitmap, left) in last.iter_mut().zip(&rest.dirty) {
             bitmap.merge(left);
         }
         let patience = self.patience();
-        pages
-            .out()
-            .limit_writes(patience)
-            .map_err(StreamError::from)?;
-        self.send_round(
-            &mut pages,
-            log,
-            &last,
-            round + 1,
-            Guest::Paused,
-            Some(paused + patience),
-        )?;
+        crew.limit_writes(patience).map_err(StreamError::from)?;
+        let round = Round::new(rest.round + 1, Guest::Paused, last, crew.lanes());
+        self.send_round((crew, tally), round, Some(since + patience))?;
         let mut state = Vec::new();
         ciborium::into_writer(&saved, &mut state)
             .map_err(|error| SourceError::Encode(error.to_string()))?;
         let state_hash = format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&state));
-        let sent_pages = pages.sent().pages();
-        pages
-            .out()
-            .send_frame(FrameHeader::state(state.len() as u32), &state)?;
+        control.send_frame(FrameHeader::state(state.len() as u32), &state)?;
         let memory_hash = match self.request.policy.verify {
             Verify::Frames => None,
             Verify::WholeMemory => Some(self.ram.hash().map_err(MachineError::from)?),
@@ -326,87 +427,125 @@ impl Session<'_> {
             MigrationPhase::AwaitingCommit,
             None,
         )?;
-        let clock_age_ns = sampled.elapsed().as_nanos() as u64;
         let done = ToTarget::Done {
-            pages: sent_pages,
+            round: rest.round + 1,
+            pages: tally.read().pages(),
             state_hash,
-            clock_age_ns,
+            clock_age_ns: sampled.elapsed().as_nanos() as u64,
             then,
             memory_hash,
         };
-        if let Err(error) = pages.out().send(&done) {
+        if let Err(error) = control.send(&done) {
             // It may have arrived all the same.
             tracing::warn!(%error, "the connection broke while the hand-over was sent");
             self.ledger.disconnected();
         }
-        Ok((receiver, paused))
+        let sent = Instant::now();
+        let micros = |from: Instant, to: Instant| (to - from).as_micros() as u64;
+        Ok(Dark {
+            since,
+            sent,
+            parts: Blackout {
+                predicted_us: rest.predicted.as_micros() as u64,
+                pause_us: micros(since, paused),
+                save_us: micros(paused, state_saved),
+                pages_us: micros(state_saved, sent),
+                ..Blackout::default()
+            },
+        })
     }
 
     /// Rounds with the guest running, until pausing it is the next thing to do.
     fn pre_copy(
         &self,
         log: &DirtyLog,
-        pages: &mut PageSender<'_>,
-        receiver: &mut FrameStream,
-    ) -> Result<(u32, Vec<DirtyBitmap>), SourceError> {
-        let mut rest = log.first_round();
-        let mut rest_bytes = bytes_of(&rest);
-        let mut rate = 0;
-        for round in 1.. {
-            let (started, sent_before) = (Instant::now(), pages.sent().bytes);
-            self.send_round(pages, log, &rest, round, Guest::Runs, None)?;
-            let sent_pages = pages.sent().pages();
-            pages.out().send(&ToTarget::EndOfRound {
-                round,
-                pages: sent_pages,
+        (crew, tally): (&Crew, &Tally),
+        control: &mut FrameStream,
+        mut slowed: Option<&mut Throttling>,
+    ) -> Result<Rest, SourceError> {
+        let policy = &self.request.policy;
+        let mut dirty = log.first_round();
+        let (mut rest_bytes, mut rate, mut throttle_percent) = (bytes_of(&dirty), 0, 0);
+        for number in 1.. {
+            let (began, before) = (Instant::now(), tally.read());
+            let round = Round::new(number, Guest::Runs, dirty, crew.lanes());
+            self.send_round((crew, tally), round, None)?;
+            let sent = tally.read();
+            control.send(&ToTarget::EndOfRound {
+                round: number,
+                pages: sent.pages(),
             })?;
-            match receiver.receive()? {
-                ToSource::RoundReceived { round: received } if received == round => {}
+            match control.receive()? {
+                ToSource::RoundReceived { round } if round == number => {}
                 other => return Err(out_of_turn(other, "RoundReceived")),
             }
-            let duration = started.elapsed();
-            let measured = ((pages.sent().bytes - sent_before) as f64
-                / duration.as_secs_f64().max(1e-6)) as u64;
+            let duration = began.elapsed();
+            let measured = per_second(
+                (sent.content_pages - before.content_pages) * PAGE_BYTES,
+                duration,
+            );
             // A short round says little, and one over untouched memory sends little; but what was seen can be done.
             if duration >= TELLING_ROUND && measured * 2 > rate || measured > rate {
                 rate = measured;
             }
             let previous_rest_bytes = rest_bytes;
-            rest = self.read_dirty(log)?;
-            rest_bytes = bytes_of(&rest);
+            dirty = self.read_dirty(log)?;
+            rest_bytes = bytes_of(&dirty);
             let outcome = RoundOutcome {
-                round,
-                duration,
+                round: number,
+                elapsed: self.started.elapsed(),
                 rest_bytes,
                 previous_rest_bytes,
                 bytes_per_s: rate,
                 fixed_cost: EXPECTED_FIXED_COST,
+                throttle_percent,
             };
-            let blackout = outcome.predicted_blackout();
+            let predicted = outcome.predicted_blackout();
             self.ledger.progress(|progress| {
                 progress.rate_bytes_per_s = rate;
                 progress.remaining_bytes = Bytes(rest_bytes);
-                progress.dirty_bytes_per_s =
-                    (rest_bytes as f64 / duration.as_secs_f64().max(1e-6)) as u64;
-                progress.predicted_blackout_ms = blackout.as_millis() as u64;
+                progress.dirty_bytes_per_s = per_second(rest_bytes, duration);
+                progress.predicted_blackout_ms = predicted.as_millis() as u64;
             });
+            let gave_up = || SourceError::DoesNotConverge {
+                rounds: number,
+                rest: Bytes(rest_bytes),
+                blackout_ms: predicted.as_millis(),
+                limit_ms: policy.downtime_limit_ms,
+            };
             tracing::debug!(
-                round,
+                number,
                 ?duration,
                 rest_bytes,
                 rate,
-                ?blackout,
+                ?predicted,
+                throttle_percent,
                 "round finished"
             );
-            match outcome.decide(&self.request.policy) {
+            match outcome.decide(policy) {
                 Decision::AnotherRound => {}
-                Decision::Pause => return Ok((round, rest)),
-                Decision::GiveUp => {
-                    return Err(SourceError::DoesNotConverge {
-                        rounds: round,
+                Decision::Throttle { percent } => {
+                    if let Some(slowed) = &mut slowed {
+                        slowed.set(percent);
+                        tracing::info!(migration = %self.request.migration, percent, "the guest dirties memory faster than it can be sent: its busiest vCPUs are slowed down");
+                    }
+                    throttle_percent = percent;
+                    self.ledger
+                        .progress(|progress| progress.throttle_percent = percent);
+                }
+                Decision::Pause => {
+                    return Ok(Rest {
+                        round: number,
+                        dirty,
+                        predicted,
+                    });
+                }
+                Decision::GiveUp => return Err(gave_up()),
+                Decision::OutOfTime => {
+                    return Err(SourceError::Deadline {
                         rest: Bytes(rest_bytes),
-                        blackout_ms: blackout.as_millis(),
-                        limit_ms: self.request.policy.downtime_limit_ms,
+                        blackout_ms: predicted.as_millis(),
+                        deadline_s: policy.deadline_s.unwrap_or_default(),
                     });
                 }
             }
@@ -425,46 +564,40 @@ impl Session<'_> {
 
     fn send_round(
         &self,
-        pages: &mut PageSender<'_>,
-        log: &DirtyLog,
-        dirty: &[DirtyBitmap],
-        round: u32,
-        guest: Guest,
+        (crew, tally): (&Crew, &Tally),
+        round: Round,
         deadline: Option<Instant>,
     ) -> Result<(), SourceError> {
-        let (started, before, planned) = (Instant::now(), pages.sent(), bytes_of(dirty));
-        let note = |sent: super::pages::Sent| {
+        let (began, before) = (Instant::now(), tally.read());
+        let (number, planned) = (round.number, round.bytes());
+        let note = |sent: Sent| {
             let done = (sent.pages() - before.pages()) * PAGE_BYTES;
             self.ledger.progress(|progress| {
-                progress.round = round;
+                progress.round = number;
                 progress.transferred_bytes = Bytes(sent.bytes);
+                progress.saved_bytes = Bytes(sent.saved_bytes);
                 progress.content_pages = sent.content_pages;
                 progress.zero_pages = sent.zero_pages;
                 progress.remaining_bytes = Bytes(planned.saturating_sub(done));
-                let elapsed = started.elapsed();
+                let elapsed = began.elapsed();
                 if elapsed >= TELLING_ROUND {
-                    progress.rate_bytes_per_s =
-                        ((sent.bytes - before.bytes) as f64 / elapsed.as_secs_f64()) as u64;
+                    progress.rate_bytes_per_s = per_second(sent.bytes - before.bytes, elapsed);
                 }
             });
         };
-        let result = pages.send_round(log, dirty, guest, |sent| {
-            note(sent);
-            let late = deadline.is_some_and(|deadline| Instant::now() > deadline);
-            if late || self.ledger.hand_over() != SourceHandOver::Copying {
+        let late = || deadline.is_some_and(|deadline| Instant::now() > deadline);
+        let result = crew.send(round, || {
+            note(tally.read());
+            if late() || self.ledger.hand_over() != SourceHandOver::Copying {
                 return ControlFlow::Break(());
             }
             ControlFlow::Continue(())
         });
-        note(pages.sent());
+        note(tally.read());
         match result {
-            Err(PagesError::Stopped)
-                if deadline.is_some_and(|deadline| Instant::now() > deadline) =>
-            {
-                Err(SourceError::BlackoutTooLong {
-                    limit_ms: self.request.policy.downtime_limit_ms,
-                })
-            }
+            Err(PagesError::Stopped) if late() => Err(SourceError::BlackoutTooLong {
+                limit_ms: self.request.policy.downtime_limit_ms,
+            }),
             result => Ok(result?),
         }
     }
@@ -476,14 +609,18 @@ impl Session<'_> {
     }
 
     /// Everything is sent: hears what the target says, but decides nothing that the store has not decided.
-    fn await_running(&self, mut stream: FrameStream, paused: Instant, machine: &dyn SourceMachine) {
+    fn await_running(&self, mut stream: FrameStream, mut dark: Dark, machine: &dyn SourceMachine) {
+        let mut whole = None;
         let heard = stream
             .wait_without_limit()
             .map_err(StreamError::from)
             .and_then(|()| {
                 loop {
                     match stream.receive()? {
-                        ToSource::Ready => self.ledger.enter(MigrationPhase::AwaitingCommit),
+                        ToSource::Ready => {
+                            whole = Some(Instant::now());
+                            self.ledger.enter(MigrationPhase::AwaitingCommit);
+                        }
                         ToSource::Running { epoch } => return Ok(Some(epoch)),
                         ToSource::Abort { reason } => {
                             tracing::warn!(%reason, "the target gave up after everything was sent");
@@ -498,15 +635,20 @@ impl Session<'_> {
             });
         match heard {
             Ok(Some(epoch)) if epoch > self.request.epoch => {
-                let downtime_us = paused.elapsed().as_micros() as u64;
-                self.ledger
-                    .progress(|progress| progress.downtime_us = Some(downtime_us));
+                let downtime_us = dark.since.elapsed().as_micros() as u64;
+                let whole = whole.unwrap_or(dark.sent);
+                dark.parts.restore_us = (whole - dark.sent).as_micros() as u64;
+                dark.parts.commit_us = whole.elapsed().as_micros() as u64;
+                self.ledger.progress(|progress| {
+                    progress.downtime_us = Some(downtime_us);
+                    progress.blackout = Some(dark.parts);
+                });
                 if self
                     .ledger
                     .step(SourceHandOver::gone, MigrationPhase::Completed, None)
                     .is_ok()
                 {
-                    tracing::info!(migration = %self.request.migration, downtime_us, %epoch, "the guest runs at the target");
+                    tracing::info!(migration = %self.request.migration, downtime_us, %epoch, parts = ?dark.parts, "the guest runs at the target");
                     machine.gone();
                 }
             }
@@ -526,8 +668,8 @@ impl Session<'_> {
     }
 }
 
-fn bytes_of(dirty: &[DirtyBitmap]) -> u64 {
-    dirty.iter().map(DirtyBitmap::count).sum::<u64>() * PAGE_BYTES
+fn per_second(bytes: u64, duration: Duration) -> u64 {
+    (bytes as f64 / duration.as_secs_f64().max(1e-6)) as u64
 }
 
 fn out_of_turn(message: ToSource, expected: &'static str) -> SourceError {

@@ -1,25 +1,22 @@
-//! Frames on a connection: bounded, timed, and never trusted.
+//! Frames on a connection: bounded, timed, checked, and never trusted.
 
+use super::connection::Connection;
+use godwit_channel::tls::TlsError;
 use godwit_wire::migration::{
     FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
-use std::net::TcpStream;
+use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
-use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{VolatileMemoryError, VolatileSlice, WriteVolatile};
 
 /// A peer that says nothing for this long is taken for dead.
-const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// Unacknowledged data older than this ends the connection (TCP_USER_TIMEOUT).
-const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
+pub(super) const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
 /// Longest reason that is passed on.
 const MAX_REASON_CHARS: usize = 512;
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(2);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const KEEPALIVE_PROBES: u32 = 5;
 
 /// The connection or what came over it is no good.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +24,9 @@ pub enum StreamError {
     /// The connection broke or went silent.
     #[error("the connection to the other end failed: {0}")]
     Io(#[from] io::Error),
+    /// The other end is not who it should be.
+    #[error("the other end did not prove itself: {0}")]
+    Tls(#[from] TlsError),
     /// Not a frame of ours.
     #[error("the other end does not speak this protocol: {0}")]
     Frame(#[from] FrameError),
@@ -51,53 +51,48 @@ pub(super) fn brief(reason: &str) -> String {
     reason.chars().take(MAX_REASON_CHARS).collect()
 }
 
+/// A header that was read, whose payload is still to come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Announced {
+    pub(super) header: FrameHeader,
+    bytes: [u8; FRAME_HEADER_BYTES],
+}
+
 /// One migration connection.
 #[derive(Debug)]
 pub(super) struct FrameStream {
-    socket: TcpStream,
+    connection: Connection,
 }
 
 impl FrameStream {
-    /// Prepares `socket` for a migration: no delay, dead peers noticed.
-    pub(super) fn new(socket: TcpStream) -> io::Result<Self> {
-        use rustix::net::sockopt;
-        socket.set_nodelay(true)?;
-        socket.set_read_timeout(Some(SILENCE_LIMIT))?;
-        socket.set_write_timeout(Some(SILENCE_LIMIT))?;
-        sockopt::set_socket_keepalive(&socket, true)?;
-        sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE)?;
-        sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL)?;
-        sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES)?;
-        sockopt::set_tcp_user_timeout(&socket, UNACKNOWLEDGED_LIMIT_MS)?;
-        Ok(Self { socket })
+    pub(super) const fn new(connection: Connection) -> Self {
+        Self { connection }
     }
 
-    /// A second handle on the same connection.
-    pub(super) fn try_clone(&self) -> io::Result<Self> {
-        Ok(Self {
-            socket: self.socket.try_clone()?,
-        })
+    /// A handle with which others can end the connection.
+    pub(super) fn socket(&self) -> io::Result<TcpStream> {
+        self.connection.socket().try_clone()
     }
 
     /// Takes a peer that says nothing for long for dead again, after [`Self::wait_without_limit`].
     pub(super) fn limit_silence(&self) -> io::Result<()> {
-        self.socket.set_read_timeout(Some(SILENCE_LIMIT))
+        self.limit_reads(SILENCE_LIMIT)
     }
 
     /// Lets reads wait as long as the other end needs; keepalive still notices a dead peer.
     pub(super) fn wait_without_limit(&self) -> io::Result<()> {
-        self.socket.set_read_timeout(None)
+        self.connection.socket().set_read_timeout(None)
     }
 
-    /// Ends the connection for every handle.
+    /// Makes reads fail that wait longer than `limit`.
+    pub(super) fn limit_reads(&self, limit: Duration) -> io::Result<()> {
+        self.connection.socket().set_read_timeout(Some(limit))
+    }
+
+    /// Ends the connection.
     pub(super) fn shutdown(&self) {
         // It may be down already.
-        let _ = self.socket.shutdown(std::net::Shutdown::Both);
-    }
-
-    /// The socket, for payloads.
-    pub(super) const fn socket(&mut self) -> &mut TcpStream {
-        &mut self.socket
+        let _ = self.connection.socket().shutdown(Shutdown::Both);
     }
 
     /// Sends one control message.
@@ -121,64 +116,71 @@ impl FrameStream {
             "the header announces the payload"
         );
         let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + payload.len());
-        frame.extend_from_slice(&header.encode());
+        frame.extend_from_slice(&header.encode(payload));
         frame.extend_from_slice(payload);
-        Ok(self.socket.write_all(&frame)?)
+        self.write(&frame)
     }
 
-    /// Sends a header and the guest memory it announces, without a copy of ours in between.
-    pub(super) fn send_memory(
-        &mut self,
-        header: FrameHeader,
-        memory: &VolatileSlice<'_, impl BitmapSlice>,
-    ) -> Result<(), StreamError> {
-        assert_eq!(
-            header.length as usize,
-            memory.len(),
-            "the header announces the payload"
-        );
-        let bytes = header.encode();
-        let mut sent = 0;
-        while sent < bytes.len() {
-            // MORE: the payload follows at once, so the header needs no packet of its own.
-            sent +=
-                match rustix::net::send(&self.socket, &bytes[sent..], rustix::net::SendFlags::MORE)
-                {
-                    Err(rustix::io::Errno::INTR) => 0,
-                    sent => sent.map_err(io::Error::from)?,
-                };
-        }
-        self.socket
-            .write_all_volatile(memory)
-            .map_err(|error| match error {
-                VolatileMemoryError::IOError(error) => StreamError::Io(error),
-                error => StreamError::Io(io::Error::other(error)),
-            })
+    /// Sends what is a frame already.
+    pub(super) fn write(&mut self, frame: &[u8]) -> Result<(), StreamError> {
+        self.connection.write_all(frame)?;
+        Ok(self.connection.flush()?)
     }
 
     /// Reads the next header; the payload is still to be read.
-    pub(super) fn header(&mut self) -> Result<FrameHeader, StreamError> {
+    pub(super) fn announced(&mut self) -> Result<Announced, StreamError> {
         let mut bytes = [0; FRAME_HEADER_BYTES];
-        self.socket.read_exact(&mut bytes)?;
-        Ok(FrameHeader::decode(&bytes)?)
+        self.connection.read_exact(&mut bytes)?;
+        let header = FrameHeader::decode(&bytes)?;
+        Ok(Announced { header, bytes })
     }
 
-    /// Reads the payload behind `header`.
-    pub(super) fn payload(&mut self, header: &FrameHeader) -> Result<Vec<u8>, StreamError> {
-        let mut bytes = vec![0; header.length as usize];
-        self.socket.read_exact(&mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Reads a control message that must have arrived whole after `limit`, however slowly its bytes come.
-    pub(super) fn receive_within<T: DeserializeOwned>(
+    /// Reads the payload behind `announced` into `payload`, which has its length, and checks it.
+    pub(super) fn read_payload(
         &mut self,
-        limit: Duration,
+        announced: &Announced,
+        payload: &mut [u8],
+    ) -> Result<(), StreamError> {
+        self.connection.read_exact(payload)?;
+        Ok(FrameHeader::verify(&announced.bytes, payload)?)
+    }
+
+    /// Reads and checks the payload behind `announced`.
+    pub(super) fn payload(&mut self, announced: &Announced) -> Result<Vec<u8>, StreamError> {
+        let mut payload = vec![0; announced.header.length as usize];
+        self.read_payload(announced, &mut payload)?;
+        Ok(payload)
+    }
+
+    /// Reads the control message behind `announced`.
+    pub(super) fn message<T: DeserializeOwned>(
+        &mut self,
+        announced: &Announced,
     ) -> Result<T, StreamError> {
-        let deadline = Instant::now() + limit;
-        let mut header = [0; FRAME_HEADER_BYTES];
-        self.read_until(deadline, &mut header)?;
-        let header = FrameHeader::decode(&header)?;
+        let kind = announced.header.kind;
+        if kind != FrameKind::Control {
+            return Err(StreamError::Unexpected {
+                got: kind,
+                expected: "a control message",
+            });
+        }
+        Ok(serde_json::from_slice(&self.payload(announced)?)?)
+    }
+
+    /// Reads a control message and refuses anything else.
+    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<T, StreamError> {
+        let announced = self.announced()?;
+        self.message(&announced)
+    }
+
+    /// Reads a control message that must have arrived whole before `deadline`, however slowly its bytes come.
+    pub(super) fn receive_before<T: DeserializeOwned>(
+        &mut self,
+        deadline: Instant,
+    ) -> Result<T, StreamError> {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        self.read_before(deadline, &mut bytes)?;
+        let header = FrameHeader::decode(&bytes)?;
         if header.kind != FrameKind::Control {
             return Err(StreamError::Unexpected {
                 got: header.kind,
@@ -186,19 +188,20 @@ impl FrameStream {
             });
         }
         let mut payload = vec![0; header.length as usize];
-        self.read_until(deadline, &mut payload)?;
+        self.read_before(deadline, &mut payload)?;
+        FrameHeader::verify(&bytes, &payload)?;
         Ok(serde_json::from_slice(&payload)?)
     }
 
-    fn read_until(&mut self, deadline: Instant, buffer: &mut [u8]) -> io::Result<()> {
+    fn read_before(&mut self, deadline: Instant, buffer: &mut [u8]) -> io::Result<()> {
         let mut read = 0;
         while read < buffer.len() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::ErrorKind::TimedOut.into());
             }
-            self.socket.set_read_timeout(Some(left))?;
-            match self.socket.read(&mut buffer[read..]) {
+            self.connection.socket().set_read_timeout(Some(left))?;
+            match self.connection.read(&mut buffer[read..]) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(more) => read += more,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -206,22 +209,5 @@ impl FrameStream {
             }
         }
         Ok(())
-    }
-
-    /// Makes writes fail that take longer than `limit`.
-    pub(super) fn limit_writes(&self, limit: Duration) -> io::Result<()> {
-        self.socket.set_write_timeout(Some(limit))
-    }
-
-    /// Reads a control message and refuses anything else.
-    pub(super) fn receive<T: DeserializeOwned>(&mut self) -> Result<T, StreamError> {
-        let header = self.header()?;
-        if header.kind != FrameKind::Control {
-            return Err(StreamError::Unexpected {
-                got: header.kind,
-                expected: "a control message",
-            });
-        }
-        Ok(serde_json::from_slice(&self.payload(&header)?)?)
     }
 }

@@ -1,30 +1,29 @@
 //! The receiving end. Everything that arrives is judged before it is believed: lengths by the frame header,
 //! addresses by guest memory's own bounds, the order of messages here.
 
+mod doorway;
+mod lanes;
+
 use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
+use super::sockets::Sockets;
 use super::stream::{FrameStream, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::{GuestRam, RamError};
+use godwit_channel::tls::MigrationTls;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
-use godwit_wire::machine::{CpuFacts, CpuMismatch};
+use godwit_wire::machine::CpuFacts;
 use godwit_wire::migration::{
-    Arrival, FrameHeader, FrameKind, MAX_TOUCHED_STRETCHES, MigrationPhase,
-    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch, ToSource, ToTarget, Verify,
+    Arrival, FrameKind, MigrationPhase, MigrationToken, ToSource, ToTarget, Verify,
 };
-use godwit_wire::unit::{Bytes, PAGE_BYTES};
+use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
+use lanes::Arrivals;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::net::{SocketAddr, TcpListener};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use vm_memory::ReadVolatile;
-
-/// How long whoever connects may take to say who it is; meanwhile the right one waits.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often progress is noted, in frames.
-const FRAMES_PER_NOTE: u64 = 16;
 
 /// What the receiving end needs of the machine's owner.
 pub trait TargetMachine: Send {
@@ -50,8 +49,11 @@ pub struct ThisCpu {
 pub struct Incoming {
     /// What is known of it.
     pub ledger: Arc<Ledger<TargetHandOver>>,
+    token: MigrationToken,
     arrival: Mutex<Option<Arrival>>,
-    stream: Mutex<Option<FrameStream>>,
+    /// The control connection, once the machine is whole.
+    control: Mutex<Option<FrameStream>>,
+    sockets: Sockets,
     listener: MigrationListener,
 }
 
@@ -74,12 +76,18 @@ impl MigrationListener {
 }
 
 impl Incoming {
-    /// One that waits for its source.
-    pub const fn new(ledger: Arc<Ledger<TargetHandOver>>, listener: MigrationListener) -> Self {
+    /// One that waits for its source, which must name `token`.
+    pub const fn new(
+        ledger: Arc<Ledger<TargetHandOver>>,
+        listener: MigrationListener,
+        token: MigrationToken,
+    ) -> Self {
         Self {
             ledger,
+            token,
             arrival: Mutex::new(None),
-            stream: Mutex::new(None),
+            control: Mutex::new(None),
+            sockets: Sockets::new(),
             listener,
         }
     }
@@ -100,48 +108,50 @@ impl Incoming {
 
     /// Tells the source that the guest runs here, which ends the connection.
     pub fn announce_running(&self, epoch: Epoch) {
-        if let Some(mut stream) = self.take_stream()
-            && let Err(error) = stream.send(&ToSource::Running { epoch })
+        if let Some(mut control) = self.control().take()
+            && let Err(error) = control.send(&ToSource::Running { epoch })
         {
             tracing::warn!(%error, "the source was not told that the guest runs here; the store will tell it");
         }
     }
 
-    /// The migration is void.
+    /// The migration is void. Whoever holds the control connection tells the source.
     pub fn abort(&self, reason: &str) -> Result<(), HandOverError> {
-        let reason = brief(reason);
         self.ledger.step(
             TargetHandOver::abort,
             MigrationPhase::Failed,
-            Some(reason.clone()),
+            Some(brief(reason)),
         )?;
         self.listener.close();
-        if let Some(mut stream) = self.take_stream() {
-            let _ = stream.send(&ToSource::Abort { reason });
-            stream.shutdown();
+        self.sockets.hang_up();
+        if let Some(control) = self.control().take() {
+            self.say_goodbye(control);
         }
         Ok(())
+    }
+
+    fn say_goodbye(&self, mut control: FrameStream) {
+        let reason = self.ledger.status().reason.unwrap_or_default();
+        // A source that cannot hear it notices that the connection ends.
+        let _ = control.send(&ToSource::Abort { reason });
+        control.shutdown();
     }
 
     /// From here on an abort ends this connection, whatever it is waiting for.
     fn publish(&self, stream: &FrameStream) -> io::Result<()> {
-        let mut published = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.ledger.hand_over() == TargetHandOver::Void {
+        self.sockets.add(stream)?;
+        if !self.wanted() {
             stream.shutdown();
         }
-        *published = Some(stream.try_clone()?);
         Ok(())
-    }
-
-    fn take_stream(&self) -> Option<FrameStream> {
-        self.stream
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
     }
 
     fn wanted(&self) -> bool {
         self.ledger.hand_over() == TargetHandOver::Filling
+    }
+
+    fn control(&self) -> MutexGuard<'_, Option<FrameStream>> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,6 +168,14 @@ enum TargetError {
     Ram(#[from] RamError),
     #[error("{0} pages arrived and the source sent {1}")]
     PagesMissing(u64, u64),
+    #[error("not every lane had ended round {0} in time")]
+    RoundIncomplete(u32),
+    #[error("pages of round {got} came in round {expected}")]
+    WrongRound { got: u32, expected: u32 },
+    #[error("compressed pages cannot be unpacked")]
+    BadCompression,
+    #[error("only {joined} of {expected} lanes joined in time")]
+    LanesMissing { joined: usize, expected: usize },
     #[error("the machine's state arrived damaged")]
     StateDamaged,
     #[error("the machine's state cannot be read: {0}")]
@@ -170,27 +188,6 @@ enum TargetError {
     HandOver(#[from] HandOverError),
     #[error("listening for the source failed: {0}")]
     Listen(#[source] io::Error),
-}
-
-/// Why a source is turned away before it sends anything.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum Refusal {
-    #[error(
-        "it speaks protocol versions {oldest} to {newest}, this end {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
-    )]
-    Version { oldest: u32, newest: u32 },
-    #[error("it requires {0}, which this end does not know")]
-    Capability(String),
-    #[error("this end waits for another migration")]
-    OtherMigration,
-    #[error("the VM, its epoch or its machine differ from what was announced")]
-    OtherMachine,
-    #[error(transparent)]
-    Cpu(CpuMismatch),
-    #[error("it names more touched memory than the machine has")]
-    Touched,
-    #[error("memory for the guest cannot be had: {0}")]
-    NoMemory(String),
 }
 
 /// Waits for the source, fills the machine and reports it whole. Runs on a thread of its own.
@@ -206,14 +203,26 @@ pub fn receive_machine(
         request,
         cpu,
         ram,
+        tls: request
+            .identity
+            .as_ref()
+            .map(|identity| MigrationTls::new(request.migration, identity)),
     };
-    if let Err(error) = session.serve(machine) {
-        // Refused when it was aborted meanwhile, which its owner knows.
-        if incoming.abort(&error.to_string()).is_ok() {
-            tracing::warn!(migration = %request.migration, %error, "the incoming migration ended");
-        }
-        machine.void();
+    let (control, error) = match session.accept() {
+        Err(error) => (None, error),
+        Ok(greeting) => match session.serve(greeting, machine) {
+            Ok(()) => return,
+            Err((control, error)) => (Some(control), error),
+        },
+    };
+    // Refused when it was aborted meanwhile, which its owner knows.
+    if incoming.abort(&error.to_string()).is_ok() {
+        tracing::warn!(migration = %request.migration, %error, "the incoming migration ended");
     }
+    if let Some(control) = control {
+        incoming.say_goodbye(control);
+    }
+    machine.void();
 }
 
 struct Session<'a> {
@@ -221,36 +230,92 @@ struct Session<'a> {
     request: &'a IncomingRequest,
     cpu: &'a ThisCpu,
     ram: &'a GuestRam,
+    tls: Option<MigrationTls>,
+}
+
+/// The rightful source, and what it asked for.
+struct Greeting {
+    control: FrameStream,
+    verify: Verify,
+    lanes: u8,
+}
+
+/// What [`ToTarget::Done`] says.
+struct Whole {
+    round: u32,
+    pages: u64,
+    state_hash: String,
+    clock_age_ns: u64,
+    then: Arrival,
+    memory_hash: Option<String>,
 }
 
 impl Session<'_> {
-    fn serve(&self, machine: &dyn TargetMachine) -> Result<(), TargetError> {
-        let (mut stream, verify) = self.accept()?;
-        self.incoming
-            .ledger
-            .progress(|progress| progress.memory_bytes = self.ram.size());
-        self.incoming.ledger.enter(MigrationPhase::PreCopy);
-        let mut intake = Intake {
-            ram: self.ram,
-            pages: 0,
-            zero_pages: 0,
-            bytes: 0,
-            frames: 0,
-        };
-        let mut state = None;
-        let started = Instant::now();
-        loop {
-            let header = stream.header()?;
-            match header.kind {
-                FrameKind::Pages | FrameKind::Zero => {
-                    intake.take(&header, stream.socket())?;
-                    if intake.frames.is_multiple_of(FRAMES_PER_NOTE) {
-                        self.note(&intake, started);
+    /// Fills the machine. An error gives the control connection back, so that the source hears of it.
+    fn serve(
+        &self,
+        greeting: Greeting,
+        machine: &dyn TargetMachine,
+    ) -> Result<(), (FrameStream, TargetError)> {
+        let Greeting {
+            mut control,
+            verify,
+            lanes,
+        } = greeting;
+        let arrivals = Arrivals::new(usize::from(lanes));
+        let filled = std::thread::scope(|scope| {
+            let filled = self
+                .join_lanes(lanes, &arrivals)
+                .and_then(|intakes| {
+                    for intake in intakes {
+                        let waker = control.socket().map_err(StreamError::from)?;
+                        scope.spawn(move || intake.run(&waker));
                     }
-                }
+                    self.fill(&mut control, &arrivals, verify, machine)
+                })
+                // A lane that failed woke the control connection; its reason is the better one.
+                .map_err(|error| arrivals.take_failure().unwrap_or(error));
+            self.incoming.sockets.end_lanes();
+            filled
+        });
+        if let Err(error) = filled {
+            return Err((control, error));
+        }
+        // Held until the source has heard `Ready`: the commit may come at once, and `Running` goes after it.
+        let mut held = self.incoming.control();
+        let whole =
+            self.incoming
+                .ledger
+                .step(TargetHandOver::whole, MigrationPhase::AwaitingCommit, None);
+        if let Err(error) = whole {
+            drop(held);
+            return Err((control, error.into()));
+        }
+        // A source that cannot hear it any more asks the store.
+        let _ = control.send(&ToSource::Ready);
+        *held = Some(control);
+        Ok(())
+    }
+
+    /// Rounds, the machine's state, and `Done`: then everything is here and the machine is what it was.
+    fn fill(
+        &self,
+        control: &mut FrameStream,
+        arrivals: &Arrivals,
+        verify: Verify,
+        machine: &dyn TargetMachine,
+    ) -> Result<(), TargetError> {
+        let ledger = &self.incoming.ledger;
+        ledger.progress(|progress| progress.memory_bytes = self.ram.size());
+        ledger.enter(MigrationPhase::PreCopy);
+        let (mut state, started) = (None, Instant::now());
+        loop {
+            let announced = control.announced()?;
+            match announced.header.kind {
                 FrameKind::State if state.is_none() => {
-                    self.incoming.ledger.enter(MigrationPhase::Blackout);
-                    state = Some(stream.payload(&header)?);
+                    ledger.enter(MigrationPhase::Blackout);
+                    state = Some(control.payload(&announced)?);
+                    continue;
                 }
                 FrameKind::State => {
                     return Err(TargetError::OutOfTurn {
@@ -258,169 +323,67 @@ impl Session<'_> {
                         expected: "Done",
                     });
                 }
-                FrameKind::Control => {
-                    let message = serde_json::from_slice(&stream.payload(&header)?)
-                        .map_err(StreamError::from)?;
-                    match message {
-                        ToTarget::EndOfRound { round, pages } => {
-                            intake.expect(pages)?;
-                            self.incoming
-                                .ledger
-                                .progress(|progress| progress.round = round);
-                            self.note(&intake, started);
-                            stream.send(&ToSource::RoundReceived { round })?;
-                        }
-                        ToTarget::Done {
-                            pages,
-                            state_hash,
-                            clock_age_ns,
-                            then,
-                            memory_hash,
-                        } => {
-                            let arrived = Instant::now();
-                            self.note(&intake, started);
-                            intake.expect(pages)?;
-                            let saved = decode_state(state, &state_hash)?;
-                            self.check_memory(verify, memory_hash)?;
-                            machine.restore(
-                                saved,
-                                Duration::from_nanos(clock_age_ns) + arrived.elapsed(),
-                            )?;
-                            *self
-                                .incoming
-                                .arrival
-                                .lock()
-                                .unwrap_or_else(PoisonError::into_inner) = Some(then);
-                            self.incoming.ledger.step(
-                                TargetHandOver::whole,
-                                MigrationPhase::AwaitingCommit,
-                                None,
-                            )?;
-                            // A source that cannot hear it any more asks the store.
-                            let _ = stream.send(&ToSource::Ready);
-                            return Ok(());
-                        }
-                        ToTarget::Abort { reason } => return Err(TargetError::Aborted(reason)),
-                        ToTarget::Hello { .. } => {
-                            return Err(TargetError::OutOfTurn {
-                                got: "a second hello".into(),
-                                expected: "pages",
-                            });
-                        }
-                    }
+                FrameKind::Pages | FrameKind::Zero | FrameKind::Control => {}
+            }
+            match control.message(&announced)? {
+                ToTarget::EndOfRound { round, pages } => {
+                    arrivals.wait_for(round, pages)?;
+                    ledger.progress(|progress| progress.round = round);
+                    self.note(arrivals, started);
+                    control.send(&ToSource::RoundReceived { round })?;
+                }
+                ToTarget::Done {
+                    round,
+                    pages,
+                    state_hash,
+                    clock_age_ns,
+                    then,
+                    memory_hash,
+                } => {
+                    let whole = Whole {
+                        round,
+                        pages,
+                        state_hash,
+                        clock_age_ns,
+                        then,
+                        memory_hash,
+                    };
+                    let done = self.complete(whole, state, arrivals, verify, machine);
+                    self.note(arrivals, started);
+                    return done;
+                }
+                ToTarget::Abort { reason } => return Err(TargetError::Aborted(reason)),
+                other @ (ToTarget::Hello { .. } | ToTarget::Join { .. }) => {
+                    return Err(TargetError::OutOfTurn {
+                        got: other.name().into(),
+                        expected: "the end of a round",
+                    });
                 }
             }
         }
     }
 
-    /// Takes connections until one is the expected source; the others are told why not and dropped.
-    fn accept(&self) -> Result<(FrameStream, Verify), TargetError> {
-        while self.incoming.wanted() {
-            let (socket, peer) = self
-                .incoming
-                .listener
-                .0
-                .accept()
-                .map_err(TargetError::Listen)?;
-            let greeted = FrameStream::new(socket)
-                .map_err(StreamError::from)
-                .and_then(|stream| {
-                    self.incoming.publish(&stream)?;
-                    self.shake_hands(stream)
-                });
-            match greeted {
-                Ok(Ok(accepted)) => {
-                    self.incoming.listener.close();
-                    return Ok(accepted);
-                }
-                Ok(Err(refusal)) => {
-                    tracing::warn!(%peer, %refusal, "a migration connection was refused")
-                }
-                Err(error) => {
-                    tracing::warn!(%peer, %error, "a connection to the migration port was dropped")
-                }
-            }
-            drop(self.incoming.take_stream());
-        }
-        Err(TargetError::Aborted("nobody waits for it any more".into()))
-    }
-
-    fn shake_hands(
+    fn complete(
         &self,
-        mut stream: FrameStream,
-    ) -> Result<Result<(FrameStream, Verify), Refusal>, StreamError> {
-        let hello: ToTarget = stream.receive_within(HELLO_TIMEOUT)?;
-        stream.limit_silence()?;
-        let judged = self.judge(&hello).and_then(|(verify, touched)| {
-            let populated = self.ram.populate_all(touched, &|| self.incoming.wanted());
-            populated
-                .map(|()| verify)
-                .map_err(|error| Refusal::NoMemory(error.to_string()))
-        });
-        match judged {
-            Ok(verify) => {
-                stream.send(&ToSource::Accept {
-                    version: PROTOCOL_VERSION,
-                })?;
-                Ok(Ok((stream, verify)))
-            }
-            Err(refusal) => {
-                stream.send(&ToSource::Refuse {
-                    reason: brief(&refusal.to_string()),
-                })?;
-                Ok(Err(refusal))
-            }
-        }
-    }
-
-    fn judge<'h>(&self, hello: &'h ToTarget) -> Result<(Verify, &'h [Stretch]), Refusal> {
-        let ToTarget::Hello {
-            version,
-            oldest_version,
-            required,
-            migration,
-            vm,
-            epoch,
-            spec,
-            cpu,
-            guest_cpu,
-            verify,
-            touched,
-        } = hello
-        else {
-            return Err(Refusal::OtherMigration);
-        };
-        if *migration != self.request.migration {
-            return Err(Refusal::OtherMigration);
-        }
-        if *oldest_version > PROTOCOL_VERSION || *version < OLDEST_PROTOCOL_VERSION {
-            return Err(Refusal::Version {
-                oldest: *oldest_version,
-                newest: *version,
-            });
-        }
-        if let Some(unknown) = required.first() {
-            return Err(Refusal::Capability(unknown.clone()));
-        }
-        if (*vm, *epoch, spec) != (self.request.vm, self.request.epoch, &self.request.spec) {
-            return Err(Refusal::OtherMachine);
-        }
-        let ours = self.cpu;
-        ours.facts
-            .admits(spec.cpu, Some(&cpu.signature))
-            .map_err(Refusal::Cpu)?;
-        if let Some(guest_cpu) = guest_cpu {
-            guest_cpu
-                .can_go_on(&ours.guest, ours.scaling)
-                .map_err(Refusal::Cpu)?;
-        }
-        let pages = touched
-            .iter()
-            .fold(0, |sum: u64, stretch| sum.saturating_add(stretch.pages));
-        if touched.len() > MAX_TOUCHED_STRETCHES || pages > self.ram.size().pages() {
-            return Err(Refusal::Touched);
-        }
-        Ok((*verify, touched))
+        whole: Whole,
+        state: Option<Vec<u8>>,
+        arrivals: &Arrivals,
+        verify: Verify,
+        machine: &dyn TargetMachine,
+    ) -> Result<(), TargetError> {
+        let arrived = Instant::now();
+        let saved = decode_state(state, &whole.state_hash)?;
+        arrivals.wait_for(whole.round, whole.pages)?;
+        self.check_memory(verify, whole.memory_hash)?;
+        let age = Duration::from_nanos(whole.clock_age_ns) + arrived.elapsed();
+        machine.restore(saved, age)?;
+        let arrival = &mut *self
+            .incoming
+            .arrival
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *arrival = Some(whole.then);
+        Ok(())
     }
 
     fn check_memory(&self, verify: Verify, theirs: Option<String>) -> Result<(), TargetError> {
@@ -441,54 +404,15 @@ impl Session<'_> {
         }
     }
 
-    fn note(&self, intake: &Intake<'_>, started: Instant) {
+    fn note(&self, arrivals: &Arrivals, started: Instant) {
+        let received = arrivals.received();
         self.incoming.ledger.progress(|progress| {
-            progress.content_pages = intake.pages - intake.zero_pages;
-            progress.zero_pages = intake.zero_pages;
-            progress.transferred_bytes = Bytes(intake.bytes);
+            progress.content_pages = received.pages - received.zero_pages;
+            progress.zero_pages = received.zero_pages;
+            progress.transferred_bytes = Bytes(received.bytes);
             progress.rate_bytes_per_s =
-                (intake.bytes as f64 / started.elapsed().as_secs_f64().max(1e-3)) as u64;
+                (received.bytes as f64 / started.elapsed().as_secs_f64().max(1e-3)) as u64;
         });
-    }
-}
-
-/// Pages on their way into guest memory.
-struct Intake<'a> {
-    ram: &'a GuestRam,
-    pages: u64,
-    zero_pages: u64,
-    bytes: u64,
-    frames: u64,
-}
-
-impl Intake<'_> {
-    fn take(&mut self, header: &FrameHeader, socket: &mut TcpStream) -> Result<(), TargetError> {
-        let pages = u64::from(header.pages);
-        match header.kind {
-            FrameKind::Zero => {
-                self.ram.discard(header.address, pages)?;
-                self.zero_pages += pages;
-            }
-            _ => {
-                let mut room = self.ram.slice(header.address, pages * PAGE_BYTES)?;
-                socket
-                    .read_exact_volatile(&mut room)
-                    .map_err(|error| StreamError::Io(io::Error::other(error.to_string())))?;
-            }
-        }
-        self.pages += pages;
-        self.frames += 1;
-        self.bytes += header.encode().len() as u64 + u64::from(header.length);
-        Ok(())
-    }
-
-    /// The source counts the same pages.
-    const fn expect(&self, sent: u64) -> Result<(), TargetError> {
-        if self.pages == sent {
-            Ok(())
-        } else {
-            Err(TargetError::PagesMissing(self.pages, sent))
-        }
     }
 }
 

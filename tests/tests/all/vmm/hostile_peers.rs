@@ -35,6 +35,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         lease: None,
         migration,
         listen,
+        identity: None,
     };
     let ready: IncomingReady = target
         .api
@@ -47,6 +48,8 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         oldest_version: godwit_wire::migration::OLDEST_PROTOCOL_VERSION,
         required: [].into(),
         migration,
+        token: ready.token,
+        lanes: 1,
         vm,
         epoch,
         spec,
@@ -63,7 +66,7 @@ async fn greet(address: SocketAddr, hello: &ToTarget) -> Option<ToSource> {
     let mut stream = TcpStream::connect(address).await.ok()?;
     let body = serde_json::to_vec(hello).expect("a greeting is JSON");
     stream
-        .write_all(&FrameHeader::control(body.len() as u32).encode())
+        .write_all(&FrameHeader::control(body.len() as u32).encode(&body))
         .await
         .ok()?;
     stream.write_all(&body).await.ok()?;
@@ -145,6 +148,13 @@ async fn greetings_that_do_not_fit_are_refused_with_a_reason() {
         required.insert("teleportation".into());
     })
     .await;
+    is_refused("a token that was not given out", |hello| {
+        let ToTarget::Hello { token, .. } = hello else {
+            unreachable!()
+        };
+        token.0.push('0');
+    })
+    .await;
     is_refused("another migration", |hello| {
         let ToTarget::Hello { migration, .. } = hello else {
             unreachable!()
@@ -195,7 +205,7 @@ async fn garbage_on_the_migration_port_does_not_keep_the_guest_from_landing() {
     let garbage: [&[u8]; 4] = [
         b"GET / HTTP/1.1\r\n\r\n",
         &[0xff; 4096],
-        &oversized.encode(),
+        &oversized.encode(&[]),
         b"",
     ];
     for bytes in garbage {

@@ -3,6 +3,7 @@
 mod devices;
 mod hand_over;
 mod hostile_peers;
+mod lanes;
 mod lease;
 mod lifecycle;
 mod linux_guest;
@@ -71,7 +72,8 @@ fn verifying() -> MigrationPolicy {
 fn endless() -> MigrationPolicy {
     MigrationPolicy {
         downtime_limit_ms: 1,
+        max_throttle_percent: 0,
         max_rounds: u32::MAX,
-        verify: Verify::Frames,
+        ..MigrationPolicy::default()
     }
 }

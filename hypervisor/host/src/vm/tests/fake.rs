@@ -203,6 +203,8 @@ struct Inner {
     state: VmmState,
     migration: Option<MigrationStatus>,
     calls: Vec<String>,
+    /// What the latest `incoming` or `outgoing` said.
+    handover: Value,
     committed: Option<(MigrationId, Epoch)>,
     heeds_stop: bool,
     attachments: Attachments,
@@ -297,6 +299,11 @@ impl Fakes {
         self.machine(vm).set_phase(phase);
     }
 
+    /// What its VMM was told when it was made to receive or to send.
+    pub(crate) fn handover(&self, vm: VmId) -> Value {
+        self.machine(vm).inner.lock().unwrap().handover.clone()
+    }
+
     pub(crate) fn calls(&self, vm: VmId, path: &str) -> usize {
         self.machine(vm)
             .inner
@@ -374,6 +381,7 @@ fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
             state: VmmState::Empty,
             migration: None,
             calls: Vec::new(),
+            handover: Value::Null,
             committed: None,
             heeds_stop: true,
             attachments: Attachments::default(),
@@ -462,6 +470,7 @@ impl Inner {
     }
 
     fn begin(&mut self, body: &Value, role: MigrationRole) {
+        self.handover = body.clone();
         self.migration = Some(MigrationStatus {
             migration: serde_json::from_value(body["migration"].clone()).unwrap(),
             sequence: 1,
@@ -513,7 +522,8 @@ async fn answer(
                 inner.state = VmmState::Incoming;
                 inner.begin(&body, MigrationRole::Target);
                 return Ok(Json(json!(IncomingReady {
-                    address: ([127, 0, 0, 1], 9).into()
+                    address: ([127, 0, 0, 1], 9).into(),
+                    token: super::credentials::token(),
                 })));
             }
         }

@@ -1,11 +1,16 @@
 //! A target against sources that lie, break off or speak another version.
 
 use super::*;
+use crate::migration::connection::Connection;
 use godwit_wire::id::{MigrationId, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
-use godwit_wire::migration::{MAX_STATE_BYTES, MigrationRole, MigrationStatus};
-use godwit_wire::unit::Mib;
+use godwit_wire::migration::{
+    FrameHeader, MAX_STATE_BYTES, MigrationRole, MigrationStatus, OLDEST_PROTOCOL_VERSION,
+    PROTOCOL_VERSION, Stretch,
+};
+use godwit_wire::unit::{Mib, PAGE_BYTES};
 use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::sync::mpsc;
 
 struct NoMachine(mpsc::Sender<&'static str>);
@@ -20,6 +25,8 @@ impl TargetMachine for NoMachine {
         let _ = self.0.send("void");
     }
 }
+
+const LANES: u8 = 2;
 
 /// A target on its own thread, its memory, and the hello it expects.
 struct Fixture {
@@ -63,12 +70,16 @@ fn target() -> Fixture {
         lease: None,
         migration: MigrationId::fresh(),
         listen: address,
+        identity: None,
     };
+    let token = MigrationToken("the token of this migration".into());
     let hello = ToTarget::Hello {
         version: PROTOCOL_VERSION,
         oldest_version: OLDEST_PROTOCOL_VERSION,
         required: Default::default(),
         migration: request.migration,
+        token: token.clone(),
+        lanes: LANES,
         vm: request.vm,
         epoch: request.epoch,
         spec,
@@ -85,7 +96,7 @@ fn target() -> Fixture {
         MigrationRole::Target,
         TargetHandOver::Filling,
     );
-    let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener));
+    let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token));
     let ram = GuestRam::new(Mib(16)).unwrap();
     let (sender, owner) = mpsc::channel();
     let (session, memory) = (incoming.clone(), ram.clone());
@@ -113,7 +124,32 @@ fn target() -> Fixture {
 
 impl Fixture {
     fn connect(&self) -> FrameStream {
-        FrameStream::new(TcpStream::connect(self.address).unwrap()).unwrap()
+        FrameStream::new(Connection::to_target(self.address, None).unwrap())
+    }
+
+    fn join(&self, number: u8) -> FrameStream {
+        let ToTarget::Hello {
+            migration, token, ..
+        } = self.hello.clone()
+        else {
+            unreachable!("it is a hello")
+        };
+        let mut stream = self.connect();
+        stream
+            .send(&ToTarget::Join {
+                migration,
+                token,
+                lane: number,
+            })
+            .unwrap();
+        assert_eq!(stream.receive::<ToSource>().unwrap(), ToSource::Joined);
+        stream
+    }
+
+    /// The control connection of a source whose lanes have all joined.
+    fn arrive(&self) -> (FrameStream, Vec<FrameStream>) {
+        let control = self.greet();
+        (control, (0..LANES).map(|lane| self.join(lane)).collect())
     }
 
     fn greet(&self) -> FrameStream {
@@ -147,25 +183,104 @@ impl Fixture {
 fn pages_arrive_where_they_belong_and_zeros_give_memory_back() {
     let target = target();
     target.ram.write(0x8000, &[7; 4096]).unwrap();
-    let mut stream = target.greet();
-    stream
-        .send_frame(FrameHeader::pages(0x3000, 1), &[5; 4096])
+    let (mut control, mut lanes) = target.arrive();
+    lanes[0]
+        .send_frame(FrameHeader::pages(1, 0x3000, 1), &[5; 4096])
         .unwrap();
-    stream
-        .send_frame(FrameHeader::zero(0x8000, 1), &[])
+    lanes[1]
+        .send_frame(FrameHeader::zero(1, 0x8000, 1), &[])
         .unwrap();
-    stream
-        .send(&ToTarget::EndOfRound { round: 1, pages: 2 })
+    let packed = lz4_flex::block::compress(&[9; 8192]);
+    lanes[1]
+        .send_frame(
+            FrameHeader::pages(1, 0xa000, 2).compressed(packed.len() as u32),
+            &packed,
+        )
+        .unwrap();
+    for (lane, pages) in lanes.iter_mut().zip([1, 3]) {
+        lane.send(&ToTarget::EndOfRound { round: 1, pages })
+            .unwrap();
+    }
+    control
+        .send(&ToTarget::EndOfRound { round: 1, pages: 4 })
         .unwrap();
     assert_eq!(
-        stream.receive::<ToSource>().unwrap(),
+        control.receive::<ToSource>().unwrap(),
         ToSource::RoundReceived { round: 1 }
     );
     let mut page = [0; 4096];
-    target.ram.read(0x3000, &mut page).unwrap();
-    assert_eq!(page, [5; 4096]);
-    target.ram.read(0x8000, &mut page).unwrap();
-    assert_eq!(page, [0; 4096]);
+    for (address, content) in [(0x3000, 5), (0x8000, 0), (0xa000, 9), (0xb000, 9)] {
+        target.ram.read(address, &mut page).unwrap();
+        assert_eq!(page, [content; 4096], "{address:#x}");
+    }
+}
+
+#[test]
+fn a_page_of_another_round_a_damaged_one_and_a_bad_block_end_the_migration() {
+    let after = |send: &dyn Fn(&mut FrameStream), why: &str| {
+        let target = target();
+        let (_control, mut lanes) = target.arrive();
+        send(&mut lanes[1]);
+        target.expect_void(why);
+    };
+    after(
+        &|lane| {
+            lane.send_frame(FrameHeader::pages(2, 0x3000, 1), &[5; 4096])
+                .unwrap();
+        },
+        "pages of round 2 came in round 1",
+    );
+    after(
+        &|lane| {
+            let header = FrameHeader::pages(1, 0x3000, 1).encode(&[5; 4096]);
+            lane.write(&header).unwrap();
+            lane.write(&[4; 4096]).unwrap();
+        },
+        "damaged",
+    );
+    after(
+        &|lane| {
+            let header = FrameHeader::pages(1, 0x3000, 4).compressed(9);
+            lane.send_frame(header, &[0xff; 9]).unwrap();
+        },
+        "cannot be unpacked",
+    );
+    after(
+        &|lane| lane.send_frame(FrameHeader::state(1), &[0]).unwrap(),
+        "State frame",
+    );
+}
+
+#[test]
+fn only_the_lanes_that_were_announced_join_and_only_with_the_token() {
+    let target = target();
+    let _control = target.greet();
+    let ToTarget::Hello {
+        migration, token, ..
+    } = target.hello.clone()
+    else {
+        unreachable!("it is a hello")
+    };
+    let refused = |token: &MigrationToken, lane: u8, why: &str| {
+        let mut stream = target.connect();
+        let token = token.clone();
+        stream
+            .send(&ToTarget::Join {
+                migration,
+                token,
+                lane,
+            })
+            .unwrap();
+        match stream.receive::<ToSource>().unwrap() {
+            ToSource::Refuse { reason } => assert!(reason.contains(why), "{reason}"),
+            other => panic!("{other:?}"),
+        }
+    };
+    refused(&MigrationToken("guess".into()), 0, "token");
+    refused(&token, LANES, "no lane");
+    let _first = target.join(0);
+    refused(&token, 0, "no lane");
+    target.join(1);
 }
 
 #[test]
@@ -225,6 +340,22 @@ fn another_version_an_unknown_capability_and_a_stranger_are_refused_with_the_rea
     );
     refuse(
         &|h| {
+            if let ToTarget::Hello { token, .. } = h {
+                token.0.push('x');
+            }
+        },
+        "token",
+    );
+    refuse(
+        &|h| {
+            if let ToTarget::Hello { lanes, .. } = h {
+                *lanes = 17;
+            }
+        },
+        "17 lanes",
+    );
+    refuse(
+        &|h| {
             if let ToTarget::Hello { epoch, .. } = h {
                 *epoch = Epoch(2)
             }
@@ -270,39 +401,50 @@ fn another_version_an_unknown_capability_and_a_stranger_are_refused_with_the_rea
 #[test]
 fn pages_outside_guest_memory_end_the_migration() {
     for address in [16u64 << 20, !0xfff] {
-        let target = target();
-        target
-            .greet()
-            .send_frame(FrameHeader::pages(address, 1), &[1; 4096])
-            .unwrap();
-        target.expect_void("no 4096 bytes at");
-        let target = super::tests::target();
-        target
-            .greet()
-            .send_frame(FrameHeader::zero(address, u32::MAX), &[])
-            .unwrap();
-        target.expect_void("bytes at");
+        for header in [
+            FrameHeader::pages(1, address, 1),
+            FrameHeader::zero(1, address, u32::MAX),
+        ] {
+            let target = target();
+            let (_control, mut lanes) = target.arrive();
+            let payload = vec![1; header.length as usize];
+            lanes[0].send_frame(header, &payload).unwrap();
+            target.expect_void("bytes at");
+        }
     }
 }
 
 #[test]
 fn a_round_with_pages_missing_ends_the_migration() {
     let target = target();
-    target
-        .greet()
+    let (mut control, mut lanes) = target.arrive();
+    for lane in &mut lanes {
+        lane.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
+            .unwrap();
+    }
+    control
         .send(&ToTarget::EndOfRound { round: 1, pages: 3 })
         .unwrap();
     target.expect_void("0 pages arrived and the source sent 3");
 }
 
+fn end_round(lanes: &mut [FrameStream]) {
+    for lane in lanes {
+        lane.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
+            .unwrap();
+    }
+}
+
 #[test]
 fn a_damaged_state_is_never_restored() {
     let target = target();
-    let mut stream = target.greet();
+    let (mut stream, mut lanes) = target.arrive();
+    end_round(&mut lanes);
     stream
         .send_frame(FrameHeader::state(3), &[1, 2, 3])
         .unwrap();
     let done = |state_hash: &str| ToTarget::Done {
+        round: 1,
         pages: 0,
         state_hash: state_hash.into(),
         clock_age_ns: 0,
@@ -313,7 +455,8 @@ fn a_damaged_state_is_never_restored() {
     target.expect_void("damaged");
 
     let target = super::tests::target();
-    let mut stream = target.greet();
+    let (mut stream, mut lanes) = target.arrive();
+    end_round(&mut lanes);
     stream
         .send_frame(FrameHeader::state(3), &[1, 2, 3])
         .unwrap();
@@ -329,16 +472,16 @@ fn a_damaged_state_is_never_restored() {
 #[test]
 fn a_source_that_breaks_off_leaves_nothing() {
     let target = target();
-    drop(target.greet());
+    drop(target.arrive());
     target.expect_void("connection");
 }
 
 #[test]
 fn a_frame_longer_than_the_limit_is_refused_before_it_is_read() {
     let target = target();
-    let mut stream = target.greet();
-    let mut header = FrameHeader::state(MAX_STATE_BYTES).encode();
+    let (_control, mut lanes) = target.arrive();
+    let mut header = FrameHeader::state(MAX_STATE_BYTES).encode(&[]);
     header[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
-    stream.socket().write_all(&header).unwrap();
+    lanes[0].write(&header).unwrap();
     target.expect_void("cannot have");
 }

@@ -1,9 +1,10 @@
 //! The driver's part in migrations: starting them, and every step that decides whether the guest may run.
 
 use super::*;
-use crate::machine::SavedMachine;
+use crate::machine::{SavedMachine, Throttle};
 use crate::migration::{HandOverError, SourceMachine, TargetMachine, ThisCpu};
 use godwit_wire::id::MigrationId;
+use godwit_wire::migration::MigrationToken;
 use std::time::Duration;
 
 impl Driver {
@@ -59,7 +60,12 @@ impl Driver {
             MigrationRole::Target,
             TargetHandOver::Filling,
         );
-        let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener));
+        let token = MigrationToken(
+            godwit_channel::pki::fresh_secret()
+                .map_err(|error| Problem::internal(error.to_string()))
+                .inspect_err(|_| self.drop_machine())?,
+        );
+        let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token.clone()));
         self.migration = Migration::Incoming(incoming.clone(), request.epoch);
         let facts = self.cpu()?;
         let machine = self.machine()?;
@@ -79,7 +85,7 @@ impl Driver {
             receive_machine(&incoming, &request, &cpu, &ram, &owner)
         })?;
         self.enter(VmmState::Incoming);
-        Ok(IncomingReady { address })
+        Ok(IncomingReady { address, token })
     }
 
     /// Starts to send the machine away.
@@ -447,6 +453,12 @@ const MACHINE_GONE: &str = "the machine is gone";
 impl SourceMachine for Owner {
     fn pause(&self) -> Result<Arrival, MachineError> {
         self.step(Driver::pause_for_hand_over)
+    }
+
+    fn throttle(&self) -> Option<Throttle> {
+        self.step(|driver| Ok(driver.machine.as_ref().map(Machine::throttle)))
+            .ok()
+            .flatten()
     }
 
     fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {

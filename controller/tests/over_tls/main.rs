@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod migration;
+
 use godwit_channel::CallError;
 use godwit_channel::pki::{HostRequest, Identity, JoinToken};
 use godwit_channel::tls::{self, TlsClient};

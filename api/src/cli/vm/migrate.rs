@@ -1,0 +1,73 @@
+//! `godwit vm migrate`.
+
+use super::act;
+use crate::cli::words::size;
+use crate::cli::{ChangeOptions, Failure, Session};
+use crate::resource::{Compression, MigrateVm, MigrationPolicy, Verify};
+use clap::Args;
+
+/// A move.
+#[derive(Debug, Args)]
+pub struct MigrateArgs {
+    /// Name or id.
+    vm: String,
+    /// Host to move it to; the best one when absent.
+    #[arg(long)]
+    to: Option<String>,
+    /// Longest time the guest may stand still.
+    #[arg(long, value_name = "MS")]
+    downtime_limit_ms: Option<u64>,
+    /// Most rounds of copying before it gives up.
+    #[arg(long)]
+    max_rounds: Option<u32>,
+    /// How the target proves that it holds everything.
+    #[arg(long, value_enum)]
+    verify: Option<Verify>,
+    /// Connections that carry pages, at most 16; the source chooses when absent.
+    #[arg(long)]
+    lanes: Option<u32>,
+    /// Most memory sent per second, such as 200M; no limit when absent.
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_bandwidth: Option<u64>,
+    /// Most of its time that the guest may be kept from running so that the copy catches up; 0 never slows it.
+    #[arg(long, value_name = "PERCENT")]
+    max_throttle: Option<u32>,
+    /// Whether pages are compressed.
+    #[arg(long, value_enum)]
+    compression: Option<Compression>,
+    /// The move ends, one way or the other, within this time.
+    #[arg(long, value_name = "SECONDS")]
+    deadline_s: Option<u64>,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
+pub(super) async fn migrate(session: &Session, arguments: MigrateArgs) -> Result<(), Failure> {
+    let MigrateArgs {
+        vm,
+        to,
+        downtime_limit_ms,
+        max_rounds,
+        verify,
+        lanes,
+        max_bandwidth,
+        max_throttle,
+        compression,
+        deadline_s,
+        change,
+    } = arguments;
+    let body = MigrateVm {
+        target: to,
+        policy: Some(MigrationPolicy {
+            downtime_limit_ms,
+            max_rounds,
+            verify,
+            lanes,
+            max_bandwidth_bytes_per_s: max_bandwidth,
+            max_throttle_percent: max_throttle,
+            compression,
+            deadline_s,
+        }),
+    };
+    act(session, &vm, "migrate", &body, change).await
+}

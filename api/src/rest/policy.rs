@@ -1,0 +1,167 @@
+//! What an operator asks of a migration, judged field by field.
+
+use crate::resource::{Compression, MigrationPolicy, Verify};
+use godwit_wire::migration::{self, MAX_LANES};
+use godwit_wire::problem::FieldProblem;
+
+/// Most of its time that a vCPU can be kept from running; at 100 the guest would stand still for good.
+const MAX_THROTTLE_PERCENT: u8 = 99;
+
+/// The policy with the usual values where nothing is asked, or everything that is wrong with it.
+pub(super) fn migration_policy(
+    asked: MigrationPolicy,
+) -> Result<migration::MigrationPolicy, Vec<FieldProblem>> {
+    let usual = migration::MigrationPolicy::default();
+    let mut found = Vec::new();
+    let policy = migration::MigrationPolicy {
+        downtime_limit_ms: positive(
+            &mut found,
+            "downtime_limit_ms",
+            asked.downtime_limit_ms,
+            "allow the guest at least 1 ms, or leave it out for the usual limit",
+        )
+        .unwrap_or(usual.downtime_limit_ms),
+        max_rounds: asked.max_rounds.unwrap_or(usual.max_rounds),
+        verify: match asked.verify {
+            None => usual.verify,
+            Some(Verify::Frames) => migration::Verify::Frames,
+            Some(Verify::WholeMemory) => migration::Verify::WholeMemory,
+        },
+        lanes: at_most(
+            &mut found,
+            "lanes",
+            asked.lanes,
+            MAX_LANES,
+            "use fewer lanes, or leave it out and the source chooses",
+        )
+        .unwrap_or(usual.lanes),
+        max_bandwidth_bytes_per_s: positive(
+            &mut found,
+            "max_bandwidth_bytes_per_s",
+            asked.max_bandwidth_bytes_per_s,
+            "allow some bandwidth, or leave it out for no limit",
+        ),
+        max_throttle_percent: at_most(
+            &mut found,
+            "max_throttle_percent",
+            asked.max_throttle_percent,
+            MAX_THROTTLE_PERCENT,
+            "let the guest run for some of the time; 0 never slows it",
+        )
+        .unwrap_or(usual.max_throttle_percent),
+        compression: match asked.compression {
+            None => usual.compression,
+            Some(Compression::Auto) => migration::Compression::Auto,
+            Some(Compression::Off) => migration::Compression::Off,
+        },
+        deadline_s: positive(
+            &mut found,
+            "deadline_s",
+            asked.deadline_s,
+            "allow at least 1 s, or leave it out for no deadline",
+        ),
+    };
+    if found.is_empty() {
+        Ok(policy)
+    } else {
+        Err(found)
+    }
+}
+
+fn positive(
+    found: &mut Vec<FieldProblem>,
+    field: &str,
+    asked: Option<u64>,
+    remedy: &str,
+) -> Option<u64> {
+    if asked == Some(0) {
+        let field = format!("policy.{field}");
+        found.push(FieldProblem::new(field, "0 is not more than 0", remedy));
+    }
+    asked
+}
+
+fn at_most(
+    found: &mut Vec<FieldProblem>,
+    field: &str,
+    asked: Option<u32>,
+    most: u8,
+    remedy: &str,
+) -> Option<u8> {
+    let asked = asked?;
+    match u8::try_from(asked) {
+        Ok(asked) if asked <= most => Some(asked),
+        _ => {
+            let problem = format!("{asked} is more than {most}");
+            found.push(FieldProblem::new(
+                format!("policy.{field}"),
+                problem,
+                remedy,
+            ));
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_asked_is_as_usual() {
+        assert_eq!(
+            migration_policy(MigrationPolicy::default()),
+            Ok(migration::MigrationPolicy::default())
+        );
+    }
+
+    #[test]
+    fn limits_that_are_just_within_reach_are_taken_as_they_are() {
+        let asked = MigrationPolicy {
+            downtime_limit_ms: Some(1),
+            max_rounds: Some(3),
+            verify: Some(Verify::WholeMemory),
+            lanes: Some(16),
+            max_bandwidth_bytes_per_s: Some(1),
+            max_throttle_percent: Some(99),
+            compression: Some(Compression::Off),
+            deadline_s: Some(1),
+        };
+        let policy = migration::MigrationPolicy {
+            downtime_limit_ms: 1,
+            max_rounds: 3,
+            verify: migration::Verify::WholeMemory,
+            lanes: 16,
+            max_bandwidth_bytes_per_s: Some(1),
+            max_throttle_percent: 99,
+            compression: migration::Compression::Off,
+            deadline_s: Some(1),
+        };
+        assert_eq!(migration_policy(asked), Ok(policy));
+    }
+
+    #[test]
+    fn every_limit_out_of_reach_is_named_with_its_remedy() {
+        let asked = MigrationPolicy {
+            downtime_limit_ms: Some(0),
+            lanes: Some(17),
+            max_bandwidth_bytes_per_s: Some(0),
+            max_throttle_percent: Some(300),
+            deadline_s: Some(0),
+            ..MigrationPolicy::default()
+        };
+        let found = migration_policy(asked).expect_err("five mistakes");
+        let told: String = found
+            .iter()
+            .map(|found| format!("{}: {}; {}\n", found.field, found.problem, found.remedy))
+            .collect();
+        expect_test::expect![[r#"
+            policy.downtime_limit_ms: 0 is not more than 0; allow the guest at least 1 ms, or leave it out for the usual limit
+            policy.lanes: 17 is more than 16; use fewer lanes, or leave it out and the source chooses
+            policy.max_bandwidth_bytes_per_s: 0 is not more than 0; allow some bandwidth, or leave it out for no limit
+            policy.max_throttle_percent: 300 is more than 99; let the guest run for some of the time; 0 never slows it
+            policy.deadline_s: 0 is not more than 0; allow at least 1 s, or leave it out for no deadline
+        "#]]
+        .assert_eq(&told);
+    }
+}

@@ -1,0 +1,132 @@
+//! A connection of a migration: TCP, or TLS on it.
+
+use super::stream::StreamError;
+use godwit_channel::tls::{MigrationTls, TlsError};
+use rustls::{ClientConnection, ServerConnection, StreamOwned};
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::time::{Duration, Instant};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Plaintext that rustls keeps back when the socket does not take it at once; frames are longer than its default.
+const TLS_BUFFER_BYTES: usize = 4 << 20;
+
+/// A connection to the other end.
+#[derive(Debug)]
+pub(super) enum Connection {
+    Plain(TcpStream),
+    Source(Box<StreamOwned<ClientConnection, TcpStream>>),
+    Target(Box<StreamOwned<ServerConnection, TcpStream>>),
+}
+
+impl Connection {
+    /// Reaches the target; with `tls` only the target of this very migration is believed.
+    pub(super) fn to_target(
+        target: SocketAddr,
+        tls: Option<&MigrationTls>,
+    ) -> Result<Self, StreamError> {
+        let socket = TcpStream::connect_timeout(&target, CONNECT_TIMEOUT)?;
+        prepare(&socket)?;
+        let Some(tls) = tls else {
+            return Ok(Self::Plain(socket));
+        };
+        let mut stream = Box::new(StreamOwned::new(tls.source()?, socket));
+        stream.conn.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
+        Ok(Self::Source(stream))
+    }
+
+    /// Takes a connection that came in; with `tls` it must be from the source of this very migration, and say so
+    /// before `deadline`.
+    pub(super) fn from_source(
+        socket: TcpStream,
+        tls: Option<&MigrationTls>,
+        deadline: Instant,
+    ) -> Result<Self, StreamError> {
+        prepare(&socket)?;
+        let Some(tls) = tls else {
+            return Ok(Self::Plain(socket));
+        };
+        let mut stream = Box::new(StreamOwned::new(tls.target()?, socket));
+        stream.conn.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        while stream.conn.is_handshaking() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::from(io::ErrorKind::TimedOut).into());
+            }
+            stream.sock.set_read_timeout(Some(left))?;
+            // One read at a time, so that a peer that trickles its bytes does not outlast the deadline.
+            if stream.conn.wants_write() {
+                stream.conn.write_tls(&mut stream.sock)?;
+            } else if stream.conn.read_tls(&mut stream.sock)? == 0 {
+                return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
+            } else {
+                stream
+                    .conn
+                    .process_new_packets()
+                    .map_err(TlsError::Rustls)?;
+            }
+        }
+        while stream.conn.wants_write() {
+            stream.conn.write_tls(&mut stream.sock)?;
+        }
+        tls.check_source(stream.conn.peer_certificates())?;
+        Ok(Self::Target(stream))
+    }
+
+    /// The socket below.
+    pub(super) fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(socket) => socket,
+            Self::Source(stream) => &stream.sock,
+            Self::Target(stream) => &stream.sock,
+        }
+    }
+}
+
+fn prepare(socket: &TcpStream) -> io::Result<()> {
+    use super::stream::{SILENCE_LIMIT, UNACKNOWLEDGED_LIMIT_MS};
+    use rustix::net::sockopt;
+    const KEEPALIVE_IDLE: Duration = Duration::from_secs(2);
+    const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
+    const KEEPALIVE_PROBES: u32 = 5;
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(SILENCE_LIMIT))?;
+    socket.set_write_timeout(Some(SILENCE_LIMIT))?;
+    sockopt::set_socket_keepalive(socket, true)?;
+    sockopt::set_tcp_keepidle(socket, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(socket, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(socket, KEEPALIVE_PROBES)?;
+    sockopt::set_tcp_user_timeout(socket, UNACKNOWLEDGED_LIMIT_MS)?;
+    Ok(())
+}
+
+impl Read for Connection {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.read(buffer),
+            Self::Source(stream) => stream.read(buffer),
+            Self::Target(stream) => stream.read(buffer),
+        }
+    }
+}
+
+impl Write for Connection {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(socket) => socket.write(bytes),
+            Self::Source(stream) => stream.write(bytes),
+            Self::Target(stream) => stream.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Self::Plain(socket) => socket.flush(),
+            Self::Source(stream) => stream.flush(),
+            Self::Target(stream) => stream.flush(),
+        }
+    }
+}

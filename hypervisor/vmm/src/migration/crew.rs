@@ -1,0 +1,115 @@
+//! The lanes of a source, each on a thread of its own, round after round.
+
+use super::lane::{Lane, PagesError};
+use super::round::Round;
+use std::net::TcpStream;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::Scope;
+use std::time::Duration;
+
+/// How often the crew's owner looks at a round under way.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Lanes at work.
+pub(super) struct Crew {
+    orders: Vec<Sender<Arc<Round>>>,
+    done: Receiver<Result<(), PagesError>>,
+    sockets: Vec<TcpStream>,
+}
+
+impl Crew {
+    /// Puts every lane on a thread. They end with the crew.
+    pub(super) fn start<'scope, 'env>(
+        scope: &'scope Scope<'scope, 'env>,
+        lanes: Vec<(Lane<'scope>, TcpStream)>,
+    ) -> Self {
+        let (report, done) = mpsc::channel();
+        let (mut orders, mut sockets) = (Vec::new(), Vec::new());
+        for (mut lane, socket) in lanes {
+            let (order, inbox) = mpsc::channel::<Arc<Round>>();
+            let report = report.clone();
+            scope.spawn(move || {
+                for round in inbox {
+                    let sent = lane.send(&round);
+                    if sent.is_err() {
+                        round.stop();
+                    }
+                    if report.send(sent).is_err() {
+                        break;
+                    }
+                }
+            });
+            orders.push(order);
+            sockets.push(socket);
+        }
+        Self {
+            orders,
+            done,
+            sockets,
+        }
+    }
+
+    /// Number of lanes.
+    pub(super) fn lanes(&self) -> usize {
+        self.orders.len()
+    }
+
+    /// Makes writes fail that take longer than `limit`.
+    pub(super) fn limit_writes(&self, limit: Duration) -> std::io::Result<()> {
+        self.sockets
+            .iter()
+            .try_for_each(|socket| socket.set_write_timeout(Some(limit)))
+    }
+
+    /// Sends a round; `observe` looks on now and then and may stop it.
+    pub(super) fn send(
+        &self,
+        round: Round,
+        mut observe: impl FnMut() -> ControlFlow<()>,
+    ) -> Result<(), PagesError> {
+        let round = Arc::new(round);
+        for order in &self.orders {
+            // A lane that has ended has said why.
+            let _ = order.send(round.clone());
+        }
+        let (mut left, mut outcome, mut called_off) = (self.orders.len(), Ok(()), false);
+        while left > 0 {
+            match self.done.recv_timeout(LOOK) {
+                Ok(sent) => {
+                    left -= 1;
+                    // The one that failed says why; the others were only stopped by it.
+                    if !called_off
+                        && matches!(outcome, Ok(()) | Err(PagesError::Stopped))
+                        && sent.is_err()
+                    {
+                        outcome = sent;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(PagesError::Stopped),
+            }
+            if left > 0 && !called_off && observe().is_break() {
+                called_off = true;
+                round.stop();
+                self.hang_up();
+                outcome = Err(PagesError::Stopped);
+            }
+        }
+        outcome
+    }
+
+    fn hang_up(&self) {
+        for socket in &self.sockets {
+            // It may be down already.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Crew {
+    fn drop(&mut self) {
+        self.hang_up();
+    }
+}

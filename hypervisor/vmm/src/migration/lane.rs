@@ -1,0 +1,223 @@
+//! One connection that carries pages to the target: content as it is or compressed, zeros as a count.
+
+use super::pace::Pace;
+use super::round::{Guest, Round, Tally};
+use super::squeeze::Squeeze;
+use super::stream::{FrameStream, StreamError};
+use crate::kvm::{DirtyLog, KvmError};
+use crate::memory::{GuestRam, RamError};
+use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameHeader, ToTarget};
+use godwit_wire::unit::PAGE_BYTES;
+use std::ops::Range;
+use std::time::Instant;
+
+const PAGE: usize = PAGE_BYTES as usize;
+/// Pages copied out of guest memory at a time (256 KiB): they stay in the CPU's cache until they are sent.
+const CHUNK_PAGES: u64 = 64;
+static ZERO_PAGE: [u8; PAGE] = [0; PAGE];
+
+/// Pages cannot be read or sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PagesError {
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The round was called off.
+    #[error("cancelled")]
+    Stopped,
+}
+
+/// A lane at the source.
+pub(super) struct Lane<'a> {
+    ram: &'a GuestRam,
+    log: &'a DirtyLog,
+    pace: &'a Pace,
+    tally: &'a Tally,
+    out: FrameStream,
+    /// Room for a header and a chunk.
+    buffer: Vec<u8>,
+    packed: Vec<u8>,
+    squeeze: Squeeze,
+    /// Memory known to have been touched; it stays so while the guest runs.
+    touched: Range<u64>,
+    /// Zero run that may still grow: (address, pages).
+    zeros: Option<(u64, u64)>,
+    pages: u64,
+}
+
+impl<'a> Lane<'a> {
+    pub(super) fn new(
+        out: FrameStream,
+        (ram, log): (&'a GuestRam, &'a DirtyLog),
+        pace: &'a Pace,
+        tally: &'a Tally,
+        squeeze: Squeeze,
+    ) -> Self {
+        let room = FRAME_HEADER_BYTES + CHUNK_PAGES as usize * PAGE;
+        Self {
+            ram,
+            log,
+            pace,
+            tally,
+            out,
+            buffer: vec![0; room],
+            packed: Vec::new(),
+            squeeze,
+            touched: 0..0,
+            zeros: None,
+            pages: 0,
+        }
+    }
+
+    /// Sends slices of `round` until none is left, and that this was all.
+    pub(super) fn send(&mut self, round: &Round) -> Result<(), PagesError> {
+        while let Some(slice) = round.take() {
+            let bitmap = &round.dirty[slice.slot];
+            if round.guest == Guest::Runs {
+                self.log.clear(slice.slot, bitmap, slice.pages.clone())?;
+            }
+            let start = self.log.slots()[slice.slot].guest_address;
+            for (first, pages) in bitmap.runs(slice.pages.clone()) {
+                self.send_run(round, start + first * PAGE_BYTES, pages)?;
+            }
+        }
+        self.flush_zeros(round.number)?;
+        let (round, pages) = (round.number, self.pages);
+        Ok(self.out.send(&ToTarget::EndOfRound { round, pages })?)
+    }
+
+    /// Sends the `pages` pages from `address` on; their dirty bits are clear by now, so whatever the guest writes
+    /// from here on is noted for the next round.
+    fn send_run(&mut self, round: &Round, address: u64, pages: u64) -> Result<(), PagesError> {
+        let end = address + pages * PAGE_BYTES;
+        let mut next = address;
+        while next < end {
+            if round.is_stopped() {
+                return Err(PagesError::Stopped);
+            }
+            if !self.touched.contains(&next) {
+                // Asked only now, behind the clearing: memory that is untouched at this moment is zero, and if it
+                // is touched later that is noted.
+                self.touched = self.ram.next_touched(next)?.unwrap_or(end..end);
+                let untouched = self.touched.start.min(end) - next;
+                if untouched > 0 {
+                    self.note_zeros(round.number, next, untouched / PAGE_BYTES)?;
+                    next += untouched;
+                    continue;
+                }
+            }
+            let stop = end
+                .min(self.touched.end)
+                .min(next + CHUNK_PAGES * PAGE_BYTES);
+            self.send_chunk(round.number, next, (stop - next) as usize)?;
+            next = stop;
+        }
+        Ok(())
+    }
+
+    /// Sends up to a chunk of touched pages, zero pages apart. They are copied first, so that a checksum is of what
+    /// is sent even if the guest writes meanwhile; the page is dirty again then and its next copy settles it.
+    fn send_chunk(&mut self, round: u32, address: u64, bytes: usize) -> Result<(), PagesError> {
+        let chunk = FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + bytes;
+        self.ram.read(address, &mut self.buffer[chunk.clone()])?;
+        let mut at = chunk.start;
+        while at < chunk.end {
+            let first = address + (at - chunk.start) as u64;
+            if self.is_zero(at) {
+                self.note_zeros(round, first, 1)?;
+                at += PAGE;
+                continue;
+            }
+            let mut stop = at + PAGE;
+            while stop < chunk.end && !self.is_zero(stop) {
+                stop += PAGE;
+            }
+            self.flush_zeros(round)?;
+            self.send_pages(round, first, at..stop)?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn is_zero(&self, at: usize) -> bool {
+        self.buffer[at..at + PAGE] == ZERO_PAGE
+    }
+
+    /// Sends the pages in `range` of the buffer. What stood before them there has been sent and gives room for the
+    /// header.
+    fn send_pages(
+        &mut self,
+        round: u32,
+        address: u64,
+        range: Range<usize>,
+    ) -> Result<(), PagesError> {
+        let pages = (range.len() / PAGE) as u32;
+        let raw = FrameHeader::pages(round, address, pages);
+        let begun = Instant::now();
+        let packed = self.squeeze.next().then(|| {
+            self.packed.resize(
+                FRAME_HEADER_BYTES + lz4_flex::block::get_maximum_output_size(range.len()),
+                0,
+            );
+            let room = &mut self.packed[FRAME_HEADER_BYTES..];
+            let length = lz4_flex::block::compress_into(&self.buffer[range.clone()], room)
+                .expect("there is room for the worst case");
+            self.squeeze
+                .compressed(range.len(), length, begun.elapsed());
+            length
+        });
+        let frame = match packed {
+            Some(length) if length < range.len() => {
+                let frame = &mut self.packed[..FRAME_HEADER_BYTES + length];
+                let (head, payload) = frame.split_at_mut(FRAME_HEADER_BYTES);
+                head.copy_from_slice(&raw.compressed(length as u32).encode(payload));
+                &*frame
+            }
+            _ => {
+                let frame = &mut self.buffer[range.start - FRAME_HEADER_BYTES..range.end];
+                let (head, payload) = frame.split_at_mut(FRAME_HEADER_BYTES);
+                head.copy_from_slice(&raw.encode(payload));
+                &*frame
+            }
+        };
+        self.pace.wait(frame.len());
+        let begun = Instant::now();
+        self.out.write(frame)?;
+        self.squeeze.sent(frame.len(), begun.elapsed());
+        self.pages += u64::from(pages);
+        self.tally.content(
+            u64::from(pages),
+            frame.len(),
+            FRAME_HEADER_BYTES + range.len(),
+        );
+        Ok(())
+    }
+
+    fn note_zeros(&mut self, round: u32, address: u64, pages: u64) -> Result<(), PagesError> {
+        match &mut self.zeros {
+            Some((start, run))
+                if *start + *run * PAGE_BYTES == address && *run + pages <= u64::from(u32::MAX) =>
+            {
+                *run += pages;
+            }
+            _ => {
+                self.flush_zeros(round)?;
+                self.zeros = Some((address, pages));
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_zeros(&mut self, round: u32) -> Result<(), PagesError> {
+        if let Some((address, pages)) = self.zeros.take() {
+            self.out
+                .send_frame(FrameHeader::zero(round, address, pages as u32), &[])?;
+            self.pages += pages;
+            self.tally.zeros(pages);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,187 @@
+//! One pass over dirty memory, shared out among the lanes.
+
+use crate::kvm::DirtyBitmap;
+use godwit_wire::migration::FRAME_HEADER_BYTES;
+use godwit_wire::unit::PAGE_BYTES;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+/// Dirty bits are cleared in multiples of this.
+const WORD_PAGES: u64 = 64;
+/// Most pages whose dirty bits are cleared together, just before they are copied (8 MiB).
+const MAX_SLICE_PAGES: u64 = 2048;
+/// Fewest while the guest runs: each clearing costs a system call that stops its vCPUs for a moment.
+const MIN_RUNNING_SLICE_PAGES: u64 = 512;
+/// Slices for each lane, so that all of them end at about the same time.
+const SLICES_PER_LANE: u64 = 16;
+
+/// Whether dirty bits are cleared while pages are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Guest {
+    /// It runs: what it writes from now on must be noted.
+    Runs,
+    /// It stands still: nothing can become dirty.
+    Paused,
+}
+
+/// A piece of one memory slot that has dirty pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Slice {
+    pub(super) slot: usize,
+    pub(super) pages: Range<u64>,
+}
+
+/// What is to be sent, and how far it is given out.
+#[derive(Debug)]
+pub(super) struct Round {
+    /// From 1.
+    pub(super) number: u32,
+    pub(super) guest: Guest,
+    pub(super) dirty: Vec<DirtyBitmap>,
+    slices: Vec<Slice>,
+    next: AtomicUsize,
+    stopped: AtomicBool,
+}
+
+impl Round {
+    pub(super) fn new(number: u32, guest: Guest, dirty: Vec<DirtyBitmap>, lanes: usize) -> Self {
+        let slices = slices(&dirty, guest, lanes as u64);
+        Self {
+            number,
+            guest,
+            dirty,
+            slices,
+            next: AtomicUsize::new(0),
+            stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// The next slice for whichever lane asks first.
+    pub(super) fn take(&self) -> Option<Slice> {
+        self.slices
+            .get(self.next.fetch_add(1, Ordering::Relaxed))
+            .cloned()
+    }
+
+    /// Bytes to send.
+    pub(super) fn bytes(&self) -> u64 {
+        bytes_of(&self.dirty)
+    }
+
+    /// Every lane breaks off.
+    pub(super) fn stop(&self) {
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Relaxed)
+    }
+}
+
+/// Bytes of dirty pages.
+pub(super) fn bytes_of(dirty: &[DirtyBitmap]) -> u64 {
+    dirty.iter().map(DirtyBitmap::count).sum::<u64>() * PAGE_BYTES
+}
+
+fn slices(dirty: &[DirtyBitmap], guest: Guest, lanes: u64) -> Vec<Slice> {
+    let total = bytes_of(dirty) / PAGE_BYTES;
+    let least = match guest {
+        Guest::Runs => MIN_RUNNING_SLICE_PAGES,
+        Guest::Paused => WORD_PAGES,
+    };
+    let wanted = (total / (lanes.max(1) * SLICES_PER_LANE)).clamp(least, MAX_SLICE_PAGES);
+    let step = wanted.next_multiple_of(WORD_PAGES);
+    let mut slices = Vec::new();
+    for (slot, bitmap) in dirty.iter().enumerate() {
+        for start in (0..bitmap.pages()).step_by(step as usize) {
+            let pages = start..(start + step).min(bitmap.pages());
+            if bitmap.runs(pages.clone()).next().is_some() {
+                slices.push(Slice { slot, pages });
+            }
+        }
+    }
+    slices
+}
+
+/// What all lanes have sent.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    content_pages: AtomicU64,
+    zero_pages: AtomicU64,
+    bytes: AtomicU64,
+    saved_bytes: AtomicU64,
+}
+
+/// A reading of a [`Tally`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) content_pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) bytes: u64,
+    pub(super) saved_bytes: u64,
+}
+
+impl Sent {
+    /// Pages of both kinds.
+    pub(super) const fn pages(&self) -> u64 {
+        self.content_pages + self.zero_pages
+    }
+}
+
+impl Tally {
+    /// Pages went in a frame of `bytes` that would have had `raw_bytes` without compression.
+    pub(super) fn content(&self, pages: u64, bytes: usize, raw_bytes: usize) {
+        self.content_pages.fetch_add(pages, Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.saved_bytes
+            .fetch_add(raw_bytes.saturating_sub(bytes) as u64, Ordering::Relaxed);
+    }
+
+    /// Pages went as a count.
+    pub(super) fn zeros(&self, pages: u64) {
+        self.zero_pages.fetch_add(pages, Ordering::Relaxed);
+        self.bytes
+            .fetch_add(FRAME_HEADER_BYTES as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self) -> Sent {
+        Sent {
+            content_pages: self.content_pages.load(Ordering::Relaxed),
+            zero_pages: self.zero_pages.load(Ordering::Relaxed),
+            bytes: self.bytes.load(Ordering::Relaxed),
+            saved_bytes: self.saved_bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_lanes_together_send_every_dirty_page_once(
+            words in prop::collection::vec(prop_oneof![Just(0), any::<u64>()], 1..200),
+            cut in 0u64..64,
+            lanes in 1usize..16,
+            runs in any::<bool>(),
+        ) {
+            let pages = words.len() as u64 * 64 - cut;
+            let bitmap = DirtyBitmap::new(words, pages);
+            let guest = if runs { Guest::Runs } else { Guest::Paused };
+            let round = Round::new(1, guest, vec![bitmap.clone()], lanes);
+            let mut sent = vec![0u8; pages as usize];
+            while let Some(slice) = round.take() {
+                prop_assert!(slice.pages.start.is_multiple_of(WORD_PAGES));
+                for (first, number) in bitmap.runs(slice.pages.clone()) {
+                    (first..first + number).for_each(|page| sent[page as usize] += 1);
+                }
+            }
+            for page in 0..pages {
+                let dirty = bitmap.runs(page..page + 1).next().is_some();
+                prop_assert_eq!(sent[page as usize], u8::from(dirty));
+            }
+        }
+    }
+}

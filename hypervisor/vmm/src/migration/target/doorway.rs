@@ -1,0 +1,262 @@
+//! Who is let in: connections are taken one after another and judged before anything they send is believed.
+
+use super::lanes::{Arrivals, Intake};
+use super::{Greeting, Session, TargetError};
+use crate::migration::connection::Connection;
+use crate::migration::stream::{FrameStream, StreamError, brief};
+use godwit_wire::id::MigrationId;
+use godwit_wire::machine::CpuMismatch;
+use godwit_wire::migration::{
+    MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION,
+    Stretch, ToSource, ToTarget, Verify,
+};
+use std::time::{Duration, Instant};
+
+/// How long whoever connects may take to say who it is; meanwhile the right one waits.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long all lanes may take to join.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Why a source is turned away before it sends anything.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+enum Refusal {
+    #[error(
+        "it speaks protocol versions {oldest} to {newest}, this end {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
+    )]
+    Version { oldest: u32, newest: u32 },
+    #[error("it requires {0}, which this end does not know")]
+    Capability(String),
+    #[error("this end waits for another migration")]
+    OtherMigration,
+    #[error("it does not know the token that was given out for this migration")]
+    WrongToken,
+    #[error("it wants {0} lanes, and there are 1 to {MAX_LANES}")]
+    Lanes(u8),
+    #[error("it is no lane that is waited for")]
+    NoSuchLane,
+    #[error("the VM, its epoch or its machine differ from what was announced")]
+    OtherMachine,
+    #[error(transparent)]
+    Cpu(CpuMismatch),
+    #[error("it names more touched memory than the machine has")]
+    Touched,
+    #[error("memory for the guest cannot be had: {0}")]
+    NoMemory(String),
+}
+
+/// What became of a connection: taken, turned away with a reason that it is still to hear, or broken.
+type Judged<T> = Result<Result<T, (FrameStream, Refusal)>, StreamError>;
+
+impl Session<'_> {
+    /// Takes connections until one is the expected source; the others are told why not and dropped.
+    pub(super) fn accept(&self) -> Result<Greeting, TargetError> {
+        while self.incoming.wanted() {
+            if let Some(greeting) =
+                self.take_one(|stream, deadline| self.greet(stream, deadline))?
+            {
+                return Ok(greeting);
+            }
+        }
+        Err(TargetError::Aborted("nobody waits for it any more".into()))
+    }
+
+    /// Takes connections until every lane has joined.
+    pub(super) fn join_lanes<'s>(
+        &'s self,
+        lanes: u8,
+        arrivals: &'s Arrivals,
+    ) -> Result<Vec<Intake<'s>>, TargetError> {
+        let mut joined: Vec<Option<FrameStream>> = (0..lanes).map(|_| None).collect();
+        let deadline = Instant::now() + JOIN_TIMEOUT;
+        while let Some(missing) = joined.iter().position(Option::is_none) {
+            if !self.incoming.wanted() {
+                return Err(TargetError::Aborted("nobody waits for it any more".into()));
+            }
+            self.wait_for_connection(deadline)?
+                .ok_or(TargetError::LanesMissing {
+                    joined: missing,
+                    expected: joined.len(),
+                })?;
+            let taken = self.take_one(|stream, deadline| self.join(stream, deadline, &joined))?;
+            if let Some((lane, stream)) = taken {
+                joined[lane] = Some(stream);
+            }
+        }
+        self.incoming.listener.close();
+        let streams = joined.into_iter().flatten().enumerate();
+        Ok(streams
+            .map(|(lane, stream)| Intake {
+                ram: self.ram,
+                arrivals,
+                lane,
+                stream,
+            })
+            .collect())
+    }
+
+    /// Waits for a connection that can be taken; `None` when none came before `deadline`.
+    fn wait_for_connection(&self, deadline: Instant) -> Result<Option<()>, TargetError> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: i64::from(left.subsec_nanos()),
+        };
+        let mut waiting = [PollFd::new(&*self.incoming.listener.0, PollFlags::IN)];
+        match poll(&mut waiting, Some(&timeout)) {
+            Ok(0) => Ok(None),
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Some(())),
+            Err(error) => Err(TargetError::Listen(error.into())),
+        }
+    }
+
+    /// Takes one connection and lets `judge` decide on it; whoever is turned away hears why.
+    fn take_one<T>(
+        &self,
+        judge: impl FnOnce(FrameStream, Instant) -> Judged<T>,
+    ) -> Result<Option<T>, TargetError> {
+        let accepted = self.incoming.listener.0.accept();
+        let (socket, peer) = accepted.map_err(TargetError::Listen)?;
+        let deadline = Instant::now() + HELLO_TIMEOUT;
+        let known = self.incoming.sockets.count();
+        let judged =
+            Connection::from_source(socket, self.tls.as_ref(), deadline).and_then(|connection| {
+                let stream = FrameStream::new(connection);
+                self.incoming.publish(&stream)?;
+                judge(stream, deadline)
+            });
+        match judged {
+            Ok(Ok(taken)) => return Ok(Some(taken)),
+            Ok(Err((mut stream, refusal))) => {
+                tracing::warn!(%peer, %refusal, "a migration connection was refused");
+                let reason = brief(&refusal.to_string());
+                // Whoever hangs up without listening has gone as it should.
+                let _ = stream.send(&ToSource::Refuse { reason });
+            }
+            Err(error) => {
+                tracing::warn!(%peer, %error, "a connection to the migration port was dropped")
+            }
+        }
+        self.incoming.sockets.keep(known);
+        Ok(None)
+    }
+
+    fn greet(&self, mut control: FrameStream, deadline: Instant) -> Judged<Greeting> {
+        let hello: ToTarget = control.receive_before(deadline)?;
+        control.limit_silence()?;
+        let judged = self.judge(&hello).and_then(|(verify, lanes, touched)| {
+            let populated = self.ram.populate_all(touched, &|| self.incoming.wanted());
+            populated
+                .map(|()| (verify, lanes))
+                .map_err(|error| Refusal::NoMemory(error.to_string()))
+        });
+        match judged {
+            Ok((verify, lanes)) => {
+                control.send(&ToSource::Accept {
+                    version: PROTOCOL_VERSION,
+                })?;
+                Ok(Ok(Greeting {
+                    control,
+                    verify,
+                    lanes,
+                }))
+            }
+            Err(refusal) => Ok(Err((control, refusal))),
+        }
+    }
+
+    fn join(
+        &self,
+        mut stream: FrameStream,
+        deadline: Instant,
+        joined: &[Option<FrameStream>],
+    ) -> Judged<(usize, FrameStream)> {
+        let ToTarget::Join {
+            migration,
+            token,
+            lane,
+        } = stream.receive_before(deadline)?
+        else {
+            return Ok(Err((stream, Refusal::NoSuchLane)));
+        };
+        stream.limit_silence()?;
+        if let Err(refusal) = self.know(migration, &token) {
+            return Ok(Err((stream, refusal)));
+        }
+        match joined.get(usize::from(lane)) {
+            Some(None) => {
+                // Between rounds a lane may have nothing to say for long; the control connection tells.
+                stream.wait_without_limit()?;
+                stream.send(&ToSource::Joined)?;
+                Ok(Ok((usize::from(lane), stream)))
+            }
+            _ => Ok(Err((stream, Refusal::NoSuchLane))),
+        }
+    }
+
+    fn know(&self, migration: MigrationId, token: &MigrationToken) -> Result<(), Refusal> {
+        if migration != self.request.migration {
+            return Err(Refusal::OtherMigration);
+        }
+        // The digests are compared, so that how long it takes tells nothing of the token.
+        let digest = |token: &MigrationToken| godwit_channel::pki::secret_digest(&token.0);
+        if digest(token) == digest(&self.incoming.token) {
+            Ok(())
+        } else {
+            Err(Refusal::WrongToken)
+        }
+    }
+
+    fn judge<'h>(&self, hello: &'h ToTarget) -> Result<(Verify, u8, &'h [Stretch]), Refusal> {
+        let ToTarget::Hello {
+            version,
+            oldest_version,
+            required,
+            migration,
+            token,
+            lanes,
+            vm,
+            epoch,
+            spec,
+            cpu,
+            guest_cpu,
+            verify,
+            touched,
+        } = hello
+        else {
+            return Err(Refusal::OtherMigration);
+        };
+        self.know(*migration, token)?;
+        if *oldest_version > PROTOCOL_VERSION || *version < OLDEST_PROTOCOL_VERSION {
+            return Err(Refusal::Version {
+                oldest: *oldest_version,
+                newest: *version,
+            });
+        }
+        if let Some(unknown) = required.first() {
+            return Err(Refusal::Capability(unknown.clone()));
+        }
+        if (*vm, *epoch, spec) != (self.request.vm, self.request.epoch, &self.request.spec) {
+            return Err(Refusal::OtherMachine);
+        }
+        if !(1..=MAX_LANES).contains(lanes) {
+            return Err(Refusal::Lanes(*lanes));
+        }
+        let ours = self.cpu;
+        ours.facts
+            .admits(spec.cpu, Some(&cpu.signature))
+            .map_err(Refusal::Cpu)?;
+        if let Some(guest_cpu) = guest_cpu {
+            guest_cpu
+                .can_go_on(&ours.guest, ours.scaling)
+                .map_err(Refusal::Cpu)?;
+        }
+        let pages = touched
+            .iter()
+            .fold(0, |sum: u64, stretch| sum.saturating_add(stretch.pages));
+        if touched.len() > MAX_TOUCHED_STRETCHES || pages > self.ram.size().pages() {
+            return Err(Refusal::Touched);
+        }
+        Ok((*verify, *lanes, touched))
+    }
+}

@@ -1,0 +1,200 @@
+//! The receiving ends of the lanes: pages go into guest memory as they come, each lane on a thread of its own.
+
+use super::TargetError;
+use crate::memory::GuestRam;
+use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
+use godwit_wire::migration::{
+    Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, MAX_FRAME_PAGES, ToTarget,
+};
+use godwit_wire::unit::PAGE_BYTES;
+use std::net::{Shutdown, TcpStream};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// What has arrived on all lanes.
+pub(super) struct Arrivals {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+struct Inner {
+    /// Last round that is whole, per lane.
+    rounds: Vec<u32>,
+    received: Received,
+    failed: Option<TargetError>,
+}
+
+/// Figures of what arrived.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Received {
+    pub(super) pages: u64,
+    pub(super) zero_pages: u64,
+    pub(super) bytes: u64,
+}
+
+impl Arrivals {
+    pub(super) fn new(lanes: usize) -> Self {
+        Self {
+            inner: Mutex::new(Inner {
+                rounds: vec![0; lanes],
+                received: Received::default(),
+                failed: None,
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// What has arrived so far.
+    pub(super) fn received(&self) -> Received {
+        self.lock().received
+    }
+
+    /// Why a lane gave up, if one did; asked for once.
+    pub(super) fn take_failure(&self) -> Option<TargetError> {
+        self.lock().failed.take()
+    }
+
+    /// Waits until `round` is whole on every lane; then `pages` must be there.
+    pub(super) fn wait_for(&self, round: u32, pages: u64) -> Result<(), TargetError> {
+        let deadline = Instant::now() + SILENCE_LIMIT;
+        let mut inner = self.lock();
+        while inner.rounds.iter().any(|whole| *whole < round) {
+            if let Some(failed) = inner.failed.take() {
+                return Err(failed);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(TargetError::RoundIncomplete(round));
+            }
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        if inner.received.pages == pages {
+            Ok(())
+        } else {
+            Err(TargetError::PagesMissing(inner.received.pages, pages))
+        }
+    }
+
+    fn note(&self, note: impl FnOnce(&mut Inner)) {
+        note(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One lane's receiving end.
+pub(super) struct Intake<'a> {
+    pub(super) ram: &'a GuestRam,
+    pub(super) arrivals: &'a Arrivals,
+    pub(super) lane: usize,
+    pub(super) stream: FrameStream,
+}
+
+impl Intake<'_> {
+    /// Takes pages until the lane ends. If it ends for a reason of its own, `control` is woken, whose owner asks why.
+    pub(super) fn run(mut self, control: &TcpStream) {
+        if let Err(error) = self.take_rounds() {
+            self.arrivals.note(|inner| {
+                inner.failed.get_or_insert(error);
+            });
+            // It may be down already.
+            let _ = control.shutdown(Shutdown::Read);
+        }
+    }
+
+    fn take_rounds(&mut self) -> Result<(), TargetError> {
+        let mut payload = vec![0; MAX_FRAME_PAGES as usize * PAGE_BYTES as usize];
+        let mut content = Vec::new();
+        let (mut round, mut pages) = (1, 0);
+        loop {
+            let announced = self.stream.announced()?;
+            let header = announced.header;
+            match header.kind {
+                FrameKind::Pages | FrameKind::Zero => {
+                    if header.round != round {
+                        return Err(TargetError::WrongRound {
+                            got: header.round,
+                            expected: round,
+                        });
+                    }
+                    // Judged before anything is read for it.
+                    self.check_place(&header)?;
+                    let payload = &mut payload[..header.length as usize];
+                    self.stream.read_payload(&announced, payload)?;
+                    self.store(&header, payload, &mut content)?;
+                    pages += u64::from(header.pages);
+                    self.count(&header);
+                }
+                FrameKind::Control => match self.stream.message(&announced)? {
+                    ToTarget::EndOfRound {
+                        round: ended,
+                        pages: sent,
+                    } if ended == round && sent == pages => {
+                        self.arrivals.note(|inner| inner.rounds[self.lane] = round);
+                        round += 1;
+                    }
+                    ToTarget::EndOfRound { pages: sent, .. } => {
+                        return Err(TargetError::PagesMissing(pages, sent));
+                    }
+                    other => {
+                        return Err(TargetError::OutOfTurn {
+                            got: other.name().into(),
+                            expected: "pages",
+                        });
+                    }
+                },
+                FrameKind::State => {
+                    return Err(StreamError::Unexpected {
+                        got: FrameKind::State,
+                        expected: "pages",
+                    }
+                    .into());
+                }
+            }
+        }
+    }
+
+    fn check_place(&self, header: &FrameHeader) -> Result<(), TargetError> {
+        let bytes = u64::from(header.pages) * PAGE_BYTES;
+        self.ram.slice(header.address, bytes)?;
+        Ok(())
+    }
+
+    fn store(
+        &self,
+        header: &FrameHeader,
+        payload: &[u8],
+        content: &mut Vec<u8>,
+    ) -> Result<(), TargetError> {
+        match (header.kind, header.codec) {
+            (FrameKind::Zero, _) => self.ram.discard(header.address, u64::from(header.pages))?,
+            (_, Codec::Raw) => self.ram.write(header.address, payload)?,
+            (_, Codec::Lz4) => {
+                let bytes = header.pages as usize * PAGE_BYTES as usize;
+                content.resize(bytes, 0);
+                let unpacked = lz4_flex::block::decompress_into(payload, content);
+                if unpacked.ok() != Some(bytes) {
+                    return Err(TargetError::BadCompression);
+                }
+                self.ram.write(header.address, content)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&self, header: &FrameHeader) {
+        let received = &mut self.arrivals.lock().received;
+        received.pages += u64::from(header.pages);
+        if header.kind == FrameKind::Zero {
+            received.zero_pages += u64::from(header.pages);
+        }
+        received.bytes += FRAME_HEADER_BYTES as u64 + u64::from(header.length);
+    }
+}

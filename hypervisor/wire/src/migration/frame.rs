@@ -1,0 +1,303 @@
+//! The fixed header of every frame, and its checksum.
+
+use super::{FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_STATE_BYTES};
+use crate::unit::PAGE_BYTES;
+
+/// What a frame carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum FrameKind {
+    /// One JSON control message.
+    Control = 1,
+    /// `pages` consecutive pages of content from `address` on.
+    Pages = 2,
+    /// `pages` consecutive pages of zeros from `address` on; no payload.
+    Zero = 3,
+    /// The device and vCPU state (CBOR).
+    State = 4,
+}
+
+/// How a page frame's payload is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Codec {
+    /// As it is in memory.
+    Raw = 0,
+    /// One LZ4 block.
+    Lz4 = 1,
+}
+
+/// Fixed header of every frame, little-endian: magic u32, kind u16, codec u16, pages u32, length u32, address u64,
+/// round u32, checksum u32 (CRC32C of the header before it and of the payload).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameHeader {
+    /// What follows.
+    pub kind: FrameKind,
+    /// How the payload is written; anything but raw only for pages.
+    pub codec: Codec,
+    /// Number of pages, for page frames.
+    pub pages: u32,
+    /// Bytes of payload behind the header.
+    pub length: u32,
+    /// Guest physical address of the first page, for page frames.
+    pub address: u64,
+    /// Round that the pages belong to, from 1; 0 for what is no page frame.
+    pub round: u32,
+}
+
+/// A header that no correct peer sends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    /// Not a Godwit migration stream, or out of step.
+    #[error("frame starts with {0:#010x} instead of the magic")]
+    BadMagic(u32),
+    /// A kind or codec of some other version.
+    #[error("unknown frame kind {kind} with codec {codec}")]
+    Unknown {
+        /// Kind on the wire.
+        kind: u16,
+        /// Codec on the wire.
+        codec: u16,
+    },
+    /// The length does not fit the kind.
+    #[error("a frame of kind {kind:?} with {pages} pages cannot have {length} bytes")]
+    BadLength {
+        /// Kind on the wire.
+        kind: FrameKind,
+        /// Pages on the wire.
+        pages: u32,
+        /// Length on the wire.
+        length: u32,
+    },
+    /// The address is not the start of a page.
+    #[error("page frame at {0:#x}, which is not a page boundary")]
+    Unaligned(u64),
+    /// Only page frames belong to a round.
+    #[error("a frame of kind {kind:?} cannot belong to round {round}")]
+    BadRound {
+        /// Kind on the wire.
+        kind: FrameKind,
+        /// Round on the wire.
+        round: u32,
+    },
+    /// What arrived is not what was sent.
+    #[error("a frame arrived damaged: its checksum is {found:#010x} and should be {sent:#010x}")]
+    Damaged {
+        /// In the header.
+        sent: u32,
+        /// Of what arrived.
+        found: u32,
+    },
+}
+
+/// CRC32C of a frame: of its header up to the checksum, and of its payload.
+pub fn checksum(header: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&header[..CHECKSUM_AT]), payload)
+}
+
+const CHECKSUM_AT: usize = FRAME_HEADER_BYTES - 4;
+
+impl FrameHeader {
+    const fn plain(kind: FrameKind, length: u32) -> Self {
+        Self {
+            kind,
+            codec: Codec::Raw,
+            pages: 0,
+            length,
+            address: 0,
+            round: 0,
+        }
+    }
+
+    /// Header of a control message of `length` bytes.
+    pub const fn control(length: u32) -> Self {
+        Self::plain(FrameKind::Control, length)
+    }
+
+    /// Header of a machine state of `length` bytes.
+    pub const fn state(length: u32) -> Self {
+        Self::plain(FrameKind::State, length)
+    }
+
+    /// Header of `pages` pages of content from `address` on.
+    pub const fn pages(round: u32, address: u64, pages: u32) -> Self {
+        Self {
+            kind: FrameKind::Pages,
+            codec: Codec::Raw,
+            pages,
+            length: pages * PAGE_BYTES as u32,
+            address,
+            round,
+        }
+    }
+
+    /// The same pages in `length` bytes of LZ4.
+    pub const fn compressed(self, length: u32) -> Self {
+        Self {
+            codec: Codec::Lz4,
+            length,
+            ..self
+        }
+    }
+
+    /// Header of `pages` pages of zeros from `address` on.
+    pub const fn zero(round: u32, address: u64, pages: u32) -> Self {
+        Self {
+            kind: FrameKind::Zero,
+            codec: Codec::Raw,
+            pages,
+            length: 0,
+            address,
+            round,
+        }
+    }
+
+    /// The bytes on the wire in front of `payload`.
+    pub fn encode(&self, payload: &[u8]) -> [u8; FRAME_HEADER_BYTES] {
+        let mut out = [0; FRAME_HEADER_BYTES];
+        out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
+        out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        out[6..8].copy_from_slice(&(self.codec as u16).to_le_bytes());
+        out[8..12].copy_from_slice(&self.pages.to_le_bytes());
+        out[12..16].copy_from_slice(&self.length.to_le_bytes());
+        out[16..24].copy_from_slice(&self.address.to_le_bytes());
+        out[24..28].copy_from_slice(&self.round.to_le_bytes());
+        let sum = checksum(&out, payload);
+        out[CHECKSUM_AT..].copy_from_slice(&sum.to_le_bytes());
+        out
+    }
+
+    /// Judges the payload that came behind the header of these bytes.
+    pub fn verify(bytes: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> Result<(), FrameError> {
+        let [.., a, b, c, d] = *bytes;
+        let (sent, found) = (u32::from_le_bytes([a, b, c, d]), checksum(bytes, payload));
+        if sent == found {
+            Ok(())
+        } else {
+            Err(FrameError::Damaged { sent, found })
+        }
+    }
+
+    /// Reads and judges a header; whatever it returns is bounded by the limits of this module. The checksum covers
+    /// the payload too and is judged by [`Self::verify`].
+    pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Self, FrameError> {
+        let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
+        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
+        let magic = u32_at(0);
+        if magic != FRAME_MAGIC {
+            return Err(FrameError::BadMagic(magic));
+        }
+        let (kind, codec) = match (u16_at(4), u16_at(6)) {
+            (1, 0) => (FrameKind::Control, Codec::Raw),
+            (2, 0) => (FrameKind::Pages, Codec::Raw),
+            (2, 1) => (FrameKind::Pages, Codec::Lz4),
+            (3, 0) => (FrameKind::Zero, Codec::Raw),
+            (4, 0) => (FrameKind::State, Codec::Raw),
+            (kind, codec) => return Err(FrameError::Unknown { kind, codec }),
+        };
+        let (pages, length, round) = (u32_at(8), u32_at(12), u32_at(24));
+        let address = u64::from(u32_at(16)) | u64::from(u32_at(20)) << 32;
+        let whole = || pages * PAGE_BYTES as u32;
+        let fits = match (kind, codec) {
+            (FrameKind::Control, _) => pages == 0 && length <= MAX_CONTROL_BYTES,
+            (FrameKind::State, _) => pages == 0 && length <= MAX_STATE_BYTES,
+            (FrameKind::Pages, Codec::Raw) => {
+                (1..=MAX_FRAME_PAGES).contains(&pages) && length == whole()
+            }
+            (FrameKind::Pages, Codec::Lz4) => {
+                (1..=MAX_FRAME_PAGES).contains(&pages) && (1..whole()).contains(&length)
+            }
+            (FrameKind::Zero, _) => pages >= 1 && length == 0,
+        };
+        if !fits {
+            return Err(FrameError::BadLength {
+                kind,
+                pages,
+                length,
+            });
+        }
+        if !address.is_multiple_of(PAGE_BYTES) {
+            return Err(FrameError::Unaligned(address));
+        }
+        let in_a_round = matches!(kind, FrameKind::Pages | FrameKind::Zero);
+        if in_a_round == (round == 0) {
+            return Err(FrameError::BadRound { kind, round });
+        }
+        Ok(Self {
+            kind,
+            codec,
+            pages,
+            length,
+            address,
+            round,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn headers_survive_the_wire() {
+        for header in [
+            FrameHeader::control(17),
+            FrameHeader::pages(1, 0x1000, 256),
+            FrameHeader::pages(2, 0x1000, 2).compressed(77),
+            FrameHeader::zero(1, 0x1_0000_0000, 70_000),
+            FrameHeader::state(5),
+        ] {
+            assert_eq!(FrameHeader::decode(&header.encode(&[])), Ok(header));
+        }
+    }
+
+    #[test]
+    fn one_flipped_bit_is_noticed_in_header_and_payload() {
+        let (header, mut payload) = (FrameHeader::control(3), *b"abc");
+        let mut bytes = header.encode(&payload);
+        assert_eq!(FrameHeader::verify(&bytes, &payload), Ok(()));
+        payload[1] ^= 4;
+        assert!(FrameHeader::verify(&bytes, &payload).is_err());
+        payload[1] ^= 4;
+        bytes[9] ^= 1;
+        assert!(FrameHeader::verify(&bytes, &payload).is_err());
+    }
+
+    #[test]
+    fn the_wire_form_of_a_page_frame_is_fixed() {
+        expect_test::expect!["47574d32020000000300000000300000002000000000000007000000a5e81adc"]
+            .assert_eq(
+                &FrameHeader::pages(7, 0x2000, 3)
+                    .encode(b"payload")
+                    .iter()
+                    .map(|byte| format!("{byte:02x}"))
+                    .collect::<String>(),
+            );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_a_bounded_header_or_an_error(bytes in prop::array::uniform32(any::<u8>())) {
+            if let Ok(header) = FrameHeader::decode(&bytes) {
+                prop_assert!(header.length <= MAX_STATE_BYTES);
+                prop_assert_eq!(&header.encode(&[])[..CHECKSUM_AT], &bytes[..CHECKSUM_AT]);
+            }
+        }
+
+        #[test]
+        fn no_header_with_the_magic_allows_an_unbounded_payload(
+            kind in 0u16..6, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
+        ) {
+            let mut bytes = [0; FRAME_HEADER_BYTES];
+            bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
+            bytes[4..6].copy_from_slice(&kind.to_le_bytes());
+            bytes[8..12].copy_from_slice(&pages.to_le_bytes());
+            bytes[12..16].copy_from_slice(&length.to_le_bytes());
+            bytes[16..24].copy_from_slice(&address.to_le_bytes());
+            if let Ok(header) = FrameHeader::decode(&bytes) {
+                prop_assert!(header.length <= MAX_STATE_BYTES);
+            }
+        }
+    }
+}
