@@ -105,7 +105,18 @@ impl Lab {
         let mut outcomes = Vec::new();
         for scenario in scenarios {
             let started = Instant::now();
-            let result = self.run_one(scenario, &mut pool).await;
+            let mut result = self.run_one(scenario, &mut pool).await;
+            if result.is_err()
+                && let Some(crash) = self.emulator_crash()
+            {
+                // The product cannot be judged on hosts whose CPUs vanished under them.
+                eprintln!(
+                    "lab: {}: the emulator itself crashed, so it runs once more on a fresh pool: {crash}",
+                    scenario.name
+                );
+                pool = None;
+                result = self.run_one(scenario, &mut pool).await;
+            }
             let took = started.elapsed();
             match &result {
                 Ok(()) => eprintln!(
@@ -133,6 +144,20 @@ impl Lab {
             });
         }
         outcomes
+    }
+
+    /// What QEMU said when it ended by one of its own assertions, in the latest pool.
+    fn emulator_crash(&self) -> Option<String> {
+        let logs = self.logs.join(format!("pool-{}", self.pools));
+        let mut entries = fs::read_dir(logs).ok()?.flatten();
+        entries.find_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            let said = fs::read_to_string(entry.path()).ok()?;
+            let assertion = said
+                .lines()
+                .find(|line| line.contains("Assertion") && line.contains("failed"))?;
+            name.ends_with(".qemu.log").then(|| assertion.to_owned())
+        })
     }
 
     async fn run_one(
