@@ -249,7 +249,21 @@ impl Machine {
 
     /// Stops all vCPUs where their state can be read, if they get there soon; else where they are.
     fn stop_vcpus(&self) -> Result<(), MachineError> {
-        self.interrupt_vcpus()?;
+        let stopped = self.interrupt_vcpus().and_then(|()| self.settle());
+        if stopped.is_err() {
+            // Some have stopped and some have not: none may be left behind in between. One that never stopped finds
+            // nothing new in being told to run.
+            self.gate.stop.store(false, Ordering::SeqCst);
+            for vcpu in &self.vcpus {
+                if let Err(error) = vcpu.run() {
+                    tracing::error!(%error, "a vCPU does not go on");
+                }
+            }
+        }
+        stopped
+    }
+
+    fn settle(&self) -> Result<(), MachineError> {
         for attempt in 1..=MAX_SETTLING {
             let unsettled = self.unsettled()?;
             if unsettled.is_empty() {
@@ -292,13 +306,7 @@ impl Machine {
             .iter()
             .map(|vcpu| vcpu.call(|_| ()))
             .collect::<Result<Vec<_>, _>>()?;
-        let stopped = answers.into_iter().try_for_each(super::vcpu::Answer::wait);
-        if stopped.is_err() {
-            // Some have stopped and some have not: none may be left behind in between.
-            self.gate.stop.store(false, Ordering::SeqCst);
-            self.vcpus.iter().try_for_each(Vcpu::run)?;
-        }
-        stopped
+        answers.into_iter().try_for_each(super::vcpu::Answer::wait)
     }
 
     /// Saves everything but memory, and when guest time was sampled. The machine must be paused. Devices may write

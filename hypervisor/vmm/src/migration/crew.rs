@@ -4,6 +4,7 @@ use super::lane::{Lane, PagesError};
 use super::round::Round;
 use std::net::TcpStream;
 use std::ops::ControlFlow;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::Scope;
@@ -32,7 +33,9 @@ impl Crew {
             let report = report.clone();
             scope.spawn(move || {
                 for round in inbox {
-                    let sent = lane.send(&round);
+                    // A lane that panics must still be counted, or its owner waits for it for ever.
+                    let sent = catch_unwind(AssertUnwindSafe(|| lane.send(&round)))
+                        .unwrap_or(Err(PagesError::Stopped));
                     if sent.is_err() {
                         round.stop();
                     }

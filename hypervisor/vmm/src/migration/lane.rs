@@ -112,7 +112,7 @@ impl<'a> Lane<'a> {
             let stop = end
                 .min(self.touched.end)
                 .min(next + CHUNK_PAGES * PAGE_BYTES);
-            self.send_chunk(round.number, next, (stop - next) as usize)?;
+            self.send_chunk(round, next, (stop - next) as usize)?;
             next = stop;
         }
         Ok(())
@@ -120,14 +120,14 @@ impl<'a> Lane<'a> {
 
     /// Sends up to a chunk of touched pages, zero pages apart. They are copied first, so that a checksum is of what
     /// is sent even if the guest writes meanwhile; the page is dirty again then and its next copy settles it.
-    fn send_chunk(&mut self, round: u32, address: u64, bytes: usize) -> Result<(), PagesError> {
+    fn send_chunk(&mut self, round: &Round, address: u64, bytes: usize) -> Result<(), PagesError> {
         let chunk = FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + bytes;
         self.ram.read(address, &mut self.buffer[chunk.clone()])?;
         let mut at = chunk.start;
         while at < chunk.end {
             let first = address + (at - chunk.start) as u64;
             if self.is_zero(at) {
-                self.note_zeros(round, first, 1)?;
+                self.note_zeros(round.number, first, 1)?;
                 at += PAGE;
                 continue;
             }
@@ -135,7 +135,7 @@ impl<'a> Lane<'a> {
             while stop < chunk.end && !self.is_zero(stop) {
                 stop += PAGE;
             }
-            self.flush_zeros(round)?;
+            self.flush_zeros(round.number)?;
             self.send_pages(round, first, at..stop)?;
             at = stop;
         }
@@ -150,12 +150,12 @@ impl<'a> Lane<'a> {
     /// header.
     fn send_pages(
         &mut self,
-        round: u32,
+        round: &Round,
         address: u64,
         range: Range<usize>,
     ) -> Result<(), PagesError> {
         let pages = (range.len() / PAGE) as u32;
-        let raw = FrameHeader::pages(round, address, pages);
+        let raw = FrameHeader::pages(round.number, address, pages);
         let begun = Instant::now();
         let packed = self.squeeze.next().then(|| {
             self.packed.resize(
@@ -183,7 +183,10 @@ impl<'a> Lane<'a> {
                 &*frame
             }
         };
-        self.pace.wait(frame.len());
+        self.pace.wait(frame.len(), || round.is_stopped());
+        if round.is_stopped() {
+            return Err(PagesError::Stopped);
+        }
         let begun = Instant::now();
         self.out.write(frame)?;
         self.squeeze.sent(frame.len(), begun.elapsed());

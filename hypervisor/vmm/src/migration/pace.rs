@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 /// Time that was not used is not saved up beyond this, so that a pause is not followed by a burst.
 const BURST: Duration = Duration::from_millis(20);
 
+/// How soon a lane that waits notices that its round was called off.
+const LOOK: Duration = Duration::from_millis(20);
+
 /// Says when the next bytes may go. Shared by all lanes.
 #[derive(Debug)]
 pub(super) struct Pace {
@@ -24,10 +27,19 @@ impl Pace {
         }
     }
 
-    /// Waits until `bytes` more may go.
-    pub(super) fn wait(&self, bytes: usize) {
-        if let Some(wait) = self.grant(bytes, self.began.elapsed()) {
-            std::thread::sleep(wait);
+    /// Waits until `bytes` more may go, or until `stopped` says that they need not.
+    pub(super) fn wait(&self, bytes: usize, stopped: impl Fn() -> bool) {
+        let Some(wait) = self.grant(bytes, self.began.elapsed()) else {
+            return;
+        };
+        let until = Instant::now() + wait;
+        while !stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            // Time itself is what is waited for.
+            std::thread::sleep(left.min(LOOK));
         }
     }
 

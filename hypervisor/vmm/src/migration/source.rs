@@ -151,6 +151,8 @@ enum SourceError {
         blackout_ms: u128,
         deadline_s: u64,
     },
+    #[error("round {round} was still under way after {deadline_s} s, the deadline")]
+    RoundTooLong { round: u32, deadline_s: u64 },
     #[error(transparent)]
     Machine(#[from] MachineError),
     #[error(transparent)]
@@ -267,10 +269,10 @@ impl Session<'_> {
     /// than the broken connection that was noticed first.
     fn hear_why(&self, control: &mut FrameStream, error: SourceError) -> SourceError {
         let broken = matches!(error, SourceError::Stream(StreamError::Io(_)));
-        if !broken || control.limit_reads(LAST_WORDS).is_err() {
+        if !broken {
             return error;
         }
-        match control.receive() {
+        match control.receive_before(Instant::now() + LAST_WORDS) {
             Ok(ToSource::Abort { reason }) => SourceError::Aborted(reason),
             _ => error,
         }
@@ -410,6 +412,7 @@ impl Session<'_> {
         }
         let patience = self.patience();
         crew.limit_writes(patience).map_err(StreamError::from)?;
+        control.limit_writes(patience).map_err(StreamError::from)?;
         let round = Round::new(rest.round + 1, Guest::Paused, last, crew.lanes());
         self.send_round((crew, tally), round, Some(since + patience))?;
         let mut state = Vec::new();
@@ -417,10 +420,14 @@ impl Session<'_> {
             .map_err(|error| SourceError::Encode(error.to_string()))?;
         let state_hash = format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&state));
         control.send_frame(FrameHeader::state(state.len() as u32), &state)?;
-        let memory_hash = match self.request.policy.verify {
+        let verify = self.request.policy.verify;
+        let memory_hash = match verify {
             Verify::Frames => None,
             Verify::WholeMemory => Some(self.ram.hash().map_err(MachineError::from)?),
         };
+        if since.elapsed() > patience && verify == Verify::Frames {
+            return Err(self.blackout_too_long());
+        }
         // From here on the target may become whole, so this end must not run the guest by itself.
         self.ledger.step(
             SourceHandOver::done_sent,
@@ -469,7 +476,9 @@ impl Session<'_> {
         for number in 1.. {
             let (began, before) = (Instant::now(), tally.read());
             let round = Round::new(number, Guest::Runs, dirty, crew.lanes());
-            self.send_round((crew, tally), round, None)?;
+            let deadline = policy.deadline_s.map(Duration::from_secs);
+            let deadline = deadline.and_then(|limit| self.started.checked_add(limit));
+            self.send_round((crew, tally), round, deadline)?;
             let sent = tally.read();
             control.send(&ToTarget::EndOfRound {
                 round: number,
@@ -569,7 +578,7 @@ impl Session<'_> {
         deadline: Option<Instant>,
     ) -> Result<(), SourceError> {
         let (began, before) = (Instant::now(), tally.read());
-        let (number, planned) = (round.number, round.bytes());
+        let (number, guest, planned) = (round.number, round.guest, round.bytes());
         let note = |sent: Sent| {
             let done = (sent.pages() - before.pages()) * PAGE_BYTES;
             self.ledger.progress(|progress| {
@@ -594,11 +603,19 @@ impl Session<'_> {
             ControlFlow::Continue(())
         });
         note(tally.read());
-        match result {
-            Err(PagesError::Stopped) if late() => Err(SourceError::BlackoutTooLong {
-                limit_ms: self.request.policy.downtime_limit_ms,
+        match (result, guest) {
+            (Err(PagesError::Stopped), Guest::Paused) if late() => Err(self.blackout_too_long()),
+            (Err(PagesError::Stopped), Guest::Runs) if late() => Err(SourceError::RoundTooLong {
+                round: number,
+                deadline_s: self.request.policy.deadline_s.unwrap_or_default(),
             }),
-            result => Ok(result?),
+            (result, _) => Ok(result?),
+        }
+    }
+
+    const fn blackout_too_long(&self) -> SourceError {
+        SourceError::BlackoutTooLong {
+            limit_ms: self.request.policy.downtime_limit_ms,
         }
     }
 
@@ -648,8 +665,8 @@ impl Session<'_> {
                     .step(SourceHandOver::gone, MigrationPhase::Completed, None)
                     .is_ok()
                 {
-                    tracing::info!(migration = %self.request.migration, downtime_us, %epoch, parts = ?dark.parts, "the guest runs at the target");
                     machine.gone();
+                    tracing::info!(migration = %self.request.migration, downtime_us, %epoch, parts = ?dark.parts, "the guest runs at the target");
                 }
             }
             Ok(Some(Epoch(epoch))) => {

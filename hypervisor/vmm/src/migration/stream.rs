@@ -84,6 +84,11 @@ impl FrameStream {
         self.connection.socket().set_read_timeout(None)
     }
 
+    /// Makes writes fail that wait longer than `limit`.
+    pub(super) fn limit_writes(&self, limit: Duration) -> io::Result<()> {
+        self.connection.socket().set_write_timeout(Some(limit))
+    }
+
     /// Makes reads fail that wait longer than `limit`.
     pub(super) fn limit_reads(&self, limit: Duration) -> io::Result<()> {
         self.connection.socket().set_read_timeout(Some(limit))

@@ -170,6 +170,8 @@ enum TargetError {
     PagesMissing(u64, u64),
     #[error("not every lane had ended round {0} in time")]
     RoundIncomplete(u32),
+    #[error("a lane ended before round {0} was whole")]
+    LaneEnded(u32),
     #[error("pages of round {got} came in round {expected}")]
     WrongRound { got: u32, expected: u32 },
     #[error("compressed pages cannot be unpacked")]

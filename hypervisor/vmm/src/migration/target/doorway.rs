@@ -97,16 +97,21 @@ impl Session<'_> {
     /// Waits for a connection that can be taken; `None` when none came before `deadline`.
     fn wait_for_connection(&self, deadline: Instant) -> Result<Option<()>, TargetError> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout = Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: i64::from(left.subsec_nanos()),
-        };
-        let mut waiting = [PollFd::new(&*self.incoming.listener.0, PollFlags::IN)];
-        match poll(&mut waiting, Some(&timeout)) {
-            Ok(0) => Ok(None),
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(Some(())),
-            Err(error) => Err(TargetError::Listen(error.into())),
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(None);
+            }
+            let timeout = Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            };
+            let mut waiting = [PollFd::new(&*self.incoming.listener.0, PollFlags::IN)];
+            match poll(&mut waiting, Some(&timeout)) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => {}
+                Ok(_) => return Ok(Some(())),
+                Err(error) => return Err(TargetError::Listen(error.into())),
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use godwit_wire::migration::{
     Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, MAX_FRAME_PAGES, ToTarget,
 };
 use godwit_wire::unit::PAGE_BYTES;
+use std::io::ErrorKind;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -22,6 +23,8 @@ struct Inner {
     rounds: Vec<u32>,
     received: Received,
     failed: Option<TargetError>,
+    /// Whether a lane has ended between rounds, as all do when the source is done with them.
+    ended: bool,
 }
 
 /// Figures of what arrived.
@@ -39,6 +42,7 @@ impl Arrivals {
                 rounds: vec![0; lanes],
                 received: Received::default(),
                 failed: None,
+                ended: false,
             }),
             changed: Condvar::new(),
         }
@@ -61,6 +65,9 @@ impl Arrivals {
         while inner.rounds.iter().any(|whole| *whole < round) {
             if let Some(failed) = inner.failed.take() {
                 return Err(failed);
+            }
+            if inner.ended {
+                return Err(TargetError::LaneEnded(round));
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -99,8 +106,14 @@ pub(super) struct Intake<'a> {
 
 impl Intake<'_> {
     /// Takes pages until the lane ends. If it ends for a reason of its own, `control` is woken, whose owner asks why.
+    ///
+    /// A lane that ends between rounds has done its part: the source ends them all when everything is sent, which may
+    /// be seen here before what it sent on the control connection.
     pub(super) fn run(mut self, control: &TcpStream) {
         if let Err(error) = self.take_rounds() {
+            if matches!(error, TargetError::LaneEnded(_)) {
+                return self.arrivals.note(|inner| inner.ended = true);
+            }
             self.arrivals.note(|inner| {
                 inner.failed.get_or_insert(error);
             });
@@ -112,9 +125,16 @@ impl Intake<'_> {
     fn take_rounds(&mut self) -> Result<(), TargetError> {
         let mut payload = vec![0; MAX_FRAME_PAGES as usize * PAGE_BYTES as usize];
         let mut content = Vec::new();
-        let (mut round, mut pages) = (1, 0);
+        let (mut round, mut pages, mut pages_before) = (1, 0, 0);
         loop {
-            let announced = self.stream.announced()?;
+            let announced = match self.stream.announced() {
+                Err(StreamError::Io(error))
+                    if error.kind() == ErrorKind::UnexpectedEof && pages == pages_before =>
+                {
+                    return Err(TargetError::LaneEnded(round));
+                }
+                announced => announced?,
+            };
             let header = announced.header;
             match header.kind {
                 FrameKind::Pages | FrameKind::Zero => {
@@ -138,7 +158,7 @@ impl Intake<'_> {
                         pages: sent,
                     } if ended == round && sent == pages => {
                         self.arrivals.note(|inner| inner.rounds[self.lane] = round);
-                        round += 1;
+                        (round, pages_before) = (round + 1, pages);
                     }
                     ToTarget::EndOfRound { pages: sent, .. } => {
                         return Err(TargetError::PagesMissing(pages, sent));
