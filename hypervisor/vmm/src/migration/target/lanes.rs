@@ -23,8 +23,9 @@ struct Inner {
     rounds: Vec<u32>,
     received: Received,
     failed: Option<TargetError>,
-    /// Whether a lane has ended between rounds, as all do when the source is done with them.
-    ended: bool,
+    /// Which lanes have ended between rounds, as all do when the source is done with them; others may still have to
+    /// be read to their end then.
+    ended: Vec<bool>,
 }
 
 /// Figures of what arrived.
@@ -42,7 +43,7 @@ impl Arrivals {
                 rounds: vec![0; lanes],
                 received: Received::default(),
                 failed: None,
-                ended: false,
+                ended: vec![false; lanes],
             }),
             changed: Condvar::new(),
         }
@@ -66,7 +67,8 @@ impl Arrivals {
             if let Some(failed) = inner.failed.take() {
                 return Err(failed);
             }
-            if inner.ended {
+            let mut lanes = inner.rounds.iter().zip(&inner.ended);
+            if lanes.any(|(whole, ended)| *whole < round && *ended) {
                 return Err(TargetError::LaneEnded(round));
             }
             let left = deadline.saturating_duration_since(Instant::now());
@@ -112,7 +114,7 @@ impl Intake<'_> {
     pub(super) fn run(mut self, control: &TcpStream) {
         if let Err(error) = self.take_rounds() {
             if matches!(error, TargetError::LaneEnded(_)) {
-                return self.arrivals.note(|inner| inner.ended = true);
+                return self.arrivals.note(|inner| inner.ended[self.lane] = true);
             }
             self.arrivals.note(|inner| {
                 inner.failed.get_or_insert(error);

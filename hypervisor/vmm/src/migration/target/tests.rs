@@ -251,6 +251,29 @@ fn a_page_of_another_round_a_damaged_one_and_a_bad_block_end_the_migration() {
     );
 }
 
+/// The source closes its lanes when everything is on its way; what one of them still holds is read nevertheless.
+#[test]
+fn a_lane_that_has_ended_does_not_keep_another_from_ending_its_round() {
+    let target = target();
+    let (mut control, mut lanes) = target.arrive();
+    let mut slow = lanes.pop().unwrap();
+    let mut done = lanes.pop().unwrap();
+    done.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
+        .unwrap();
+    drop(done);
+    control
+        .send(&ToTarget::EndOfRound { round: 1, pages: 1 })
+        .unwrap();
+    slow.send_frame(FrameHeader::pages(1, 0x3000, 1), &[5; 4096])
+        .unwrap();
+    slow.send(&ToTarget::EndOfRound { round: 1, pages: 1 })
+        .unwrap();
+    assert_eq!(
+        control.receive::<ToSource>().unwrap(),
+        ToSource::RoundReceived { round: 1 }
+    );
+}
+
 #[test]
 fn only_the_lanes_that_were_announced_join_and_only_with_the_token() {
     let target = target();
