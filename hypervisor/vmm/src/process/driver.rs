@@ -8,6 +8,7 @@ use super::admission::{Admission, Request, admit, admit_epoch};
 use crate::devices::{Console, GuestInput, PowerEvent};
 use crate::kvm::{self, DirtyLogSource};
 use crate::machine::{Machine, MachineError, MachineEvent, MachineParts};
+use crate::memory::release_start_pages;
 use crate::migration::{
     Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine,
     send_machine,
@@ -282,6 +283,7 @@ impl Driver {
                 .map_err(|error| error.problem("spec"))?;
             self.let_run(machine)?;
             self.enter(VmmState::Running);
+            release_start_pages();
         }
         self.info()
     }

@@ -238,6 +238,7 @@ impl Driver {
             if runs {
                 self.machine()?.announce();
             }
+            release_start_pages();
         }
         self.status()
     }

@@ -228,6 +228,7 @@ impl Driver {
         self.enter(VmmState::Paused {
             reason: PauseReason::Requested,
         });
+        release_start_pages();
         self.info()
     }
 
