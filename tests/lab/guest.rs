@@ -1,9 +1,11 @@
 //! A stock Linux guest of the pool and the command loop on its console.
 
-use crate::images::{GUEST_INITRD, GUEST_KERNEL, GUEST_STABLE_INITRD, GUEST_STABLE_KERNEL};
 use crate::pool::Pool;
-use crate::shell::{READY, Shell};
 use anyhow::Context;
+use godwit_tests::lab::images::{
+    GUEST_INITRD, GUEST_KERNEL, GUEST_STABLE_INITRD, GUEST_STABLE_KERNEL,
+};
+use godwit_tests::lab::shell::{READY, Shell};
 use serde_json::Value;
 use std::process::Stdio;
 use std::time::Duration;

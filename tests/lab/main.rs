@@ -4,27 +4,20 @@
 //! joins them. `tests/run lab` is the way in; see `docs/guests.md`. A module uses only the modules above it in this
 //! list.
 
-mod packages;
-
-mod modules;
-
-mod images;
-
-mod switch;
-
-mod shell;
-
-mod machine;
-
 mod pool;
 
 mod guest;
+
+mod readme;
+
+mod debian;
 
 mod scenario;
 
 mod scenarios;
 
 use anyhow::bail;
+use godwit_tests::lab::packages::lab_dir;
 use godwit_tests::skip;
 use scenario::{Extent, Lab, Outcome, Scenario};
 use scenarios::SCENARIOS;
@@ -57,7 +50,7 @@ async fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
         return try_out().await;
     }
     let scenarios = select(arguments)?;
-    let mut lab = match Lab::prepare(&packages::lab_dir()) {
+    let mut lab = match Lab::prepare(&lab_dir(), &scenarios).await {
         Err(reason) if arguments == ["core"] => return Ok(skip_all(&scenarios, &reason)),
         prepared => prepared?,
     };
@@ -85,11 +78,15 @@ fn names() -> String {
 }
 
 async fn try_out() -> anyhow::Result<ExitCode> {
-    let mut lab = Lab::prepare(&packages::lab_dir())?;
+    let mut lab = Lab::prepare(&lab_dir(), &[]).await?;
     let running = lab.start_pool().await?;
     println!(
-        "The pool is up. In another terminal:\n\n    {}\n    {} host list\n\nCtrl-C ends it.",
-        running.pool.environment(),
+        "The pool is up. In another terminal:\n\n    export {}\n    {} host list\n\nCtrl-C ends it.",
+        running
+            .pool
+            .environment()
+            .map(|(name, value)| format!("{name}={value}"))
+            .join(" "),
         godwit_tests::program::godwit().display()
     );
     std::future::pending().await

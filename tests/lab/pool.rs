@@ -1,14 +1,14 @@
 //! A pool of emulated hosts: the server and the shared storage on one of them, agents on the others, driven with
 //! the `godwit` command line as an operator would.
 
-use crate::images::make_ext4;
-use crate::machine::{Blueprint, COMMAND_PATIENCE, Cpu, Machine, Role, Site};
 use anyhow::{Context, bail, ensure};
 use godwit_tests::cluster::free_address;
+use godwit_tests::lab::images::make_ext4;
+use godwit_tests::lab::machine::{Blueprint, COMMAND_PATIENCE, Cpu, Machine, Role, Site};
 use godwit_tests::program;
 use serde_json::Value;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
@@ -159,21 +159,23 @@ impl Pool {
         let mut command = Command::new(program::godwit());
         command
             .args(arguments)
-            .env("GODWIT_SERVER", self.api_url())
-            .env("GODWIT_TOKEN", &self.token)
-            .env("GODWIT_CA_FILE", &self.ca_file)
+            .envs(self.environment())
             .kill_on_drop(true);
         command
     }
 
     /// What an operator's shell needs to talk to this pool.
-    pub(crate) fn environment(&self) -> String {
-        format!(
-            "export GODWIT_SERVER={} GODWIT_TOKEN={} GODWIT_CA_FILE={}",
-            self.api_url(),
-            self.token,
-            self.ca_file.display()
-        )
+    pub(crate) fn environment(&self) -> [(&'static str, String); 3] {
+        [
+            ("GODWIT_SERVER", self.api_url()),
+            ("GODWIT_TOKEN", self.token.clone()),
+            ("GODWIT_CA_FILE", self.ca_file.display().to_string()),
+        ]
+    }
+
+    /// Where this pool's logs are.
+    pub(crate) fn logs(&self) -> &Path {
+        &self.site.logs
     }
 
     /// Waits until a resource, as the command `arguments` shows it, satisfies `accept`.

@@ -1,12 +1,13 @@
 //! Scenarios one after another on one pool, each within its bound.
 
-use crate::images::Images;
-use crate::machine::Site;
-use crate::packages::Packages;
+use crate::debian::Debian;
 use crate::pool::Pool;
-use crate::switch::Switch;
 use anyhow::{Context, anyhow};
 use futures_util::future::LocalBoxFuture;
+use godwit_tests::lab::images::Images;
+use godwit_tests::lab::machine::Site;
+use godwit_tests::lab::packages::Packages;
+use godwit_tests::lab::switch::Switch;
 use godwit_tests::test_dir::TestDir;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ pub(crate) struct Scenario {
     pub(crate) shows: &'static str,
     /// Whether the short core has it.
     pub(crate) extent: Extent,
+    /// What must be made before its pool starts.
+    pub(crate) needs: Needs,
     /// Longest time it may take, however busy the machine is.
     pub(crate) bound: Duration,
     /// What it does; it leaves the pool as it found it when it succeeds.
@@ -36,6 +39,15 @@ pub(crate) enum Extent {
     Core,
     /// With `tests/run lab`.
     Full,
+}
+
+/// What a scenario needs besides a pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Needs {
+    /// Nothing that every pool does not have.
+    Nothing,
+    /// A whole Debian's image, and its kernel and initrd on the hosts.
+    Debian,
 }
 
 /// How a scenario went.
@@ -61,10 +73,27 @@ pub(crate) struct RunningPool {
 }
 
 impl Lab {
-    pub(crate) fn prepare(folder: &Path) -> anyhow::Result<Self> {
+    /// Fetches and builds what these scenarios need.
+    pub(crate) async fn prepare(folder: &Path, scenarios: &[&Scenario]) -> anyhow::Result<Self> {
         fs::create_dir_all(folder)?;
         let packages = Packages::prepare(folder).context("Debian packages")?;
-        let images = Images::build(&packages, folder).context("images")?;
+        let mut debian = None;
+        if scenarios
+            .iter()
+            .any(|scenario| scenario.needs == Needs::Debian)
+        {
+            // Without it the other scenarios run all the same; those that need it fail.
+            debian = Debian::prepare(folder, &packages)
+                .await
+                .inspect_err(|error| eprintln!("lab: no Debian image can be made: {error:#}"))
+                .ok();
+        }
+        let images = Images::build(&packages, &folder.join("images"), |data| {
+            debian
+                .as_ref()
+                .map_or(Ok(()), |debian| debian.copy_to(data))
+        })
+        .context("images")?;
         let logs = folder.join("logs");
         let _ = fs::remove_dir_all(&logs);
         Ok(Self {

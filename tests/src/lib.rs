@@ -31,3 +31,5 @@ pub mod cluster;
 pub mod network;
 
 pub mod browser;
+
+pub mod lab;

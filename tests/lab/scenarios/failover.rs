@@ -3,8 +3,8 @@
 use super::disk::{check_data, mount, write_data};
 use super::{IMAGE, need_image};
 use crate::guest::{Guest, GuestKernel};
-use crate::machine::Cpu;
 use crate::pool::Pool;
+use godwit_tests::lab::machine::Cpu;
 
 const VICTIM: &str = "host-3";
 

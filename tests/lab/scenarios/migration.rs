@@ -1,9 +1,9 @@
 //! Live migration of stock guests between hosts.
 
 use crate::guest::{Guest, GuestKernel};
-use crate::machine::Cpu;
 use crate::pool::Pool;
 use anyhow::{Context, ensure};
+use godwit_tests::lab::machine::Cpu;
 
 /// Memory that holds random pages, and how fast the guest rewrites a part of it.
 const FILLED_MIB: u32 = 64;

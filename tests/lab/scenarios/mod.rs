@@ -16,10 +16,12 @@ mod busy;
 
 mod failover;
 
-use crate::images::GUEST_DISK;
+mod debian;
+
 use crate::pool::{Pool, SHARED_POOL};
-use crate::scenario::{Extent, Scenario};
+use crate::scenario::{Extent, Needs, Scenario};
 use futures_util::FutureExt;
+use godwit_tests::lab::images::GUEST_DISK;
 use std::time::Duration;
 
 /// The image of the guests' disks: an empty ext4 file system.
@@ -36,6 +38,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "boot-1",
         shows: "a stock kernel boots with 1 vCPU",
         extent: Extent::Core,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(5),
         run: |pool| boot::with_one_vcpu(pool).boxed_local(),
     },
@@ -43,6 +46,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "boot-4",
         shows: "stock kernels of two Debian releases boot with 4 vCPUs",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| boot::with_four_vcpus(pool).boxed_local(),
     },
@@ -50,6 +54,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "power",
         shows: "poweroff, reboot, and stop from outside",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| power::off_and_on(pool).boxed_local(),
     },
@@ -57,6 +62,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "disk",
         shows: "ext4 on virtio-blk keeps what was written over stop and start",
         extent: Extent::Core,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| disk::keeps_data(pool).boxed_local(),
     },
@@ -64,6 +70,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "snapshot",
         shows: "a running guest is saved, ends, and goes on from what was saved",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| snapshot::goes_on(pool).boxed_local(),
     },
@@ -71,6 +78,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "network",
         shows: "DHCP, ping and a TCP stream between guests on two hosts",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| network::between_hosts(pool).boxed_local(),
     },
@@ -78,6 +86,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "migrate-memory",
         shows: "a guest that rewrites its memory moves live, and not a byte is lost",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| migration::of_busy_memory(pool).boxed_local(),
     },
@@ -85,6 +94,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "migrate-refused",
         shows: "a host whose CPU lacks what the guest sees is refused before the guest pauses",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
         run: |pool| migration::to_a_lesser_cpu(pool).boxed_local(),
     },
@@ -92,13 +102,23 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "migrate-busy",
         shows: "a guest moves live with an open TCP connection while it writes its disk; all of it verified",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(12),
         run: |pool| busy::moves(pool).boxed_local(),
+    },
+    Scenario {
+        name: "debian",
+        shows: "a whole Debian with systemd and cloud-init, made, booted and moved as the README says",
+        extent: Extent::Full,
+        needs: Needs::Debian,
+        bound: MINUTE.saturating_mul(45),
+        run: |pool| debian::as_the_readme_says(pool).boxed_local(),
     },
     Scenario {
         name: "power-cut",
         shows: "a host loses its power; its guest starts elsewhere from the shared disk",
         extent: Extent::Full,
+        needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(10),
         run: |pool| failover::after_a_power_cut(pool).boxed_local(),
     },

@@ -2,8 +2,8 @@
 
 use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
-use crate::shell::READY;
 use anyhow::ensure;
+use godwit_tests::lab::shell::READY;
 use std::time::{Duration, Instant};
 
 /// The operator gives a guest this long to stop; it needs a second or two.

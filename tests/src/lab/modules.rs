@@ -1,6 +1,6 @@
 //! Kernel modules and what they depend on, without depmod: each module names its dependencies itself.
 
-use crate::packages::{Kernel, run};
+use super::packages::{Kernel, run};
 use anyhow::Context;
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,14 +12,14 @@ const DEPENDS: &[u8] = b"\0depends=";
 
 /// A module, ready for insmod.
 #[derive(Clone, Debug)]
-pub(crate) struct Module {
-    pub(crate) name: String,
-    pub(crate) content: Vec<u8>,
+pub struct Module {
+    pub name: String,
+    pub content: Vec<u8>,
 }
 
 /// The modules `wanted` and all they depend on, each after those it depends on. Names that are built into the
 /// kernel are left out.
-pub(crate) fn in_order(kernel: &Kernel, wanted: &[&str]) -> anyhow::Result<Vec<Module>> {
+pub fn in_order(kernel: &Kernel, wanted: &[&str]) -> anyhow::Result<Vec<Module>> {
     let mut files = BTreeMap::new();
     find(&kernel.modules, &mut files)?;
     let builtin = fs::read_to_string(kernel.modules.join("modules.builtin")).unwrap_or_default();
@@ -105,7 +105,7 @@ fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Copies programs and every library they load to the same paths below `tree`.
-pub(crate) fn copy_with_libraries(programs: &[PathBuf], tree: &Path) -> anyhow::Result<()> {
+pub fn copy_with_libraries(programs: &[PathBuf], tree: &Path) -> anyhow::Result<()> {
     for program in programs {
         let text = run(Command::new("ldd").arg(program))?;
         let libraries = text

@@ -3,8 +3,8 @@
 //! apt gets directories and a sources list of its own, so the machine's configuration and package database stay as
 //! they are, and any Debian release (or a system that merely has apt) can run the lab.
 
+use crate::program;
 use anyhow::{Context, bail, ensure};
-use godwit_tests::program;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,52 +21,56 @@ const STABLE: &str = "bookworm";
 /// Depends on the present stock kernel of its release.
 const KERNEL_META_PACKAGE: &str = "linux-image-cloud-amd64";
 /// Taken from backports, and from stable where backports have none.
-const PROGRAMS: [&str; 5] = [
+const PROGRAMS: [&str; 6] = [
     "qemu-system-x86",
     "qemu-system-common",
     "qemu-system-data",
     "seabios",
     "busybox-static",
+    "mmdebstrap",
 ];
 /// Earlier ones corrupt nested guests.
 const LEAST_QEMU_MAJOR: u32 = 10;
-/// Says that everything has been fetched and unpacked; removing it (or `target/lab`) fetches anew.
+/// Says what has been fetched and unpacked: the packages of both kernels, then [`PROGRAMS`]. Where it says something
+/// else, or is missing, everything is fetched anew.
 const STAMP: &str = "complete";
 
 /// The unpacked packages.
 #[derive(Clone, Debug)]
-pub(crate) struct Packages {
+pub struct Packages {
     root: PathBuf,
     /// Runs in the emulated hosts and, unless a scenario says otherwise, in the guests (backports).
-    pub(crate) kernel: Kernel,
+    pub kernel: Kernel,
     /// The kernel of the stable release.
-    pub(crate) stable_kernel: Kernel,
+    pub stable_kernel: Kernel,
 }
 
 /// A stock kernel.
 #[derive(Clone, Debug)]
-pub(crate) struct Kernel {
+pub struct Kernel {
     /// As `uname -r` says it.
-    pub(crate) release: String,
+    pub release: String,
     /// The bzImage.
-    pub(crate) image: PathBuf,
+    pub image: PathBuf,
     /// Directory with its modules.
-    pub(crate) modules: PathBuf,
+    pub modules: PathBuf,
 }
 
 impl Packages {
     /// Fetches and unpacks what is not there yet.
-    pub(crate) fn prepare(lab: &Path) -> anyhow::Result<Self> {
+    pub fn prepare(lab: &Path) -> anyhow::Result<Self> {
         let root = lab.join("root");
         let stamp = root.join(STAMP);
-        if !stamp.exists() {
+        let mut fetched = fs::read_to_string(&stamp).unwrap_or_default();
+        if !fetched.ends_with(&PROGRAMS.join("\n")) {
             let _ = fs::remove_dir_all(&root);
             fs::create_dir_all(&root)?;
-            let kernels = fetch_and_unpack(&lab.join("apt"), &root)?;
-            fs::write(&stamp, kernels.join("\n"))?;
+            let mut packages = fetch_and_unpack(&lab.join("apt"), &root)?;
+            packages.extend(PROGRAMS.map(str::to_owned));
+            fetched = packages.join("\n");
+            fs::write(&stamp, &fetched)?;
         }
-        let kernels = fs::read_to_string(&stamp)?;
-        let mut kernels = kernels
+        let mut kernels = fetched
             .lines()
             .map(|package| Kernel::in_root(&root, package));
         let mut next = || kernels.next().context("the stamp names two kernels")?;
@@ -80,7 +84,7 @@ impl Packages {
     }
 
     /// QEMU with the directories it looks for firmware in.
-    pub(crate) fn qemu(&self) -> tokio::process::Command {
+    pub fn qemu(&self) -> tokio::process::Command {
         let mut command = tokio::process::Command::new(self.qemu_path());
         for folder in ["usr/share/qemu", "usr/share/seabios"] {
             command.arg("-L").arg(self.root.join(folder));
@@ -88,18 +92,24 @@ impl Packages {
         command
     }
 
+    /// Where the unpacked packages' own paths begin.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The QEMU program.
+    pub fn qemu_path(&self) -> PathBuf {
+        self.root.join("usr/bin/qemu-system-x86_64")
+    }
+
     /// The static busybox.
-    pub(crate) fn busybox(&self) -> anyhow::Result<Vec<u8>> {
+    pub fn busybox(&self) -> anyhow::Result<Vec<u8>> {
         let path = ["bin/busybox", "usr/bin/busybox"]
             .map(|path| self.root.join(path))
             .into_iter()
             .find(|path| path.exists())
             .context("busybox-static holds a busybox")?;
         Ok(fs::read(path)?)
-    }
-
-    fn qemu_path(&self) -> PathBuf {
-        self.root.join("usr/bin/qemu-system-x86_64")
     }
 
     fn check_qemu(&self) -> anyhow::Result<()> {
@@ -227,7 +237,7 @@ impl Apt {
 }
 
 /// Runs a command to its end; what it printed, or an error that shows it.
-pub(crate) fn run(command: &mut Command) -> anyhow::Result<String> {
+pub fn run(command: &mut Command) -> anyhow::Result<String> {
     let output = command
         .output()
         .with_context(|| format!("{command:?} cannot be started"))?;
@@ -242,6 +252,6 @@ pub(crate) fn run(command: &mut Command) -> anyhow::Result<String> {
 }
 
 /// Where the lab keeps packages, images and logs.
-pub(crate) fn lab_dir() -> PathBuf {
+pub fn lab_dir() -> PathBuf {
     program::target_dir().join("lab")
 }

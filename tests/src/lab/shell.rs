@@ -15,12 +15,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 
 /// The line with which a command loop says that it is there.
-pub(crate) const READY: &str = "lab shell ready";
+pub const READY: &str = "lab shell ready";
 /// Lines kept for failure messages.
 const TRANSCRIPT_LINES: usize = 60;
 
 /// A command loop's other end.
-pub(crate) struct Shell {
+pub struct Shell {
     /// Whose, for messages.
     name: String,
     writer: Box<dyn AsyncWrite + Send + Unpin>,
@@ -31,7 +31,7 @@ pub(crate) struct Shell {
 
 impl Shell {
     /// Speaks through any two-way stream.
-    pub(crate) fn new(
+    pub fn new(
         name: &str,
         mut from: impl AsyncRead + Send + Unpin + 'static,
         writer: impl AsyncWrite + Send + Unpin + 'static,
@@ -65,11 +65,7 @@ impl Shell {
     }
 
     /// The next line that contains `text`.
-    pub(crate) async fn wait_for(
-        &mut self,
-        text: &str,
-        patience: Duration,
-    ) -> anyhow::Result<String> {
+    pub async fn wait_for(&mut self, text: &str, patience: Duration) -> anyhow::Result<String> {
         let deadline = Instant::now() + patience;
         loop {
             let line = self
@@ -82,12 +78,16 @@ impl Shell {
         }
     }
 
+    /// Types `text` on a machine that has no command loop.
+    pub async fn send(&mut self, text: &str) -> anyhow::Result<()> {
+        self.writer
+            .write_all(text.as_bytes())
+            .await
+            .with_context(|| format!("{}: cannot send {text:?}", self.name))
+    }
+
     /// Runs a command that must succeed; what it printed.
-    pub(crate) async fn run(
-        &mut self,
-        command: &str,
-        patience: Duration,
-    ) -> anyhow::Result<String> {
+    pub async fn run(&mut self, command: &str, patience: Duration) -> anyhow::Result<String> {
         let (status, text) = self.try_run(command, patience).await?;
         ensure!(
             status == 0,
@@ -98,7 +98,7 @@ impl Shell {
     }
 
     /// Runs a command; its exit status and what it printed.
-    pub(crate) async fn try_run(
+    pub async fn try_run(
         &mut self,
         command: &str,
         patience: Duration,
@@ -148,6 +148,14 @@ impl Shell {
     fn last_words(&self) -> String {
         let lines: Vec<_> = self.transcript.iter().map(String::as_str).collect();
         format!("it said last:\n    {}", lines.join("\n    "))
+    }
+}
+
+impl std::fmt::Debug for Shell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shell")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
 }
 

@@ -3,11 +3,11 @@
 //! An emulated host gets an initramfs (busybox, modules, init) and one read-only disk, shared by all of them, with
 //! `godwit`, the libraries it loads, and the guests' kernels, initramfs and disk image under `/data`.
 
-use crate::modules::{copy_with_libraries, in_order};
-use crate::packages::{Kernel, Packages, run};
+use super::modules::{Module, copy_with_libraries, in_order};
+use super::packages::{Kernel, Packages, run};
+use crate::initramfs::Initramfs;
+use crate::{linux, program};
 use anyhow::Context;
-use godwit_tests::initramfs::Initramfs;
-use godwit_tests::{linux, program};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -49,35 +49,39 @@ const HOST_PROGRAMS: [&str; 4] = ["ip", "bridge", "nft", "curl"];
 const PROGRAM_FOLDERS: [&str; 4] = ["/usr/sbin", "/usr/bin", "/sbin", "/bin"];
 
 /// Where the guests' files are on an emulated host.
-pub(crate) const GUEST_KERNEL: &str = "/data/guest/vmlinuz";
+pub const GUEST_KERNEL: &str = "/data/guest/vmlinuz";
 /// The kernel of Debian's stable release.
-pub(crate) const GUEST_STABLE_KERNEL: &str = "/data/guest/vmlinuz-stable";
+pub const GUEST_STABLE_KERNEL: &str = "/data/guest/vmlinuz-stable";
 /// Initramfs for [`GUEST_KERNEL`].
-pub(crate) const GUEST_INITRD: &str = "/data/guest/initrd";
+pub const GUEST_INITRD: &str = "/data/guest/initrd";
 /// Initramfs for [`GUEST_STABLE_KERNEL`].
-pub(crate) const GUEST_STABLE_INITRD: &str = "/data/guest/initrd-stable";
+pub const GUEST_STABLE_INITRD: &str = "/data/guest/initrd-stable";
 /// An empty ext4 file system as a raw disk image.
-pub(crate) const GUEST_DISK: &str = "/data/guest/disk.raw";
+pub const GUEST_DISK: &str = "/data/guest/disk.raw";
 
 /// What the guest's disk holds.
 const GUEST_DISK_SIZE: &str = "64M";
 /// Room for everything on the hosts' disk; sparse.
-const DATA_DISK_SIZE: &str = "512M";
+const DATA_DISK_SIZE: &str = "1G";
 
 /// The built files.
 #[derive(Clone, Debug)]
-pub(crate) struct Images {
+pub struct Images {
     /// Initramfs of emulated hosts.
-    pub(crate) host_initrd: PathBuf,
+    pub host_initrd: PathBuf,
     /// The read-only disk of emulated hosts.
-    pub(crate) data_disk: PathBuf,
+    pub data_disk: PathBuf,
 }
 
 impl Images {
-    /// Builds them anew: that takes a second or two, and they are never stale.
-    pub(crate) fn build(packages: &Packages, lab: &Path) -> anyhow::Result<Self> {
-        let folder = lab.join("images");
-        let _ = fs::remove_dir_all(&folder);
+    /// Builds them anew in `folder`: that takes a second or two, and they are never stale. `add` puts what else the
+    /// hosts need into the tree that becomes `/data`.
+    pub fn build(
+        packages: &Packages,
+        folder: &Path,
+        add: impl FnOnce(&Path) -> anyhow::Result<()>,
+    ) -> anyhow::Result<Self> {
+        let _ = fs::remove_dir_all(folder);
         let tree = folder.join("data");
         fs::create_dir_all(tree.join("guest"))?;
         fs::create_dir_all(tree.join("bin"))?;
@@ -85,13 +89,14 @@ impl Images {
         fs::write(&host_initrd, host_initramfs(packages)?)?;
 
         fill_programs(&tree).context("programs for the hosts")?;
-        let agent = fs::read(linux::build_agent(&folder)?)?;
+        let agent = fs::read(linux::build_agent(folder)?)?;
         for (kernel, suffix) in [(&packages.kernel, ""), (&packages.stable_kernel, "-stable")] {
             fs::copy(&kernel.image, tree.join(format!("guest/vmlinuz{suffix}")))?;
             let initrd = guest_initramfs(packages, kernel, &agent)?;
             fs::write(tree.join(format!("guest/initrd{suffix}")), initrd)?;
         }
         make_ext4(&tree.join("guest/disk.raw"), None, GUEST_DISK_SIZE)?;
+        add(&tree)?;
 
         let data_disk = folder.join("data.img");
         make_ext4(&data_disk, Some(&tree), DATA_DISK_SIZE)?;
@@ -104,7 +109,7 @@ impl Images {
 }
 
 /// A raw image with an ext4 file system that holds `tree`.
-pub(crate) fn make_ext4(image: &Path, tree: Option<&Path>, size: &str) -> anyhow::Result<()> {
+pub fn make_ext4(image: &Path, tree: Option<&Path>, size: &str) -> anyhow::Result<()> {
     let mut command = Command::new("mke2fs");
     // In reach where root's paths are not.
     command.env("PATH", path_with_sbin());
@@ -186,6 +191,15 @@ fn host_initramfs(packages: &Packages) -> anyhow::Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
+/// Initramfs of a guest whose init only prints `greeting` and powers the machine off.
+///
+/// # Errors
+/// Busybox that cannot be read.
+pub fn greeting_initramfs(packages: &Packages, greeting: &str) -> anyhow::Result<Vec<u8>> {
+    let init = format!("#!/bin/busybox sh\necho '{greeting}'\nexec /bin/busybox poweroff -f\n");
+    Ok(base(packages, &[], &init)?.finish())
+}
+
 fn guest_initramfs(packages: &Packages, kernel: &Kernel, agent: &[u8]) -> anyhow::Result<Vec<u8>> {
     let folders = [
         "proc",
@@ -222,7 +236,7 @@ fn base(packages: &Packages, folders: &[&str], init: &str) -> anyhow::Result<Ini
         .program("init", init.as_bytes()))
 }
 
-fn order(modules: &[crate::modules::Module]) -> Vec<u8> {
+fn order(modules: &[Module]) -> Vec<u8> {
     modules
         .iter()
         .flat_map(|module| format!("{}\n", module.name).into_bytes())

@@ -15,6 +15,8 @@ for list in base $(setting role); do
     while read -r module; do insmod "/lib/modules/$module.ko"; done <"/lib/modules/$list.order"
 done
 mount -t ext4 -o ro /dev/vda /data
+# What operators have put there on every host.
+[ -d /data/srv ] && [ "$(setting role)" = host ] && mount -o bind /data/srv /srv
 
 hostname "$(setting name)"
 ip link set lo up

@@ -1,9 +1,9 @@
 //! An emulated host: a QEMU process without KVM, whose CPU offers SVM to the kernel in it.
 
-use crate::images::Images;
-use crate::packages::Packages;
-use crate::shell::{READY, Shell};
-use crate::switch::Switch;
+use super::images::Images;
+use super::packages::Packages;
+use super::shell::{READY, Shell};
+use super::switch::Switch;
 use anyhow::{Context, bail};
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -15,14 +15,14 @@ use tokio::process::Child;
 /// From power-on to the command loop; some seconds on an idle machine.
 const BOOT_PATIENCE: Duration = Duration::from_secs(120);
 /// A command on an emulated host that does not wait for anything ends within this time.
-pub(crate) const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
+pub const COMMAND_PATIENCE: Duration = Duration::from_secs(60);
 /// `mitigations=off` and no self-tests: the emulated host is not attacked, and its time is precious.
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 tsc=reliable mitigations=off cryptomgr.notests \
 8250.nr_uarts=1 init_on_alloc=0 rdinit=/init";
 
 /// CPU of an emulated host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Cpu {
+pub enum Cpu {
     /// All that the emulation offers; without the string instructions that emulation makes slow, and without
     /// five-level paging, which nested paging does not know.
     Max,
@@ -41,7 +41,7 @@ impl Cpu {
 
 /// What an emulated host is for.
 #[derive(Clone, Debug)]
-pub(crate) enum Role {
+pub enum Role {
     /// Runs guests.
     Host,
     /// Runs the server and holds the shared storage pool.
@@ -55,45 +55,46 @@ pub(crate) enum Role {
 
 /// How an emulated host is built.
 #[derive(Clone, Debug)]
-pub(crate) struct Blueprint {
-    pub(crate) name: String,
+pub struct Blueprint {
+    pub name: String,
     /// Last byte of its address 10.77.0.x.
-    pub(crate) number: u8,
-    pub(crate) cpu: Cpu,
-    pub(crate) vcpus: u8,
-    pub(crate) memory_mib: u32,
-    pub(crate) role: Role,
+    pub number: u8,
+    pub cpu: Cpu,
+    pub vcpus: u8,
+    pub memory_mib: u32,
+    pub role: Role,
 }
 
 impl Blueprint {
     /// Its address on the lab's network.
-    pub(crate) fn address(&self) -> String {
+    pub fn address(&self) -> String {
         format!("10.77.0.{}", self.number)
     }
 }
 
 /// Where emulated hosts get their parts from.
 #[derive(Debug)]
-pub(crate) struct Site {
-    pub(crate) packages: Packages,
-    pub(crate) images: Images,
-    pub(crate) switch: Switch,
+pub struct Site {
+    pub packages: Packages,
+    pub images: Images,
+    pub switch: Switch,
     /// Sockets; whatever process names it is killed at the end.
-    pub(crate) sockets: PathBuf,
+    pub sockets: PathBuf,
     /// Console logs.
-    pub(crate) logs: PathBuf,
+    pub logs: PathBuf,
 }
 
 /// A running emulated host; dropping it cuts its power.
-pub(crate) struct Machine {
-    pub(crate) blueprint: Blueprint,
-    pub(crate) shell: Shell,
+#[derive(Debug)]
+pub struct Machine {
+    pub blueprint: Blueprint,
+    pub shell: Shell,
     qemu: Child,
 }
 
 impl Machine {
     /// Powers a host on and waits for its command loop.
-    pub(crate) async fn boot(site: &Site, blueprint: Blueprint) -> anyhow::Result<Self> {
+    pub async fn boot(site: &Site, blueprint: Blueprint) -> anyhow::Result<Self> {
         let name = blueprint.name.clone();
         let socket = site.sockets.join(format!("{name}.sock"));
         let _ = std::fs::remove_file(&socket);
@@ -127,12 +128,12 @@ impl Machine {
     }
 
     /// Runs a command on it that must succeed; what it printed.
-    pub(crate) async fn run(&mut self, command: &str) -> anyhow::Result<String> {
+    pub async fn run(&mut self, command: &str) -> anyhow::Result<String> {
         self.shell.run(command, COMMAND_PATIENCE).await
     }
 
     /// Pulls the plug: nothing in it gets to say or write another byte.
-    pub(crate) async fn cut_power(mut self) -> anyhow::Result<()> {
+    pub async fn cut_power(mut self) -> anyhow::Result<()> {
         Ok(self.qemu.kill().await?)
     }
 }

@@ -21,7 +21,7 @@ type Address = [u8; ADDRESS_BYTES];
 
 /// The switch; dropping it cuts all cables.
 #[derive(Debug)]
-pub(crate) struct Switch {
+pub struct Switch {
     path: PathBuf,
     acceptor: JoinHandle<()>,
 }
@@ -36,7 +36,7 @@ struct Ports {
 
 impl Switch {
     /// A switch that hosts plug into at the UNIX socket `path`.
-    pub(crate) fn start(path: &Path) -> anyhow::Result<Self> {
+    pub fn start(path: &Path) -> anyhow::Result<Self> {
         let listener = UnixListener::bind(path).with_context(|| path.display().to_string())?;
         let ports = Arc::new(Mutex::new(Ports::default()));
         let acceptor = tokio::spawn(async move {
@@ -51,7 +51,7 @@ impl Switch {
     }
 
     /// Where to plug in.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }
