@@ -5,6 +5,7 @@
 
 mod boot;
 mod data_path;
+mod lab;
 mod migration;
 mod overhead;
 mod report;
@@ -84,6 +85,9 @@ async fn guests(sections: &[String]) -> anyhow::Result<Report> {
     }
     if chosen("net") {
         data_path::measure_net(&mut report).context("net")?;
+    }
+    if chosen("lab") {
+        lab::measure(&mut report).await.context("lab")?;
     }
     Ok(report)
 }
