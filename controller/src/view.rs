@@ -496,6 +496,12 @@ impl View {
                 reason: PauseReason::Storage { detail, .. },
             }) => status(VmState::Paused, Some(detail)),
             Some(VmmState::Paused {
+                reason: PauseReason::Memory { .. },
+            }) => status(
+                VmState::Paused,
+                Some("it waits for memory from its former host, which cannot be reached"),
+            ),
+            Some(VmmState::Paused {
                 reason: PauseReason::Fault { detail },
             }) => status(VmState::Failed, Some(detail)),
             Some(VmmState::Empty | VmmState::Created) => status(VmState::Starting, None),
@@ -591,6 +597,7 @@ impl View {
             }
             Some(MigrationPhase::Blackout) => 0.92,
             Some(MigrationPhase::AwaitingCommit) => 0.95,
+            Some(MigrationPhase::PostCopy) => 0.97,
             Some(MigrationPhase::Completed) => 0.98,
         }
     }

@@ -4,7 +4,7 @@ use crate::input::Input;
 use crate::vmm_api::read;
 use godwit_wire::migration::{
     Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, MAX_CONTROL_BYTES, MAX_FRAME_PAGES,
-    MAX_STATE_BYTES, ToSource, ToTarget,
+    MAX_MAPPED_PAGES, MAX_STATE_BYTES, ToSource, ToTarget,
 };
 use godwit_wire::unit::PAGE_BYTES;
 
@@ -40,6 +40,10 @@ fn header(bytes: &[u8; FRAME_HEADER_BYTES]) {
                 Codec::Lz4 => assert!((1..raw).contains(&u64::from(header.length))),
             }
         }
-        FrameKind::Zero => assert_eq!(header.length, 0),
+        FrameKind::Missing => {
+            assert!((1..=MAX_MAPPED_PAGES).contains(&header.pages));
+            assert_eq!(header.length, header.pages.div_ceil(64) * 8);
+        }
+        FrameKind::Zero | FrameKind::Want | FrameKind::Served => assert_eq!(header.length, 0),
     }
 }

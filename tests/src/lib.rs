@@ -30,6 +30,8 @@ pub mod cluster;
 
 pub mod network;
 
+pub mod relay;
+
 pub mod browser;
 
 pub mod lab;

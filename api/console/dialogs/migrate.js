@@ -25,6 +25,7 @@ export function MigrateDialog({ vm, close }) {
   const [deadline, setDeadline] = useState('');
   const [compress, setCompress] = useState(true);
   const [verify, setVerify] = useState(false);
+  const [postCopy, setPostCopy] = useState(false);
   const path = `/v1/vms/${vm.id}/migrate`;
   const dry = useAnswer(vm.id, (signal) => tryPost(path, {}, signal));
   const placement = dry.answer?.placement;
@@ -38,6 +39,7 @@ export function MigrateDialog({ vm, close }) {
       compression: compress ? 'auto' : 'off',
       verify: verify ? 'whole_memory' : 'frames',
       ...(bandwidth ? { max_bandwidth_bytes_per_s: Number(bandwidth) * MIB } : {}),
+      ...(postCopy ? { allow_postcopy: true } : {}),
       ...(deadline ? { deadline_s: Number(deadline) } : {}),
     };
     close();
@@ -74,8 +76,12 @@ export function MigrateDialog({ vm, close }) {
               <input type="checkbox" checked=${compress}
                 onChange=${(event) => setCompress(event.target.checked)} /> Compress pages where that is faster</label>
             <label class="check">
+              <input type="checkbox" checked=${postCopy} disabled=${verify}
+                onChange=${(event) => setPostCopy(event.target.checked)} /> Let it run there before all of its memory has followed
+                (until then the loss of either host loses it)</label>
+            <label class="check">
               <input type="checkbox" checked=${verify}
-                onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
+                disabled=${postCopy} onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
           </div>
         </details>
         <${ProblemNote} problem=${dry.problem} />

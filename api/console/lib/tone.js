@@ -28,12 +28,13 @@ const PHASES = {
   pre_copy: 'Copying memory',
   blackout: 'Guest paused',
   awaiting_commit: 'Handing over',
+  post_copy: 'Memory follows',
   completed: 'Completed',
   failed: 'Failed',
   cancelled: 'Cancelled',
 };
 
-export const PHASE_ORDER = ['connecting', 'pre_copy', 'blackout', 'awaiting_commit', 'completed'];
+export const PHASE_ORDER = ['connecting', 'pre_copy', 'blackout', 'awaiting_commit', 'post_copy', 'completed'];
 
 /** What a migration's phase means to an operator. */
 export function phaseWords(phase) {

@@ -9,7 +9,7 @@ pub(super) use storage::{disk, disks, image, images, network, networks, pools};
 use super::table::{Sheet, Table};
 use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};
 use crate::resource::{
-    Blackout, Boot, Event, Host, Migration, MigrationPhase, MigrationState, Operation, Vm,
+    Blackout, Boot, Event, Host, Migration, MigrationPhase, MigrationState, Operation, PostCopy, Vm,
 };
 use jiff::Timestamp;
 use std::fmt::Write;
@@ -401,12 +401,31 @@ pub(super) fn migration(migration: &Migration) -> String {
         .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
         .maybe("Downtime", blackout)
         .maybe("Blackout", progress.blackout.as_ref().map(blackout_parts))
+        .maybe("Post-copy", progress.post_copy.as_ref().map(post_copy))
         .to_string()
 }
 
 /// What a source that does not know or has nothing to tell leaves at 0.
 fn nonzero(value: u64) -> Option<u64> {
     (value > 0).then_some(value)
+}
+
+fn post_copy(memory: &PostCopy) -> String {
+    let owed = bytes(memory.owed_bytes);
+    let so_far = match memory.missing_bytes {
+        0 => format!(
+            "{owed} followed the guest in {}",
+            seconds(memory.took_ms as f64 / 1000.0)
+        ),
+        missing => format!(
+            "{} of {owed} still at the source, lost with either host",
+            bytes(missing)
+        ),
+    };
+    format!(
+        "{so_far}; the guest waited for {} pages, connections broke {} times",
+        memory.wanted_pages, memory.interruptions
+    )
 }
 
 fn blackout_parts(blackout: &Blackout) -> String {

@@ -60,6 +60,9 @@ pub enum MigrationPhase {
     Blackout,
     /// The target holds everything; the store decides.
     AwaitingCommit,
+    /// The guest runs at the target and some of its memory is still at the source: until it has followed, the loss of
+    /// either host loses the running guest.
+    PostCopy,
     /// The guest runs at the target.
     Completed,
     /// It ended early; the guest runs at the source.
@@ -109,6 +112,24 @@ pub struct MigrationProgress {
     /// From pause at the source to the news that the target runs; known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
+    /// Memory that follows or followed the guest; absent when nothing did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopy>,
+}
+
+/// Memory that follows a guest which runs at the target already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PostCopy {
+    /// What was missing when the guest was handed over.
+    pub owed_bytes: u64,
+    /// What is still missing: at risk, because it is lost with either host.
+    pub missing_bytes: u64,
+    /// Pages the guest had to wait for.
+    pub wanted_pages: u64,
+    /// Times the connections broke and were made again.
+    pub interruptions: u32,
+    /// From the hand-over until nothing was missing.
+    pub took_ms: u64,
 }
 
 /// Parts of a blackout, one after the other, as the source measured them.

@@ -27,7 +27,9 @@ pub use maintenance::{
     Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState,
     MoveAction, MovedState, PlannedMove, ReturnPolicy, VmOverride,
 };
-pub use migration::{Blackout, Migration, MigrationPhase, MigrationProgress, MigrationState};
+pub use migration::{
+    Blackout, Migration, MigrationPhase, MigrationProgress, MigrationState, PostCopy,
+};
 pub use network::{CreateNetwork, Lease, Network, NetworkAccepted, Subnet, Transport};
 pub use operation::{
     HostAccepted, MaintenanceAccepted, Operation, OperationState, Step, StepState, Subject,

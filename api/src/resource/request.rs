@@ -189,6 +189,11 @@ pub struct MigrationPolicy {
     /// Whether pages are compressed; `auto` when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<Compression>,
+    /// Whether the guest may run at the target before all of its memory is there, when it cannot be brought below the
+    /// downtime limit otherwise: until the rest has followed, the loss of either host loses the running guest. Not
+    /// allowed when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub allow_postcopy: Option<bool>,
     /// The migration ends, one way or the other, within this time; no limit when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_s: Option<u64>,

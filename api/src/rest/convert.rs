@@ -263,6 +263,7 @@ pub(super) fn migration(view: &View, migration: &model::Migration) -> api::Migra
             MigrationPhase::PreCopy => api::MigrationPhase::PreCopy,
             MigrationPhase::Blackout => api::MigrationPhase::Blackout,
             MigrationPhase::AwaitingCommit => api::MigrationPhase::AwaitingCommit,
+            MigrationPhase::PostCopy => api::MigrationPhase::PostCopy,
             MigrationPhase::Completed => api::MigrationPhase::Completed,
             MigrationPhase::Failed => api::MigrationPhase::Failed,
             MigrationPhase::Cancelled => api::MigrationPhase::Cancelled,
@@ -299,6 +300,13 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
             commit_us: parts.commit_us,
         }),
         downtime_us: progress.downtime_us,
+        post_copy: progress.post_copy.map(|memory| api::PostCopy {
+            owed_bytes: memory.owed_bytes.0,
+            missing_bytes: memory.missing_bytes.0,
+            wanted_pages: memory.wanted_pages,
+            interruptions: memory.interruptions,
+            took_ms: memory.took_ms,
+        }),
     }
 }
 

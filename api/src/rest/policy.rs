@@ -6,6 +6,8 @@ use godwit_wire::problem::FieldProblem;
 
 /// Most of its time that a vCPU can be kept from running; at 100 the guest would stand still for good.
 const MAX_THROTTLE_PERCENT: u8 = 99;
+/// A slower migration would never end.
+const LEAST_BANDWIDTH_BYTES_PER_S: u64 = 1 << 20;
 
 /// The policy with the usual values where nothing is asked, or everything that is wrong with it.
 pub(super) fn migration_policy(
@@ -21,7 +23,17 @@ pub(super) fn migration_policy(
             "allow the guest at least 1 ms, or leave it out for the usual limit",
         )
         .unwrap_or(usual.downtime_limit_ms),
-        max_rounds: asked.max_rounds.unwrap_or(usual.max_rounds),
+        max_rounds: match asked.max_rounds {
+            Some(0) => {
+                found.push(FieldProblem::new(
+                    "policy.max_rounds",
+                    "0 is not more than 0",
+                    "allow at least 1 round, or leave it out for the usual limit",
+                ));
+                usual.max_rounds
+            }
+            asked => asked.unwrap_or(usual.max_rounds),
+        },
         verify: match asked.verify {
             None => usual.verify,
             Some(Verify::Frames) => migration::Verify::Frames,
@@ -35,12 +47,7 @@ pub(super) fn migration_policy(
             "use fewer lanes, or leave it out and the source chooses",
         )
         .unwrap_or(usual.lanes),
-        max_bandwidth_bytes_per_s: positive(
-            &mut found,
-            "max_bandwidth_bytes_per_s",
-            asked.max_bandwidth_bytes_per_s,
-            "allow some bandwidth, or leave it out for no limit",
-        ),
+        max_bandwidth_bytes_per_s: bandwidth(&mut found, asked.max_bandwidth_bytes_per_s),
         max_throttle_percent: at_most(
             &mut found,
             "max_throttle_percent",
@@ -53,6 +60,18 @@ pub(super) fn migration_policy(
             None => usual.compression,
             Some(Compression::Auto) => migration::Compression::Auto,
             Some(Compression::Off) => migration::Compression::Off,
+        },
+        post_copy: match (asked.allow_postcopy, asked.verify) {
+            (None | Some(false), _) => migration::PostCopy::Forbidden,
+            (Some(true), Some(Verify::WholeMemory)) => {
+                found.push(FieldProblem::new(
+                    "policy.allow_postcopy",
+                    "a hash of all memory needs all of it before the hand-over",
+                    "ask for one of the two: allow_postcopy, or verify whole_memory",
+                ));
+                migration::PostCopy::Forbidden
+            }
+            (Some(true), _) => migration::PostCopy::Allowed,
         },
         deadline_s: positive(
             &mut found,
@@ -77,6 +96,18 @@ fn positive(
     if asked == Some(0) {
         let field = format!("policy.{field}");
         found.push(FieldProblem::new(field, "0 is not more than 0", remedy));
+    }
+    asked
+}
+
+/// Less than [`LEAST_BANDWIDTH_BYTES_PER_S`] would only keep the migration waiting.
+fn bandwidth(found: &mut Vec<FieldProblem>, asked: Option<u64>) -> Option<u64> {
+    if let Some(asked) = asked.filter(|asked| *asked < LEAST_BANDWIDTH_BYTES_PER_S) {
+        found.push(FieldProblem::new(
+            "policy.max_bandwidth_bytes_per_s",
+            format!("{asked} is less than {LEAST_BANDWIDTH_BYTES_PER_S}"),
+            "allow at least 1 MiB per second, or leave it out for no limit",
+        ));
     }
     asked
 }
@@ -122,9 +153,10 @@ mod tests {
             max_rounds: Some(3),
             verify: Some(Verify::WholeMemory),
             lanes: Some(16),
-            max_bandwidth_bytes_per_s: Some(1),
+            max_bandwidth_bytes_per_s: Some(1 << 20),
             max_throttle_percent: Some(99),
             compression: Some(Compression::Off),
+            allow_postcopy: Some(false),
             deadline_s: Some(1),
         };
         let policy = migration::MigrationPolicy {
@@ -132,9 +164,10 @@ mod tests {
             max_rounds: 3,
             verify: migration::Verify::WholeMemory,
             lanes: 16,
-            max_bandwidth_bytes_per_s: Some(1),
+            max_bandwidth_bytes_per_s: Some(1 << 20),
             max_throttle_percent: 99,
             compression: migration::Compression::Off,
+            post_copy: migration::PostCopy::Forbidden,
             deadline_s: Some(1),
         };
         assert_eq!(migration_policy(asked), Ok(policy));
@@ -145,21 +178,26 @@ mod tests {
         let asked = MigrationPolicy {
             downtime_limit_ms: Some(0),
             lanes: Some(17),
-            max_bandwidth_bytes_per_s: Some(0),
+            max_bandwidth_bytes_per_s: Some(1000),
             max_throttle_percent: Some(300),
+            max_rounds: Some(0),
+            verify: Some(Verify::WholeMemory),
+            allow_postcopy: Some(true),
             deadline_s: Some(0),
             ..MigrationPolicy::default()
         };
-        let found = migration_policy(asked).expect_err("five mistakes");
+        let found = migration_policy(asked).expect_err("mistakes");
         let told: String = found
             .iter()
             .map(|found| format!("{}: {}; {}\n", found.field, found.problem, found.remedy))
             .collect();
         expect_test::expect![[r#"
             policy.downtime_limit_ms: 0 is not more than 0; allow the guest at least 1 ms, or leave it out for the usual limit
+            policy.max_rounds: 0 is not more than 0; allow at least 1 round, or leave it out for the usual limit
             policy.lanes: 17 is more than 16; use fewer lanes, or leave it out and the source chooses
-            policy.max_bandwidth_bytes_per_s: 0 is not more than 0; allow some bandwidth, or leave it out for no limit
+            policy.max_bandwidth_bytes_per_s: 1000 is less than 1048576; allow at least 1 MiB per second, or leave it out for no limit
             policy.max_throttle_percent: 300 is more than 99; let the guest run for some of the time; 0 never slows it
+            policy.allow_postcopy: a hash of all memory needs all of it before the hand-over; ask for one of the two: allow_postcopy, or verify whole_memory
             policy.deadline_s: 0 is not more than 0; allow at least 1 s, or leave it out for no deadline
         "#]]
         .assert_eq(&told);

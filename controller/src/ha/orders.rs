@@ -3,9 +3,11 @@
 //! The owner of a VM is never told to destroy it here: after a commit the target still reports the source's
 //! epoch for a moment, and what it holds then is the only copy.
 
+use crate::model::MigrationState;
 use crate::view::View;
 use godwit_wire::host_api::{Order, VmReport};
 use godwit_wire::id::{Epoch, HostId, VmId};
+use godwit_wire::migration::PostCopy;
 use godwit_wire::vmm_api::{PauseReason, VmmState};
 
 /// Whether the host was given up for lost before this report.
@@ -79,8 +81,11 @@ fn about(
             == Some(VmmState::Paused {
                 reason: PauseReason::LeaseExpired,
             });
-        // While a migration is undecided or being cleaned up, its own protocol decides who runs.
-        return match expired && report.epoch == vm.epoch && migration.is_none() {
+        // While a migration is undecided or being cleaned up, its own protocol decides who runs. One that was
+        // committed has decided, though the guest's memory may still follow.
+        let decided = migration
+            .is_none_or(|migration| matches!(migration.state, MigrationState::Committed { .. }));
+        return match expired && report.epoch == vm.epoch && decided {
             true => Verdict::Resume,
             false => Verdict::Leave,
         };
@@ -89,6 +94,12 @@ fn about(
         Some(migration) if migration.is_open() && migration.target == host => Verdict::Leave,
         // Its executor collects the source's figures, then releases it.
         Some(migration) if migration.source == host && standing == Standing::Steady => {
+            Verdict::Leave
+        }
+        // Whatever became of the host meanwhile, it may have memory that the guest needs; the executor knows when not.
+        Some(migration)
+            if migration.source == host && migration.policy.post_copy == PostCopy::Allowed =>
+        {
             Verdict::Leave
         }
         _ => Verdict::Destroy,

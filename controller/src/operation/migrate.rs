@@ -20,12 +20,12 @@ use crate::model::{Liveness, Migration, MigrationState, Operation, Subject, Vm, 
 use crate::plan::picture;
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
-use drive::{Why, drive, status};
+use drive::{Why, drive, source_is_gone, status};
 use godwit_wire::host_api::CancelMigration;
 use godwit_wire::id::{HostId, MigrationId};
-use godwit_wire::migration::{MigrationPhase, MigrationRole};
+use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::VmmState;
+use godwit_wire::vmm_api::{PauseReason, VmmState};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -283,6 +283,11 @@ async fn clean_up(context: &Context<'_>, migration: &Migration) -> Result<(), En
 
 /// After the decision for the target: waits until both ends have followed, then releases the source.
 async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    if migration.policy.post_copy == PostCopy::Allowed
+        && await_memory(context, migration).await? == Memory::GivenUp
+    {
+        return lose_memory(context, migration).await;
+    }
     let mut figures = None;
     let followed = context.core.until(|view| {
         if let Some(status) = status(view, migration.source, migration) {
@@ -329,6 +334,122 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
             .await?;
     }
     conclude(context, migration).await
+}
+
+/// What became of the memory that a guest had gone ahead of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// The guest has it, or does not need it any more.
+    Followed,
+    /// The guest waits for it in vain: the source's machine is no more, or the operator does not want to wait for it.
+    GivenUp,
+}
+
+/// A guest that went ahead of its memory needs the source until all of it has followed, however long that takes. Both
+/// copies stay as they are meanwhile; only the end of the guest at the target, whatever ended it, or the operator ends
+/// the wait.
+async fn await_memory(context: &Context<'_>, migration: &Migration) -> Result<Memory, Ended> {
+    // A wish to call it off that lost against the commit is not one to give up the guest.
+    context
+        .change(|_, _, operation| operation.cancel = None)
+        .await?;
+    let mut told = false;
+    loop {
+        let seen = context
+            .core
+            .until(|view| {
+                let waits = waits_for_memory(view, migration);
+                let cancelled = view
+                    .operations
+                    .get(&context.id)
+                    .is_some_and(|operation| operation.cancel.is_some());
+                if !may_owe_memory(view, migration) {
+                    Some(Some(Memory::Followed))
+                } else if waits
+                    && (told && cancelled || source_is_gone(view, migration) == Some(true))
+                {
+                    Some(Some(Memory::GivenUp))
+                } else {
+                    (waits && !told).then_some(None)
+                }
+            })
+            .await;
+        if let Some(memory) = seen {
+            return Ok(memory);
+        }
+        told = true;
+        let message = format!(
+            "{} on {} waits for memory that is still on {}, which cannot be reached",
+            migration.vm_name, migration.target_name, migration.source_name
+        );
+        context
+            .change(|_, draft, operation| {
+                let subject = Subject::vm(migration.vm, &migration.vm_name);
+                draft.warning(
+                    "vm.memory-awaited",
+                    subject,
+                    &operation.actor,
+                    message.clone(),
+                );
+            })
+            .await?;
+    }
+}
+
+fn waits_for_memory(view: &View, migration: &Migration) -> bool {
+    view.report_at(migration.target, migration.vm)
+        .is_some_and(|report| {
+            matches!(
+                report.state,
+                Some(VmmState::Paused {
+                    reason: PauseReason::Memory { .. }
+                })
+            )
+        })
+}
+
+/// The guest cannot go on. What is left of it ends, and it starts anew as after the death of its VMM.
+async fn lose_memory(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    let driver = &context.core.driver;
+    for (host, epoch) in [
+        (migration.target, migration.epoch.next()),
+        (migration.source, migration.epoch),
+    ] {
+        if let Some(address) = context.core.address(host)
+            && let Err(error) = bounded(driver.destroy(address, migration.vm, epoch)).await
+        {
+            tracing::info!(migration = %migration.id, error, "a copy of the VM is not destroyed yet");
+        }
+    }
+    context
+        .change(|view, draft, operation| {
+            let detail = format!(
+                "{} went ahead of memory that is lost on {}",
+                migration.vm_name, migration.source_name
+            );
+            let problem = Problem::conflict("memory-lost", detail);
+            let vm = Context::vm(view, migration.vm);
+            Context::conclude(draft, operation, vm, Conclusion::Failed(problem));
+        })
+        .await
+}
+
+/// Whether the guest may still need memory from the source. That is so until one of its ends says otherwise, or the
+/// guest is gone: silence, of a server that has just started or of a host, says nothing.
+fn may_owe_memory(view: &View, migration: &Migration) -> bool {
+    let Some(vm) = view.vms.get(&migration.vm) else {
+        return false;
+    };
+    let has_all = [migration.source, migration.target].iter().any(|host| {
+        status(view, *host, migration)
+            .is_some_and(|status| status.phase == MigrationPhase::Completed)
+    });
+    let gone = vm.owner != Some(migration.target)
+        || view.liveness(migration.target) == Liveness::RestartAllowed
+        || view
+            .report(vm)
+            .is_some_and(|report| matches!(report.state, None | Some(VmmState::Stopped { .. })));
+    !has_all && !gone
 }
 
 async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {

@@ -83,6 +83,8 @@ struct State {
     refuses_destructions: Option<Problem>,
     destructions_refused: usize,
     hides: bool,
+    /// Guests that could not go on because memory they had gone ahead of was given up.
+    memory_lost: usize,
     pools: Vec<SimPool>,
 }
 
@@ -123,6 +125,7 @@ impl SimHost {
                 refuses_destructions: None,
                 destructions_refused: 0,
                 hides: false,
+                memory_lost: 0,
                 pools: Vec::new(),
             }),
             linked: watch::Sender::new(true),
@@ -146,6 +149,11 @@ impl SimHost {
 
     pub(super) fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Whether no guest here has lost memory it had gone ahead of.
+    pub(super) fn has_lost_no_memory(&self) -> bool {
+        self.state().memory_lost == 0
     }
 
     pub(super) fn cut(&self) {
@@ -480,7 +488,7 @@ impl SimHost {
                 target,
                 vm,
                 command.migration,
-                command.epoch,
+                (command.epoch, command.policy.post_copy),
             ));
         }
         Ok(report)

@@ -4,7 +4,9 @@ use super::*;
 use crate::intent::{NewMaintenance, Resource};
 use crate::model::{MaintenanceState, ReturnPolicy};
 use godwit_wire::host_api::StopMode;
-use godwit_wire::migration::MigrationPolicy;
+use godwit_wire::id::Epoch;
+use godwit_wire::migration::{MigrationPolicy, PostCopy};
+use godwit_wire::vmm_api::{PauseReason, VmmState};
 
 impl Pool {
     /// Everything has calmed down: no operation left, and each VM that shall run runs exactly where it belongs.
@@ -100,6 +102,100 @@ async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_own
     };
     let killed = at_every_transaction(one_vm, migrate).await;
     assert!(killed >= 5, "killed {killed} times");
+}
+
+/// The guest goes ahead of its memory: the source's copy is needed beyond the commit.
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_a_post_copy_leaves_the_guest_its_memory() {
+    for transactions in 1..200 {
+        let (mut pool, vm) = one_vm().await;
+        let died = pool.dies_during(go_ahead(vm), transactions).await;
+        pool.settled().await;
+        assert!(
+            pool.host(2).has_lost_no_memory(),
+            "killed after {transactions}"
+        );
+        assert_eq!(
+            pool.view().vms[&vm].epoch,
+            if pool.runs_on(vm) == [2] {
+                Epoch(2)
+            } else {
+                Epoch(1)
+            }
+        );
+        if !died {
+            assert_eq!(pool.runs_on(vm), [2]);
+            return;
+        }
+    }
+    panic!("the operation never ends");
+}
+
+fn go_ahead(vm: VmId) -> Intent {
+    Intent::MigrateVm {
+        vm,
+        target: Some(Pool::id(2)),
+        policy: MigrationPolicy {
+            post_copy: PostCopy::Allowed,
+            ..MigrationPolicy::default()
+        },
+    }
+}
+
+fn waits_for_memory(view: &View, vm: VmId) -> bool {
+    view.report(&view.vms[&vm]).is_some_and(|report| {
+        matches!(
+            report.state,
+            Some(VmmState::Paused {
+                reason: PauseReason::Memory { .. }
+            })
+        )
+    })
+}
+
+/// Both the source's agent and the link between the VMMs are gone for longer than any patience: the guest waits, and
+/// goes on with its memory.
+#[tokio::test(start_paused = true)]
+async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
+    let (pool, vm) = one_vm().await;
+    let operation = pool.submit(go_ahead(vm)).await.unwrap().operation.unwrap();
+    pool.wait("the guest goes ahead", |view| {
+        view.vms[&vm].owner == Some(Pool::id(2))
+    })
+    .await;
+    pool.host(1).cut();
+    pool.wait("the guest waits", |view| waits_for_memory(view, vm))
+        .await;
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    pool.host(1).mend();
+    assert_eq!(pool.ended(operation).await, OperationState::Succeeded);
+    pool.settled().await;
+    assert!(pool.host(2).has_lost_no_memory());
+    assert_eq!(pool.runs_on(vm), [2]);
+    assert_eq!(pool.events("vm.memory-awaited"), 1);
+}
+
+/// The source does not come back, and the operator does not wait any longer: the guest starts anew.
+#[tokio::test(start_paused = true)]
+async fn a_guest_whose_memory_is_given_up_starts_anew() {
+    let (pool, vm) = one_vm().await;
+    let operation = pool.submit(go_ahead(vm)).await.unwrap().operation.unwrap();
+    pool.wait("the guest goes ahead", |view| {
+        view.vms[&vm].owner == Some(Pool::id(2))
+    })
+    .await;
+    pool.host(1).cut();
+    pool.wait("the guest waits", |view| waits_for_memory(view, vm))
+        .await;
+    let epoch = pool.view().vms[&vm].epoch;
+    pool.submit(Intent::CancelOperation { operation })
+        .await
+        .unwrap();
+    assert_eq!(pool.ended(operation).await, OperationState::Failed);
+    pool.running(vm).await;
+    assert!(pool.view().vms[&vm].epoch > epoch, "it is a new start");
+    pool.host(1).mend();
+    pool.settled().await;
 }
 
 #[tokio::test(start_paused = true)]

@@ -13,6 +13,9 @@
 //!          running                  └──committed──▶ released
 //! ```
 //!
+//! After a hand-over ahead of memory (post-copy) the target owns the VM at once, and the source's VMM is left alone
+//! until it says that nothing is missing any more.
+//!
 //! A server that cannot be reached leaves both ends where they are: paused, asking again.
 
 use godwit_wire::host_api::{CommitReply, Resolution};
@@ -67,9 +70,10 @@ pub(crate) enum TargetStep {
 pub(crate) fn target_step(status: Option<&MigrationStatus>, verdict: &Verdict) -> TargetStep {
     let phase = status.map(|status| status.phase);
     match (verdict, phase) {
-        (Verdict::Given(CommitReply::Granted { epoch }), Some(MigrationPhase::Completed)) => {
-            TargetStep::Own { epoch: *epoch }
-        }
+        (
+            Verdict::Given(CommitReply::Granted { epoch }),
+            Some(MigrationPhase::Completed | MigrationPhase::PostCopy),
+        ) => TargetStep::Own { epoch: *epoch },
         (
             Verdict::Given(CommitReply::Granted { epoch }),
             None | Some(MigrationPhase::Failed | MigrationPhase::Cancelled),
@@ -93,9 +97,11 @@ pub(crate) fn target_step(status: Option<&MigrationStatus>, verdict: &Verdict) -
             }
         }
         // A VMM completes only when told to, and it is told only what was granted.
-        (Verdict::NotAsked, Some(MigrationPhase::Completed)) => TargetStep::Destroy {
-            reason: "the VMM ran the VM without the store's word".to_owned(),
-        },
+        (Verdict::NotAsked, Some(MigrationPhase::Completed | MigrationPhase::PostCopy)) => {
+            TargetStep::Destroy {
+                reason: "the VMM ran the VM without the store's word".to_owned(),
+            }
+        }
         (
             Verdict::NotAsked,
             Some(MigrationPhase::Connecting | MigrationPhase::PreCopy | MigrationPhase::Blackout),
@@ -130,6 +136,8 @@ pub(crate) fn source_step(
     resolution: Option<Resolution>,
 ) -> SourceStep {
     match (status.phase, resolution) {
+        // The VM is the target's, which still needs this one's memory.
+        (MigrationPhase::PostCopy, _) => SourceStep::Wait,
         (MigrationPhase::Completed, _) | (_, Some(Resolution::End)) => SourceStep::Release,
         (MigrationPhase::Failed | MigrationPhase::Cancelled, _) => SourceStep::Keep,
         (MigrationPhase::Connecting | MigrationPhase::PreCopy | MigrationPhase::Blackout, _) => {
@@ -155,7 +163,8 @@ mod tests {
     use godwit_wire::migration::{MigrationProgress, MigrationRole};
     use proptest::prelude::*;
 
-    const PHASES: [MigrationPhase; 7] = [
+    const PHASES: [MigrationPhase; 8] = [
+        MigrationPhase::PostCopy,
         MigrationPhase::Connecting,
         MigrationPhase::PreCopy,
         MigrationPhase::Blackout,

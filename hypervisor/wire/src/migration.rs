@@ -21,6 +21,25 @@
 //!                                        ←  Running{epoch}
 //! ```
 //!
+//! Where the policy allows post-copy and pre-copy does not get there, the last pages follow the guest:
+//!
+//! ```text
+//!   Missing* WillMiss                    →                   (the guest runs at the source)
+//!                                        ←  Discarded
+//!   --- the source pauses the guest ---
+//!   Missing* State Done{missing_pages}   →
+//!                                        ←  Armed            (whoever touches a missing page waits for it)
+//!                                        ←  Ready
+//!   Pages* Zero* on each lane            →
+//!                                        ←  Want on an urgent lane
+//!   Pages* Zero* Served on that lane     →
+//!                                        ←  Running{epoch}   (the store's answer, as above)
+//!                                        ←  Complete         (nothing is missing any more)
+//! ```
+//!
+//! When connections break after `Done`, the source connects again with `Resume`; the target answers with `Missing`
+//! frames and `Resumed`, lanes join, and it goes on.
+//!
 //! A round ends on every lane before the next begins on any, so that no older copy of a page can overtake a newer
 //! one. Either side may send `Abort` before `Done`; from `Done` on only the store's answer decides.
 
@@ -30,7 +49,7 @@ mod policy;
 
 pub use frame::{Codec, FrameError, FrameHeader, FrameKind, checksum};
 pub use identity::{MigrationIdentity, MigrationToken};
-pub use policy::{Compression, MAX_LANES, MigrationPolicy, Verify};
+pub use policy::{Compression, MAX_LANES, MigrationPolicy, PostCopy, Verify};
 
 use crate::cpu::GuestCpu;
 use crate::id::{Epoch, MigrationId, VmId};
@@ -40,9 +59,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 
 /// Newest protocol version this program speaks.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 /// Oldest protocol version this program still speaks.
-pub const OLDEST_PROTOCOL_VERSION: u32 = 2;
+pub const OLDEST_PROTOCOL_VERSION: u32 = 3;
 /// Longest control message; a longer one is refused before it is read.
 pub const MAX_CONTROL_BYTES: u32 = 256 * 1024;
 /// Longest device-and-vCPU state.
@@ -51,6 +70,8 @@ pub const MAX_STATE_BYTES: u32 = 16 * 1024 * 1024;
 pub const MAX_TOUCHED_STRETCHES: usize = 1024;
 /// Most pages in one frame (1 MiB): long enough to keep a link full, short enough to react to a cancel.
 pub const MAX_FRAME_PAGES: u32 = 256;
+/// Most pages that one map of missing pages covers (1 GiB; 32 KiB on the wire).
+pub const MAX_MAPPED_PAGES: u32 = 1 << 18;
 /// Bytes in an encoded [`FrameHeader`].
 pub const FRAME_HEADER_BYTES: usize = 32;
 /// First four bytes of every frame.
@@ -78,6 +99,9 @@ pub enum MigrationPhase {
     Blackout,
     /// The target holds and has verified everything (as far as this end knows); the store decides.
     AwaitingCommit,
+    /// The guest runs at the target and some of its memory is still at the source: until it has followed, the loss
+    /// of either host loses the running guest.
+    PostCopy,
     /// The guest runs at the target.
     Completed,
     /// It ended before the commit; the guest runs at the source.
@@ -131,6 +155,29 @@ pub struct MigrationProgress {
     /// From pause at the source to the news that the target runs; known at the end, at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
+    /// What followed the guest; absent while or if nothing did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyProgress>,
+}
+
+/// Memory that follows a guest which runs at the target already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct PostCopyProgress {
+    /// What was missing when the guest was handed over.
+    pub owed_bytes: Bytes,
+    /// What is still missing: lost with either host.
+    pub missing_bytes: Bytes,
+    /// Pages the guest had to wait for.
+    pub wanted_pages: u64,
+    /// Time the guest's accesses waited for them, all together; known at the target.
+    pub waited_us: u64,
+    /// The longest of these waits; known at the target.
+    pub longest_wait_us: u64,
+    /// Times the connections broke and were made again.
+    pub interruptions: u32,
+    /// From the hand-over until nothing was missing.
+    pub took_ms: u64,
 }
 
 /// Parts of a blackout, in microseconds, as the source measured them.
@@ -180,6 +227,17 @@ pub struct Stretch {
     pub pages: u64,
 }
 
+/// What a connection beside the control connection is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LaneKind {
+    /// Carries pages in the source's order.
+    #[default]
+    Bulk,
+    /// Carries pages that the guest at the target waits for.
+    Urgent,
+}
+
 /// What a guest does after it has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -188,6 +246,28 @@ pub enum Arrival {
     Run,
     /// It was paused by the operator and stays so.
     StayPaused,
+}
+
+/// What the source says when everything has been sent that is sent before the hand-over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done {
+    /// Number of the last round.
+    pub round: u32,
+    /// Pages sent in all.
+    pub pages: u64,
+    /// XXH3-128 of the state frame's payload, as 32 hex digits.
+    pub state_hash: String,
+    /// Time since the guest's clocks were sampled for the state, in nanoseconds. The target adds what passes until it
+    /// restores them, so the hosts' own clocks need not agree.
+    pub clock_age_ns: u64,
+    /// Pages that follow later, all of them named by `Missing` frames; 0 when everything has been sent.
+    #[serde(default)]
+    pub missing_pages: u64,
+    /// What the guest does once the target owns it.
+    pub then: Arrival,
+    /// XXH3-128 of all guest memory, as 32 hex digits, when asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hash: Option<String>,
 }
 
 /// Something both ends must know to move a machine; unknown names in `required` are refused before the pause.
@@ -213,6 +293,9 @@ pub enum ToTarget {
         token: MigrationToken,
         /// Lanes that will join, 1 to [`MAX_LANES`].
         lanes: u8,
+        /// Urgent lanes that will join after them, 0 to [`MAX_LANES`]; 0 where post-copy is not allowed.
+        #[serde(default)]
+        urgent_lanes: u8,
         /// Which VM moves.
         vm: VmId,
         /// Epoch under which it runs at the source.
@@ -237,8 +320,27 @@ pub enum ToTarget {
         migration: MigrationId,
         /// As in `Hello`.
         token: MigrationToken,
-        /// Which lane, from 0.
+        /// Which kind of lane.
+        #[serde(default)]
+        kind: LaneKind,
+        /// Which lane of its kind, from 0.
         lane: u8,
+    },
+    /// Opens the control connection of a post-copy whose connections broke.
+    Resume {
+        /// As in `Hello`.
+        migration: MigrationId,
+        /// As in `Hello`.
+        token: MigrationToken,
+        /// As in `Hello`.
+        lanes: u8,
+        /// As in `Hello`, and not 0.
+        urgent_lanes: u8,
+    },
+    /// The pages named by the `Missing` frames before it will not be sent before the guest is handed over.
+    WillMiss {
+        /// Number of pages named.
+        pages: u64,
     },
     /// All pages of a round have been sent, on this lane or (on the control connection) on all of them.
     EndOfRound {
@@ -247,23 +349,8 @@ pub enum ToTarget {
         /// Pages sent so far (with content and zero) on this lane or on all of them, all rounds together.
         pages: u64,
     },
-    /// Everything has been sent: the target may become ready.
-    Done {
-        /// Number of the last round.
-        round: u32,
-        /// Pages sent in all.
-        pages: u64,
-        /// XXH3-128 of the state frame's payload, as 32 hex digits.
-        state_hash: String,
-        /// Time since the guest's clocks were sampled for the state, in nanoseconds. The target adds what passes
-        /// until it restores them, so the hosts' own clocks need not agree.
-        clock_age_ns: u64,
-        /// What the guest does once the target owns it.
-        then: Arrival,
-        /// XXH3-128 of all guest memory, as 32 hex digits, when asked for.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        memory_hash: Option<String>,
-    },
+    /// Everything has been sent, or will follow: the target may become ready.
+    Done(Done),
     /// The source calls it off.
     Abort {
         /// Why.
@@ -277,8 +364,10 @@ impl ToTarget {
         match self {
             Self::Hello { .. } => "Hello",
             Self::Join { .. } => "Join",
+            Self::Resume { .. } => "Resume",
+            Self::WillMiss { .. } => "WillMiss",
             Self::EndOfRound { .. } => "EndOfRound",
-            Self::Done { .. } => "Done",
+            Self::Done(_) => "Done",
             Self::Abort { .. } => "Abort",
         }
     }
@@ -292,6 +381,9 @@ pub enum ToSource {
     Accept {
         /// Version to speak.
         version: u32,
+        /// Urgent lanes it takes: as many as asked for, or 0 where post-copy cannot be had.
+        #[serde(default)]
+        urgent_lanes: u8,
     },
     /// The lane is open.
     Joined,
@@ -305,7 +397,23 @@ pub enum ToSource {
         /// Number of the round.
         round: u32,
     },
-    /// Everything is held and verified.
+    /// What `WillMiss` named is not here any more.
+    Discarded,
+    /// Missing pages can be sent and are asked for.
+    Armed,
+    /// Answers `Resume`, behind `Missing` frames that name what is still missing.
+    Resumed {
+        /// Round that pages belong to from here on.
+        round: u32,
+        /// Number of pages named.
+        missing_pages: u64,
+        /// Epoch under which the guest runs, if it does.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        running: Option<Epoch>,
+    },
+    /// Nothing is missing any more: the source's memory is not needed.
+    Complete,
+    /// Everything is held and verified; after `Armed`, everything but what is missing.
     Ready,
     /// The guest runs here now.
     Running {

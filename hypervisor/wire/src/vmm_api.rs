@@ -255,6 +255,11 @@ pub enum PauseReason {
         /// What stands in the way.
         detail: String,
     },
+    /// Memory that follows the guest from its former host does not arrive.
+    Memory {
+        /// What stands in the way.
+        detail: String,
+    },
     /// KVM could not go on.
     Fault {
         /// What it said.

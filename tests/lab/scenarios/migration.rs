@@ -31,6 +31,53 @@ pub(crate) async fn of_busy_memory(pool: &mut Pool) -> anyhow::Result<()> {
     guest.delete(pool).await
 }
 
+/// A link that does not keep up, so that the guest goes ahead of its memory.
+const NARROW: [&str; 5] = [
+    "--allow-postcopy",
+    "--max-bandwidth",
+    "8M",
+    "--compression",
+    "off",
+];
+const RESTLESS_MIB_PER_S: u32 = 40;
+const RESTLESS_SET_MIB: u32 = 40;
+
+pub(crate) async fn ahead_of_memory(pool: &mut Pool) -> anyhow::Result<()> {
+    let options = ["--vcpus", "2"];
+    let mut guest =
+        Guest::create(pool, "ahead", "host-1", GuestKernel::default(), &options).await?;
+    guest.run(&format!("agent fill {FILLED_MIB}")).await?;
+    guest
+        .run(&format!(
+            "agent dirty {RESTLESS_MIB_PER_S} {RESTLESS_SET_MIB}"
+        ))
+        .await?;
+    for target in ["host-2", "host-1"] {
+        let mut words = vec!["vm", "migrate", "ahead", "--to", target, "--wait"];
+        words.extend(["--downtime-limit-ms", "200"]);
+        words.extend(NARROW);
+        pool.godwit(&words).await?;
+        let migrations = pool.godwit(&["migration", "list"]).await?;
+        let items = migrations["items"].as_array().context("migrations")?;
+        let memory = items
+            .iter()
+            .filter(|migration| migration["vm_name"] == "ahead")
+            .find(|migration| migration["target_name"] == target)
+            .context("its migration is listed")?["progress"]["post_copy"]
+            .clone();
+        eprintln!("lab:   to {target}: {memory}");
+        ensure!(
+            memory["owed_bytes"].as_u64() > Some(0) && memory["missing_bytes"] == 0,
+            "the guest did not go ahead of its memory, or it is not whole: {memory}"
+        );
+        guest = Guest::attach(pool, "ahead").await?;
+    }
+    guest.run("agent stop").await?;
+    let verified = guest.run("agent verify").await?;
+    eprintln!("lab:   {verified}");
+    guest.delete(pool).await
+}
+
 /// The target's CPU is less than the guest was promised.
 pub(crate) async fn to_a_lesser_cpu(pool: &mut Pool) -> anyhow::Result<()> {
     pool.add_host("old-host", Cpu::WithoutAvx2).await?;

@@ -91,6 +91,14 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         run: |pool| migration::of_busy_memory(pool).boxed_local(),
     },
     Scenario {
+        name: "migrate-ahead",
+        shows: "a guest that outruns its link moves ahead of its memory (post-copy), and not a byte is lost",
+        extent: Extent::Full,
+        needs: Needs::Nothing,
+        bound: MINUTE.saturating_mul(8),
+        run: |pool| migration::ahead_of_memory(pool).boxed_local(),
+    },
+    Scenario {
         name: "migrate-refused",
         shows: "a host whose CPU lacks what the guest sees is refused before the guest pauses",
         extent: Extent::Full,

@@ -35,6 +35,10 @@ pub struct MigrateArgs {
     /// Whether pages are compressed.
     #[arg(long, value_enum)]
     compression: Option<Compression>,
+    /// The guest may run at the target before all of its memory is there, when it changes too fast to be copied first.
+    /// Until the rest has followed, the loss of either host loses the running guest.
+    #[arg(long)]
+    allow_postcopy: bool,
     /// The move ends, one way or the other, within this time.
     #[arg(long, value_name = "SECONDS")]
     deadline_s: Option<u64>,
@@ -53,6 +57,7 @@ pub(super) async fn migrate(session: &Session, arguments: MigrateArgs) -> Result
         max_bandwidth,
         max_throttle,
         compression,
+        allow_postcopy,
         deadline_s,
         change,
     } = arguments;
@@ -66,6 +71,7 @@ pub(super) async fn migrate(session: &Session, arguments: MigrateArgs) -> Result
             max_bandwidth_bytes_per_s: max_bandwidth,
             max_throttle_percent: max_throttle,
             compression,
+            allow_postcopy: allow_postcopy.then_some(true),
             deadline_s,
         }),
     };

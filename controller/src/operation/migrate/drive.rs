@@ -157,6 +157,18 @@ pub(super) fn status<'v>(
         .filter(|status| status.migration == migration.id)
 }
 
+/// Whether the source's host says that its machine is no more; `None` when it says nothing.
+pub(super) fn source_is_gone(view: &View, migration: &Migration) -> Option<bool> {
+    let source = view.observed.get(&migration.source)?;
+    Some(match source.vms.get(&migration.vm) {
+        Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
+        None => source
+            .missing
+            .get(&migration.vm)
+            .is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
+    })
+}
+
 /// `None` while the migration goes its way.
 fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Result<(), Why>> {
     if !view
@@ -199,15 +211,7 @@ fn judge(view: &View, migration: &Migration, context: &Context<'_>) -> Option<Re
     if let Some(failed) = said(migration.source, &migration.source_name) {
         return Some(failed);
     }
-    let source = view.observed.get(&migration.source)?;
-    let gone = match source.vms.get(&migration.vm) {
-        Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
-        None => source
-            .missing
-            .get(&migration.vm)
-            .is_some_and(|missing| *missing >= MISSING_HEARTBEATS),
-    };
-    if gone {
+    if source_is_gone(view, migration)? {
         return Some(Err(Why::failed(format!(
             "{} does not have the VM any more",
             migration.source_name

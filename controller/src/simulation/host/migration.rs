@@ -4,7 +4,7 @@ use super::SimHost;
 use crate::simulation::driver::LATENCY;
 use godwit_wire::host_api::{CommitReply, CommitRequest, Resolution, ResolveRequest};
 use godwit_wire::id::{Epoch, MigrationId, VmId};
-use godwit_wire::migration::{MigrationPhase, MigrationRole};
+use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{PauseReason, StopReason, VmmState};
 use std::sync::Arc;
@@ -16,6 +16,8 @@ const COPY_TIME: Duration = Duration::from_millis(1_500);
 const BLACKOUT_TIME: Duration = Duration::from_millis(30);
 /// How long a source waits for word of the target before it asks the store.
 const RESOLVE_AFTER: Duration = Duration::from_secs(2);
+/// How long memory takes to follow a guest that went ahead.
+const FOLLOW_TIME: Duration = Duration::from_millis(1_800);
 const RETRY: Duration = Duration::from_millis(200);
 
 fn both_linked(source: &SimHost, target: &SimHost) -> bool {
@@ -28,7 +30,7 @@ pub(super) async fn send(
     target: Arc<SimHost>,
     vm: VmId,
     migration: MigrationId,
-    epoch: Epoch,
+    (epoch, post_copy): (Epoch, PostCopy),
 ) {
     let steps = 6;
     for step in 1..=steps {
@@ -70,10 +72,16 @@ pub(super) async fn send(
     source.enter(vm, migration, MigrationPhase::AwaitingCommit);
     if both_linked(&source, &target) {
         target.enter(vm, migration, MigrationPhase::AwaitingCommit);
-        tokio::spawn(receive(source.clone(), target, vm, migration, epoch));
+        tokio::spawn(receive(
+            source.clone(),
+            target,
+            vm,
+            migration,
+            (epoch, post_copy),
+        ));
     }
     tokio::time::sleep(RESOLVE_AFTER).await;
-    resolve(source, vm, migration, epoch).await;
+    resolve(source, vm, migration, (epoch, post_copy)).await;
 }
 
 /// The target's agent asks for the commit until it is answered.
@@ -82,7 +90,7 @@ async fn receive(
     target: Arc<SimHost>,
     vm: VmId,
     migration: MigrationId,
-    epoch: Epoch,
+    (epoch, post_copy): (Epoch, PostCopy),
 ) {
     loop {
         target.answering().await;
@@ -106,12 +114,19 @@ async fn receive(
         target.answering().await;
         match answer {
             Some(CommitReply::Granted { epoch }) => {
+                let ahead = post_copy == PostCopy::Allowed;
+                let phase = match ahead {
+                    true => MigrationPhase::PostCopy,
+                    false => MigrationPhase::Completed,
+                };
                 let ran = target.with_migration(vm, migration, |known, held| {
                     known.epoch = epoch;
-                    known.enter(MigrationPhase::Completed);
+                    known.enter(phase);
                     known.run(held).is_ok()
                 });
-                if let Some(true) = ran
+                if ahead && ran.is_some() {
+                    tokio::spawn(follow(source.clone(), target.clone(), vm, migration));
+                } else if let Some(true) = ran
                     && both_linked(&source, &target)
                 {
                     source.with_migration(vm, migration, |known, _| {
@@ -135,8 +150,56 @@ async fn receive(
     }
 }
 
+/// Memory that a guest went ahead of arrives, as long as both VMMs reach each other and the source has it.
+async fn follow(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration: MigrationId) {
+    let waits = VmmState::Paused {
+        reason: PauseReason::Memory {
+            detail: "the link is broken".into(),
+        },
+    };
+    let mut steps = 6;
+    while steps > 0 {
+        tokio::time::sleep(FOLLOW_TIME / 6).await;
+        if target.phase(vm, migration) != Some(MigrationPhase::PostCopy) {
+            return;
+        }
+        if !both_linked(&source, &target) {
+            target.with_migration(vm, migration, |known, _| {
+                if known.state == Some(VmmState::Running) {
+                    known.state = Some(waits.clone());
+                }
+            });
+        } else if source.phase(vm, migration).is_none() {
+            target.with_migration(vm, migration, |known, _| known.state = None);
+            target.state().memory_lost += 1;
+            return;
+        } else {
+            source.enter(vm, migration, MigrationPhase::PostCopy);
+            target.with_migration(vm, migration, |known, held| {
+                if known.state.as_ref() == Some(&waits) {
+                    let _ = known.run(held);
+                }
+            });
+            steps -= 1;
+        }
+    }
+    target.enter(vm, migration, MigrationPhase::Completed);
+    source.with_migration(vm, migration, |known, _| {
+        known.enter(MigrationPhase::Completed);
+        known.migration.as_mut().unwrap().progress.downtime_us = Some(40_000);
+        known.state = Some(VmmState::Stopped {
+            reason: StopReason::MigratedAway,
+        });
+    });
+}
+
 /// The source's agent asks what became of a migration whose target is silent.
-async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: Epoch) {
+async fn resolve(
+    source: Arc<SimHost>,
+    vm: VmId,
+    migration: MigrationId,
+    (epoch, post_copy): (Epoch, PostCopy),
+) {
     loop {
         source.answering().await;
         if source.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
@@ -162,6 +225,11 @@ async fn resolve(source: Arc<SimHost>, vm: VmId, migration: MigrationId, epoch: 
                     known.enter(MigrationPhase::Failed);
                     let _ = known.run(held);
                 });
+                return;
+            }
+            Some(Resolution::End) if post_copy == PostCopy::Allowed => {
+                // Released, and still needed.
+                source.enter(vm, migration, MigrationPhase::PostCopy);
                 return;
             }
             Some(Resolution::End) => {

@@ -148,7 +148,12 @@ impl Driver {
             Some(&command),
         );
         match self.vmm_answer::<MigrationStatus>(told).await {
-            Ok(status) if status.phase == MigrationPhase::Completed => {
+            Ok(status)
+                if matches!(
+                    status.phase,
+                    MigrationPhase::Completed | MigrationPhase::PostCopy
+                ) =>
+            {
                 if let Some(holding) = &mut self.holding {
                     holding.migration = Some(status);
                 }

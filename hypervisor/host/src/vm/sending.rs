@@ -59,7 +59,12 @@ impl Driver {
             status.phase,
             MigrationPhase::Failed | MigrationPhase::Cancelled
         );
-        if holding.handover.is_some() || status.role == MigrationRole::Target {
+        if holding.handover.is_some() {
+            return;
+        }
+        if status.role == MigrationRole::Target {
+            // The VM is owned here by now, and its memory may still be arriving.
+            holding.migration = Some(status);
             return;
         }
         holding.migration = Some(status.clone());
@@ -201,8 +206,13 @@ impl Driver {
             );
             match self.vmm_answer::<MigrationStatus>(told).await {
                 Ok(status) => {
+                    let needed = status.phase == MigrationPhase::PostCopy;
                     if let Some(holding) = &mut self.holding {
                         holding.migration = Some(status);
+                    }
+                    if needed {
+                        tracing::info!(vm = %self.vm, %migration, "the VM has moved away ahead of its memory, which is kept until all of it has followed");
+                        return;
                     }
                 }
                 Err(problem) => {

@@ -46,6 +46,29 @@ impl DirtyBitmap {
         }
     }
 
+    /// Counts the pages of `other`, whose first page is this bitmap's page `first`, a multiple of 64, as dirty here
+    /// too.
+    pub fn merge_at(&mut self, first: u64, other: &Self) {
+        assert!(
+            first.is_multiple_of(64) && first + other.pages <= self.pages,
+            "the other bitmap lies within this one, word by word"
+        );
+        for (word, more) in self.words[(first / 64) as usize..]
+            .iter_mut()
+            .zip(&other.words)
+        {
+            *word |= more;
+        }
+    }
+
+    /// Counts the pages of `other`, a bitmap of the same slot, as clean.
+    pub fn subtract(&mut self, other: &Self) {
+        assert_eq!(self.pages, other.pages, "bitmaps of one slot have one size");
+        for (word, fewer) in self.words.iter_mut().zip(&other.words) {
+            *word &= !fewer;
+        }
+    }
+
     /// Maximal runs of dirty pages within `range`, as (first page, number).
     pub fn runs(&self, range: std::ops::Range<u64>) -> Runs<'_> {
         Runs {
@@ -59,7 +82,8 @@ impl DirtyBitmap {
         self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }
 
-    fn words(&self, range: std::ops::Range<u64>) -> &[u64] {
+    /// The words that hold the bits of `range`, which begins with a word's first.
+    pub fn words(&self, range: std::ops::Range<u64>) -> &[u64] {
         &self.words[(range.start / 64) as usize..range.end.div_ceil(64) as usize]
     }
 }

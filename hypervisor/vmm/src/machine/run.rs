@@ -234,6 +234,12 @@ impl Machine {
         Ok(())
     }
 
+    /// Makes vCPUs stop, without waiting for any: one may be waiting for memory that does not arrive. Devices go on.
+    pub fn stall(&self) {
+        self.gate.stop.store(true, Ordering::SeqCst);
+        self.vcpus.iter().for_each(Vcpu::interrupt);
+    }
+
     /// Stops all vCPUs and devices; returns when none runs, nothing is in flight and no I/O is half done.
     pub fn pause(&self) -> Result<(), MachineError> {
         self.stop_vcpus()?;

@@ -1,9 +1,12 @@
-//! Guest memory and the lease page.
+//! Guest memory, also while it is arriving, and the lease page.
 
+mod absent;
 mod lease_page;
 mod program;
 mod ram;
+mod userfault;
 
+pub use absent::{Absent, AbsentError};
 pub use lease_page::{LeasePage, LeasePageError, boot_time_ns};
 pub use program::release_start_pages;
 pub use ram::{GuestRam, RamError, Segment};

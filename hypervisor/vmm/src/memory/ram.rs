@@ -186,6 +186,11 @@ impl GuestRam {
         Bytes(self.segments.iter().map(|segment| segment.bytes).sum())
     }
 
+    /// Which pages it is made of.
+    pub const fn backing(&self) -> MemoryBacking {
+        self.backing
+    }
+
     /// Host memory that guest pages take now.
     pub fn resident(&self) -> Bytes {
         rustix::fs::fstat(&*self.file).map_or(Bytes(0), |stat| Bytes(stat.st_blocks as u64 * 512))
@@ -440,6 +445,46 @@ impl GuestRam {
         match done {
             // Linux before 5.14 does not know it: then the pages come one by one.
             Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+            Err(error) => Err(RamError::Access {
+                address,
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// Lets the kernel use pages of 4 KiB only from here on; those of 2 MiB that are there stay.
+    pub fn avoid_huge_pages(&self) {
+        for segment in self.segments.iter() {
+            let start = self
+                .map
+                .get_host_address(GuestAddress(segment.start))
+                .expect("a segment is mapped");
+            // SAFETY: the range is the segment's mapping, which this value keeps alive; the advice changes neither
+            // content nor protection.
+            let advised = unsafe {
+                rustix::mm::madvise(
+                    start.cast(),
+                    segment.bytes as usize,
+                    rustix::mm::Advice::LinuxNoHugepage,
+                )
+            };
+            // A kernel without huge pages does not know it.
+            if let Err(error) = advised {
+                tracing::debug!(%error, "the kernel takes no advice on huge pages");
+            }
+        }
+    }
+
+    /// Whether none of the `pages` pages from `address` on is there.
+    pub fn is_absent(&self, address: u64, pages: u64) -> Result<bool, RamError> {
+        let bytes = pages.saturating_mul(PAGE_BYTES);
+        let segment = self
+            .segment_of(address, bytes)
+            .ok_or(RamError::OutOfRange { address, bytes })?;
+        let start = segment.file_offset + (address - segment.start);
+        match rustix::fs::seek(&*self.file, SeekFrom::Data(start)) {
+            Ok(data) => Ok(data >= start + bytes),
+            Err(rustix::io::Errno::NXIO) => Ok(true),
             Err(error) => Err(RamError::Access {
                 address,
                 source: error.into(),

@@ -2,10 +2,11 @@
 //!
 //! A guest that dirties memory slower than the link carries it has less to send after every round. Pausing is
 //! *allowed* as soon as the rest fits the downtime limit; it is *wise* when another round would not make the rest
-//! much smaller. A guest whose rest does not shrink is slowed down, step by step and as far as the policy allows. One
-//! that never gets below the limit within the round limit or the deadline is left where it is.
+//! much smaller. A guest whose rest does not shrink goes ahead of it, where post-copy is allowed; else it is slowed
+//! down, step by step and as far as the policy allows. One that never gets below the limit within the round limit or
+//! the deadline is left where it is.
 
-use godwit_wire::migration::MigrationPolicy;
+use godwit_wire::migration::{MigrationPolicy, PostCopy};
 use std::time::Duration;
 
 /// A rest this small is sent in less time than the fixed costs take; another round gains nothing.
@@ -13,8 +14,8 @@ const SMALL_REST_BYTES: u64 = 256 * 1024;
 /// Another round is worth it if it leaves at most this share of the rest.
 const WORTHWHILE_SHARE: f64 = 0.7;
 
-/// Rounds before a guest is slowed down: the first says little about the rest.
-const ROUNDS_BEFORE_THROTTLE: u32 = 2;
+/// Rounds before a guest is slowed down or goes ahead: the first says little about the rest.
+const TELLING_ROUNDS: u32 = 2;
 /// How much more it is slowed down each time.
 const THROTTLE_STEP_PERCENT: u8 = 25;
 
@@ -35,6 +36,8 @@ pub(super) struct RoundOutcome {
     pub(super) fixed_cost: Duration,
     /// How much the guest is slowed down already.
     pub(super) throttle_percent: u8,
+    /// Whether both ends can and may do post-copy.
+    pub(super) post_copy: PostCopy,
 }
 
 /// What to do next.
@@ -49,6 +52,8 @@ pub(super) enum Decision {
     },
     /// Pause the guest and send the rest.
     Pause,
+    /// Pause the guest and hand it over; the rest follows.
+    GoAhead,
     /// It will not fit within the round limit.
     GiveUp,
     /// It does not fit and the deadline is over.
@@ -74,8 +79,10 @@ impl RoundOutcome {
         match (fits, last) {
             (true, true) => Decision::Pause,
             (true, false) if self.rest_bytes <= SMALL_REST_BYTES || !shrinking => Decision::Pause,
+            (false, true) if self.post_copy == PostCopy::Allowed => Decision::GoAhead,
             (false, true) if late => Decision::OutOfTime,
             (false, true) => Decision::GiveUp,
+            (false, false) if !shrinking && self.may_go_ahead() => Decision::GoAhead,
             (false, false) if !shrinking && self.may_slow_down(policy) => Decision::Throttle {
                 percent: (self.throttle_percent + THROTTLE_STEP_PERCENT)
                     .min(policy.max_throttle_percent),
@@ -84,8 +91,12 @@ impl RoundOutcome {
         }
     }
 
+    fn may_go_ahead(&self) -> bool {
+        self.post_copy == PostCopy::Allowed && self.round >= TELLING_ROUNDS
+    }
+
     fn may_slow_down(&self, policy: &MigrationPolicy) -> bool {
-        self.round >= ROUNDS_BEFORE_THROTTLE && self.throttle_percent < policy.max_throttle_percent
+        self.round >= TELLING_ROUNDS && self.throttle_percent < policy.max_throttle_percent
     }
 }
 
@@ -99,6 +110,7 @@ mod tests {
             round,
             elapsed: Duration::from_secs(u64::from(round)),
             throttle_percent: 0,
+            post_copy: PostCopy::Forbidden,
             rest_bytes,
             previous_rest_bytes,
             bytes_per_s: 100 << 20,
@@ -157,6 +169,29 @@ mod tests {
         assert_eq!(after(2, 0), Decision::Throttle { percent: 25 });
         assert_eq!(after(3, 25), Decision::Throttle { percent: 40 });
         assert_eq!(after(4, 40), Decision::AnotherRound);
+    }
+
+    #[test]
+    fn a_guest_goes_ahead_only_where_that_is_allowed_and_needed() {
+        let policy = MigrationPolicy::default();
+        let ahead = |number, rest_bytes, previous_rest_bytes| {
+            RoundOutcome {
+                post_copy: PostCopy::Allowed,
+                ..round(number, rest_bytes, previous_rest_bytes)
+            }
+            .decide(&policy)
+        };
+        // Pre-copy goes on as long as it helps.
+        assert_eq!(ahead(2, 300 << 20, 1 << 30), Decision::AnotherRound);
+        assert_eq!(ahead(1, 1 << 30, 1 << 30), Decision::AnotherRound);
+        assert_eq!(ahead(2, 300 << 20, 300 << 20), Decision::GoAhead);
+        assert_eq!(ahead(2, 1 << 20, 1 << 20), Decision::Pause);
+        assert_eq!(
+            ahead(policy.max_rounds, 300 << 20, 1 << 30),
+            Decision::GoAhead
+        );
+        let forbidden = round(2, 300 << 20, 300 << 20).decide(&policy);
+        assert_eq!(forbidden, Decision::Throttle { percent: 25 });
     }
 
     #[test]

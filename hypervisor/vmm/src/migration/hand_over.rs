@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! source   Copying ──done_sent──▶ InDoubt ──running | release──▶ Gone
-//!             │ cancel, failure      │ abort (the store voided it)
+//!             │ cancel, failure      │ │  with memory owed: ──▶ Serving ──complete──▶ Gone
+//!             │                      │ abort (the store voided it)
 //!             ▼                      ▼
 //!          Returned ◀────────────────┘
 //!
@@ -13,9 +14,19 @@
 //! ```
 //!
 //! The source may run its guest in `Copying` and `Returned`, the target in `Running`. `done_sent` is the point
-//! after which the target may be granted the VM, so from there on the source cannot go back by itself.
+//! after which the target may be granted the VM, so from there on the source cannot go back by itself. A source that
+//! still owes memory (post-copy) keeps it until the target has all of it, but never runs it again.
 
 use godwit_wire::id::Epoch;
+
+/// What the source had sent when it sent `Done`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// All of it.
+    Sent,
+    /// Not all of it; the rest follows.
+    Owed,
+}
 
 /// The source's side.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +34,9 @@ pub enum SourceHandOver {
     /// The target cannot be whole yet.
     Copying,
     /// The target may be whole; only the store knows who owns the VM.
-    InDoubt,
+    InDoubt(Memory),
+    /// The guest runs at the target, which still needs memory from here.
+    Serving,
     /// The guest runs at the target.
     Gone,
     /// The guest runs here again, or never stopped.
@@ -69,11 +82,11 @@ pub enum HandOverError {
 
 impl SourceHandOver {
     /// `Done` is about to be sent.
-    pub const fn done_sent(self) -> Result<Self, HandOverError> {
+    pub const fn done_sent(self, memory: Memory) -> Result<Self, HandOverError> {
         match self {
-            Self::Copying => Ok(Self::InDoubt),
-            Self::InDoubt => Err(HandOverError::TooLate),
-            Self::Gone | Self::Returned => Err(self.over()),
+            Self::Copying => Ok(Self::InDoubt(memory)),
+            Self::InDoubt(_) => Err(HandOverError::TooLate),
+            Self::Serving | Self::Gone | Self::Returned => Err(self.over()),
         }
     }
 
@@ -81,25 +94,35 @@ impl SourceHandOver {
     pub const fn cancel(self) -> Result<Self, HandOverError> {
         match self {
             Self::Copying | Self::Returned => Ok(Self::Returned),
-            Self::InDoubt => Err(HandOverError::TooLate),
-            Self::Gone => Err(self.over()),
+            Self::InDoubt(_) => Err(HandOverError::TooLate),
+            Self::Serving | Self::Gone => Err(self.over()),
         }
     }
 
     /// The store has voided the migration.
     pub const fn abort(self) -> Result<Self, HandOverError> {
         match self {
-            Self::Copying | Self::InDoubt | Self::Returned => Ok(Self::Returned),
-            Self::Gone => Err(self.over()),
+            Self::Copying | Self::InDoubt(_) | Self::Returned => Ok(Self::Returned),
+            Self::Serving | Self::Gone => Err(self.over()),
         }
     }
 
     /// The target runs the guest, or the store says that it owns it.
     pub const fn gone(self) -> Result<Self, HandOverError> {
         match self {
-            Self::InDoubt | Self::Gone => Ok(Self::Gone),
+            Self::InDoubt(Memory::Owed) | Self::Serving => Ok(Self::Serving),
+            Self::InDoubt(Memory::Sent) | Self::Gone => Ok(Self::Gone),
             // The target cannot own what it cannot have: whoever says so is wrong.
             Self::Copying => Err(HandOverError::NotWhole),
+            Self::Returned => Err(self.over()),
+        }
+    }
+
+    /// The target, which runs the guest, has all of its memory.
+    pub const fn complete(self) -> Result<Self, HandOverError> {
+        match self {
+            Self::Serving | Self::Gone => Ok(Self::Gone),
+            Self::Copying | Self::InDoubt(_) => Err(HandOverError::NotWhole),
             Self::Returned => Err(self.over()),
         }
     }
@@ -111,7 +134,7 @@ impl SourceHandOver {
 
     const fn over(self) -> HandOverError {
         HandOverError::Over(match self {
-            Self::Gone => "the guest runs at the target",
+            Self::Serving | Self::Gone => "the guest runs at the target",
             _ => "the guest stayed at the source",
         })
     }
@@ -184,9 +207,11 @@ mod tests {
         Void,
     }
 
-    const SOURCES: [SourceHandOver; 4] = [
+    const SOURCES: [SourceHandOver; 6] = [
         SourceHandOver::Copying,
-        SourceHandOver::InDoubt,
+        SourceHandOver::InDoubt(Memory::Sent),
+        SourceHandOver::InDoubt(Memory::Owed),
+        SourceHandOver::Serving,
         SourceHandOver::Gone,
         SourceHandOver::Returned,
     ];
@@ -218,10 +243,18 @@ mod tests {
         fn successors(self) -> Vec<Self> {
             let mut next = Vec::new();
             if !self.source_dead {
-                next.extend(self.with_source(self.source().done_sent()).map(|w| Self {
-                    done_in_flight: true,
-                    ..w
-                }));
+                for memory in [Memory::Sent, Memory::Owed] {
+                    next.extend(
+                        self.with_source(self.source().done_sent(memory))
+                            .map(|w| Self {
+                                done_in_flight: true,
+                                ..w
+                            }),
+                    );
+                }
+                if self.target().may_run() {
+                    next.extend(self.with_source(self.source().complete()));
+                }
                 next.extend(self.with_source(self.source().cancel()));
                 if self.running_in_flight {
                     next.extend(self.with_source(self.source().gone()));
@@ -230,7 +263,7 @@ mod tests {
                     Store::Committed => next.extend(self.with_source(self.source().gone())),
                     Store::Void => next.extend(self.with_source(self.source().abort())),
                     // The source's question voids a migration that is still open.
-                    Store::Open if self.source() == SourceHandOver::InDoubt => {
+                    Store::Open if matches!(self.source(), SourceHandOver::InDoubt(_)) => {
                         next.push(Self {
                             store: Store::Void,
                             ..self
@@ -297,12 +330,13 @@ mod tests {
         };
         let mut seen = BTreeSet::from([start]);
         let mut open = vec![start];
-        let (mut ran_at_source, mut ran_at_target) = (0, 0);
+        let (mut ran_at_source, mut ran_at_target, mut served) = (0, 0, 0);
         while let Some(world) = open.pop() {
             let (source, target) = (world.source().may_run(), world.target().may_run());
             assert!(!(source && target), "both run in {world:?}");
             ran_at_source += u32::from(source);
             ran_at_target += u32::from(target);
+            served += u32::from(world.source() == SourceHandOver::Serving);
             for next in world.successors() {
                 if seen.insert(next) {
                     open.push(next);
@@ -310,18 +344,31 @@ mod tests {
             }
         }
         assert!(
-            ran_at_source > 0 && ran_at_target > 0,
-            "the search must reach both outcomes"
+            ran_at_source > 0 && ran_at_target > 0 && served > 0,
+            "the search must reach all outcomes"
         );
         assert!(seen.len() > 50, "only {} worlds were reached", seen.len());
     }
 
     #[test]
     fn a_cancel_after_everything_was_sent_is_refused() {
-        assert_eq!(
-            SourceHandOver::InDoubt.cancel(),
-            Err(HandOverError::TooLate)
-        );
+        for memory in [Memory::Sent, Memory::Owed] {
+            assert_eq!(
+                SourceHandOver::InDoubt(memory).cancel(),
+                Err(HandOverError::TooLate)
+            );
+        }
+    }
+
+    #[test]
+    fn a_source_that_owes_memory_keeps_it_until_the_target_has_it() {
+        let owes = SourceHandOver::InDoubt(Memory::Owed);
+        assert_eq!(owes.complete(), Err(HandOverError::NotWhole));
+        let serving = owes.gone().unwrap();
+        assert_eq!(serving, SourceHandOver::Serving);
+        assert_eq!(serving.gone(), Ok(serving));
+        assert!(serving.abort().is_err() && serving.cancel().is_err());
+        assert_eq!(serving.complete(), Ok(SourceHandOver::Gone));
     }
 
     #[test]

@@ -1,12 +1,13 @@
 //! One connection that carries pages to the target: content as it is or compressed, zeros as a count.
 
+use super::claims::Claims;
 use super::pace::Pace;
 use super::round::{Guest, Round, Tally};
 use super::squeeze::Squeeze;
 use super::stream::{FrameStream, StreamError};
 use crate::kvm::{DirtyLog, KvmError};
 use crate::memory::{GuestRam, RamError};
-use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameHeader, ToTarget};
+use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, ToTarget};
 use godwit_wire::unit::PAGE_BYTES;
 use std::ops::Range;
 use std::time::Instant;
@@ -14,6 +15,8 @@ use std::time::Instant;
 const PAGE: usize = PAGE_BYTES as usize;
 /// Pages copied out of guest memory at a time (256 KiB): they stay in the CPU's cache until they are sent.
 const CHUNK_PAGES: u64 = 64;
+/// Pages around a wanted one that go with it (64 KiB): what lies together is used together.
+const NEIGHBOUR_PAGES: u64 = 16;
 static ZERO_PAGE: [u8; PAGE] = [0; PAGE];
 
 /// Pages cannot be read or sent.
@@ -25,6 +28,9 @@ pub(super) enum PagesError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// No memory is there.
+    #[error("the target wants a page at {0:#x}, where the guest has no memory")]
+    NoSuchPage(u64),
     /// The round was called off.
     #[error("cancelled")]
     Stopped,
@@ -81,12 +87,65 @@ impl<'a> Lane<'a> {
             }
             let start = self.log.slots()[slice.slot].guest_address;
             for (first, pages) in bitmap.runs(slice.pages.clone()) {
-                self.send_run(round, start + first * PAGE_BYTES, pages)?;
+                match &round.claims {
+                    None => self.send_run(round, start + first * PAGE_BYTES, pages)?,
+                    Some(claims) => {
+                        self.send_claimed(round, claims, slice.slot, first..first + pages)?
+                    }
+                }
             }
         }
         self.flush_zeros(round.number)?;
         let (round, pages) = (round.number, self.pages);
         Ok(self.out.send(&ToTarget::EndOfRound { round, pages })?)
+    }
+
+    /// Sends each page of `round` that the guest at the target waits for, and after it its neighbours, until the
+    /// connection ends.
+    pub(super) fn serve(&mut self, round: &Round, claims: &Claims) -> Result<(), PagesError> {
+        loop {
+            let announced = self.out.announced()?;
+            let header = announced.header;
+            if header.kind != FrameKind::Want {
+                return Err(PagesError::Stream(StreamError::Unexpected {
+                    got: header.kind,
+                    expected: "the address of a page",
+                }));
+            }
+            self.out.read_payload(&announced, &mut [])?;
+            let (slot, page) = claims
+                .place(header.address)
+                .ok_or(PagesError::NoSuchPage(header.address))?;
+            let around = page / NEIGHBOUR_PAGES * NEIGHBOUR_PAGES;
+            let end = (around + NEIGHBOUR_PAGES).min(claims.pages(slot));
+            self.send_claimed(round, claims, slot, page..page + 1)?;
+            self.send_claimed(round, claims, slot, page..end)?;
+            self.send_claimed(round, claims, slot, around..page)?;
+            self.out.send_frame(FrameHeader::served(), &[])?;
+            self.tally.wanted();
+        }
+    }
+
+    /// Sends what nobody else has claimed of these pages. Few are claimed at a time: what is claimed cannot be
+    /// preferred any more when the guest comes to wait for it.
+    fn send_claimed(
+        &mut self,
+        round: &Round,
+        claims: &Claims,
+        slot: usize,
+        pages: Range<u64>,
+    ) -> Result<(), PagesError> {
+        let mut next = pages.start;
+        while next < pages.end {
+            let stop = pages.end.min(next + CHUNK_PAGES);
+            for (first, number) in claims.claim(slot, next..stop) {
+                self.send_run(round, claims.address(slot, first), number)?;
+            }
+            // Somebody may be waiting for one of them.
+            self.flush_zeros(round.number)?;
+            next = stop;
+        }
+        Ok(())
     }
 
     /// Sends the `pages` pages from `address` on; their dirty bits are clear by now, so whatever the guest writes

@@ -69,6 +69,13 @@ impl<H: Copy> Ledger<H> {
         }
     }
 
+    /// The connection to the other end is there again.
+    pub fn connected(&self) {
+        let mut inner = self.lock();
+        inner.0.connected = true;
+        self.announce(inner);
+    }
+
     /// The connection to the other end is gone, the migration is not.
     pub fn disconnected(&self) {
         let mut inner = self.lock();
@@ -84,16 +91,27 @@ impl<H: Copy> Ledger<H> {
         phase: MigrationPhase,
         reason: Option<String>,
     ) -> Result<(), HandOverError> {
+        self.step_to(step, |_| phase, reason).map(drop)
+    }
+
+    /// [`Self::step`] to a phase that depends on where the step leads, which it returns.
+    pub fn step_to(
+        &self,
+        step: impl FnOnce(H) -> Result<H, HandOverError>,
+        phase: impl FnOnce(H) -> MigrationPhase,
+        reason: Option<String>,
+    ) -> Result<H, HandOverError> {
         let mut inner = self.lock();
         inner.1 = step(inner.1)?;
+        let reached = inner.1;
         if !inner.0.phase.is_final() {
-            inner.0.phase = phase;
+            inner.0.phase = phase(reached);
             inner.0.reason = reason;
             inner.0.progress.elapsed_ms = self.started.elapsed().as_millis() as u64;
             inner.0.progress.remaining_bytes = Default::default();
             self.announce(inner);
         }
-        Ok(())
+        Ok(reached)
     }
 
     fn announce(&self, mut inner: MutexGuard<'_, (MigrationStatus, H)>) {

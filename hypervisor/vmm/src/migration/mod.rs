@@ -7,6 +7,8 @@
 //! pace         pure: the limit on what all lanes send together
 //! squeeze      pure: whether compressing pays
 //! round        one pass over dirty memory, shared out among the lanes
+//! claims       pages that a guest which runs at the target already still lacks, each sent once
+//! maps         sets of missing pages on the wire
 //! connection   TCP, or TLS on it
 //! stream       frames on a connection
 //! sockets      all connections, for whoever calls the migration off
@@ -17,13 +19,19 @@
 //!
 //! Whatever fails before the source has sent `Done` leaves the source running: its memory is untouched, and the
 //! next attempt starts with every page dirty, so no dirty bit can be lost.
+//!
+//! Post-copy (only where the policy allows it): `Done` names pages that are still missing. The source keeps its
+//! memory as it is and sends them, wanted ones first; connections that break are made again. Both halves stay until
+//! the target has everything.
 
+mod claims;
 mod connection;
 mod convergence;
 mod crew;
 mod hand_over;
 mod lane;
 mod ledger;
+mod maps;
 mod pace;
 mod round;
 mod sockets;
@@ -32,7 +40,7 @@ mod squeeze;
 mod stream;
 mod target;
 
-pub use hand_over::{HandOverError, SourceHandOver, TargetHandOver};
+pub use hand_over::{HandOverError, Memory, SourceHandOver, TargetHandOver};
 pub use ledger::Ledger;
 pub use source::{Outgoing, SourceMachine, send_machine};
 pub use stream::StreamError;

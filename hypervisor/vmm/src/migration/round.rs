@@ -1,9 +1,11 @@
 //! One pass over dirty memory, shared out among the lanes.
 
+use super::claims::Claims;
 use crate::kvm::DirtyBitmap;
 use godwit_wire::migration::FRAME_HEADER_BYTES;
 use godwit_wire::unit::PAGE_BYTES;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Dirty bits are cleared in multiples of this.
@@ -38,6 +40,8 @@ pub(super) struct Round {
     pub(super) number: u32,
     pub(super) guest: Guest,
     pub(super) dirty: Vec<DirtyBitmap>,
+    /// Where pages have to be claimed before they are sent: others send them too.
+    pub(super) claims: Option<Arc<Claims>>,
     slices: Vec<Slice>,
     next: AtomicUsize,
     stopped: AtomicBool,
@@ -50,9 +54,23 @@ impl Round {
             number,
             guest,
             dirty,
+            claims: None,
             slices,
             next: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
+        }
+    }
+
+    /// The pages that follow a guest which runs at the target already.
+    pub(super) fn following(
+        number: u32,
+        owed: Vec<DirtyBitmap>,
+        lanes: usize,
+        claims: Arc<Claims>,
+    ) -> Self {
+        Self {
+            claims: Some(claims),
+            ..Self::new(number, Guest::Paused, owed, lanes)
         }
     }
 
@@ -110,6 +128,7 @@ pub(super) struct Tally {
     zero_pages: AtomicU64,
     bytes: AtomicU64,
     saved_bytes: AtomicU64,
+    wanted_pages: AtomicU64,
 }
 
 /// A reading of a [`Tally`].
@@ -119,6 +138,7 @@ pub(super) struct Sent {
     pub(super) zero_pages: u64,
     pub(super) bytes: u64,
     pub(super) saved_bytes: u64,
+    pub(super) wanted_pages: u64,
 }
 
 impl Sent {
@@ -144,12 +164,18 @@ impl Tally {
             .fetch_add(FRAME_HEADER_BYTES as u64, Ordering::Relaxed);
     }
 
+    /// A page went because the guest waited for it.
+    pub(super) fn wanted(&self) {
+        self.wanted_pages.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(super) fn read(&self) -> Sent {
         Sent {
             content_pages: self.content_pages.load(Ordering::Relaxed),
             zero_pages: self.zero_pages.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             saved_bytes: self.saved_bytes.load(Ordering::Relaxed),
+            wanted_pages: self.wanted_pages.load(Ordering::Relaxed),
         }
     }
 }

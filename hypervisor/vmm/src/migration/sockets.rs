@@ -40,6 +40,14 @@ impl Sockets {
         self.end_lanes();
     }
 
+    /// Ends all connections and forgets them.
+    pub(super) fn close(&self) {
+        for socket in self.lock().drain(..) {
+            // It may be down already.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Ends all lanes.
     pub(super) fn end_lanes(&self) {
         for lane in self.lock().iter().skip(1) {

@@ -2,24 +2,30 @@
 //! addresses by guest memory's own bounds, the order of messages here.
 
 mod doorway;
+mod follow;
 mod lanes;
+mod pull;
+mod urgent;
 
 use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
+use super::maps::{MAX_MAPS, read_map};
 use super::sockets::Sockets;
 use super::stream::{FrameStream, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
-use crate::memory::{GuestRam, RamError};
+use crate::memory::{Absent, AbsentError, GuestRam, RamError};
+use doorway::Joined;
 use godwit_channel::tls::MigrationTls;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::CpuFacts;
 use godwit_wire::migration::{
-    Arrival, FrameKind, MigrationPhase, MigrationToken, ToSource, ToTarget, Verify,
+    Arrival, Done, FrameKind, MigrationPhase, MigrationToken, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
-use lanes::Arrivals;
+use lanes::{Arrivals, Intake};
+use pull::{FIRST_LINK, Pull};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +37,13 @@ pub trait TargetMachine: Send {
     fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError>;
     /// The migration ended without a grant: nothing of the machine may ever run.
     fn void(&self);
+    /// The guest, if it runs, stands still until [`Self::go_on`], because memory it may need does not arrive. Nobody
+    /// waits for its vCPUs: some may be waiting for just that memory.
+    fn stall(&self, reason: String);
+    /// Memory arrives again.
+    fn go_on(&self);
+    /// All memory that followed the guest is here.
+    fn all_is_here(&self);
 }
 
 /// This host's CPU.
@@ -53,6 +66,8 @@ pub struct Incoming {
     arrival: Mutex<Option<Arrival>>,
     /// The control connection, once the machine is whole.
     control: Mutex<Option<FrameStream>>,
+    /// Memory that follows the guest.
+    pull: Mutex<Option<Arc<Pull>>>,
     sockets: Sockets,
     listener: MigrationListener,
 }
@@ -87,6 +102,7 @@ impl Incoming {
             token,
             arrival: Mutex::new(None),
             control: Mutex::new(None),
+            pull: Mutex::new(None),
             sockets: Sockets::new(),
             listener,
         }
@@ -99,19 +115,50 @@ impl Incoming {
 
     /// The store granted `epoch`. The caller lets the guest run and then calls [`Self::announce_running`].
     pub fn commit(&self, epoch: Epoch, source_epoch: Epoch) -> Result<(), HandOverError> {
-        self.ledger.step(
-            |state| state.commit(epoch, source_epoch),
-            MigrationPhase::Completed,
-            None,
-        )
+        let pull = self.pull().clone();
+        let phase = |_| match &pull {
+            Some(_) => MigrationPhase::PostCopy,
+            None => MigrationPhase::Completed,
+        };
+        self.ledger
+            .step_to(|state| state.commit(epoch, source_epoch), phase, None)
+            .map(drop)
     }
 
-    /// Tells the source that the guest runs here, which ends the connection.
+    /// Tells the source that the guest runs here, which ends the connection unless memory is still to follow.
     pub fn announce_running(&self, epoch: Epoch) {
-        if let Some(mut control) = self.control().take()
-            && let Err(error) = control.send(&ToSource::Running { epoch })
+        let mut control = self.control();
+        if let Some(stream) = control.as_mut()
+            && let Err(error) = stream.send(&ToSource::Running { epoch })
         {
             tracing::warn!(%error, "the source was not told that the guest runs here; the store will tell it");
+        }
+        let pull = self.pull().clone();
+        match pull {
+            None => *control = None,
+            // Only now: what is said when everything is here comes after this.
+            Some(pull) => {
+                drop(control);
+                pull.committed();
+            }
+        }
+    }
+
+    /// Whether the guest is this side's and some of its memory is not here yet.
+    pub fn lacks_memory(&self) -> bool {
+        let committed = matches!(self.ledger.hand_over(), TargetHandOver::Running(_));
+        committed && self.pull().as_ref().is_some_and(|pull| pull.lacks_some())
+    }
+
+    /// Why memory does not arrive, if it should and does not.
+    pub fn memory_is_cut_off(&self) -> Option<String> {
+        self.pull().as_ref().and_then(|pull| pull.cut_off())
+    }
+
+    /// The machine will never run: what is missing reads as zeros from here on.
+    fn forget_memory(&self) {
+        if let Some(pull) = &*self.pull() {
+            pull.abandon();
         }
     }
 
@@ -122,6 +169,7 @@ impl Incoming {
             MigrationPhase::Failed,
             Some(brief(reason)),
         )?;
+        self.forget_memory();
         self.listener.close();
         self.sockets.hang_up();
         if let Some(control) = self.control().take() {
@@ -147,7 +195,14 @@ impl Incoming {
     }
 
     fn wanted(&self) -> bool {
-        self.ledger.hand_over() == TargetHandOver::Filling
+        match &*self.pull() {
+            Some(pull) => !pull.is_abandoned(),
+            None => self.ledger.hand_over() == TargetHandOver::Filling,
+        }
+    }
+
+    fn pull(&self) -> MutexGuard<'_, Option<Arc<Pull>>> {
+        self.pull.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn control(&self) -> MutexGuard<'_, Option<FrameStream>> {
@@ -166,6 +221,10 @@ enum TargetError {
     OutOfTurn { got: String, expected: &'static str },
     #[error(transparent)]
     Ram(#[from] RamError),
+    #[error(transparent)]
+    Absent(#[from] AbsentError),
+    #[error("{named} missing pages were named and the source spoke of {told}")]
+    OtherPagesMissing { named: u64, told: u64 },
     #[error("{0} pages arrived and the source sent {1}")]
     PagesMissing(u64, u64),
     #[error("not every lane had ended round {0} in time")]
@@ -240,16 +299,20 @@ struct Greeting {
     control: FrameStream,
     verify: Verify,
     lanes: u8,
+    urgent_lanes: u8,
+    /// Where post-copy is allowed and can be had.
+    absent: Option<Absent>,
 }
 
-/// What [`ToTarget::Done`] says.
-struct Whole {
-    round: u32,
-    pages: u64,
-    state_hash: String,
-    clock_age_ns: u64,
-    then: Arrival,
-    memory_hash: Option<String>,
+/// What arrives before `Done`, apart from pages.
+struct Content {
+    verify: Verify,
+    state: Option<Vec<u8>>,
+    absent: Option<Absent>,
+    /// Whether pages were named that come later.
+    ahead: bool,
+    /// Maps of missing pages that came.
+    maps: u32,
 }
 
 impl Session<'_> {
@@ -263,60 +326,94 @@ impl Session<'_> {
             mut control,
             verify,
             lanes,
+            urgent_lanes,
+            absent,
         } = greeting;
-        let arrivals = Arrivals::new(usize::from(lanes));
-        let filled = std::thread::scope(|scope| {
+        let arrivals = Arc::new(Arrivals::new(usize::from(lanes)));
+        std::thread::scope(|scope| {
             let filled = self
-                .join_lanes(lanes, &arrivals)
-                .and_then(|intakes| {
-                    for intake in intakes {
+                .join_lanes((lanes, urgent_lanes), doorway::JOIN_TIMEOUT)
+                .and_then(|Joined { bulk, urgent }| {
+                    if urgent.is_empty() {
+                        self.incoming.listener.close();
+                    }
+                    for (lane, stream) in bulk.into_iter().enumerate() {
                         let waker = control.socket().map_err(StreamError::from)?;
+                        let intake = Intake {
+                            ram: self.ram,
+                            arrivals: arrivals.clone(),
+                            lane,
+                            stream,
+                            first_round: 1,
+                        };
                         scope.spawn(move || intake.run(&waker));
                     }
-                    self.fill(&mut control, &arrivals, verify, machine)
+                    let content = Content {
+                        verify,
+                        state: None,
+                        absent,
+                        ahead: false,
+                        maps: 0,
+                    };
+                    let pull_over =
+                        |pull: &Arc<Pull>| self.pull_over(scope, pull, urgent).map(drop);
+                    self.fill(&mut control, &arrivals, content, machine, pull_over)
                 })
                 // A lane that failed woke the control connection; its reason is the better one.
-                .map_err(|error| arrivals.take_failure().unwrap_or(error));
-            self.incoming.sockets.end_lanes();
-            filled
-        });
-        if let Err(error) = filled {
-            return Err((control, error));
-        }
-        // Held until the source has heard `Ready`: the commit may come at once, and `Running` goes after it.
-        let mut held = self.incoming.control();
-        let whole =
-            self.incoming
-                .ledger
-                .step(TargetHandOver::whole, MigrationPhase::AwaitingCommit, None);
-        if let Err(error) = whole {
-            drop(held);
-            return Err((control, error.into()));
-        }
-        // A source that cannot hear it any more asks the store.
-        let _ = control.send(&ToSource::Ready);
-        *held = Some(control);
-        Ok(())
+                .map_err(|error| arrivals.take_failure().unwrap_or(error))
+                .and_then(|()| self.report_whole(&mut control));
+            match filled {
+                Ok(mut held) => *held = Some(control),
+                Err(error) => {
+                    self.incoming.forget_memory();
+                    self.incoming.sockets.end_lanes();
+                    return Err((control, error));
+                }
+            }
+            let pull = self.incoming.pull().clone();
+            match pull {
+                None => self.incoming.sockets.end_lanes(),
+                Some(pull) => self.await_rest(scope, &pull, machine),
+            }
+            Ok(())
+        })
     }
 
-    /// Rounds, the machine's state, and `Done`: then everything is here and the machine is what it was.
+    /// The machine is whole. What is returned is held until the source has heard `Ready`: the commit may come at once,
+    /// and `Running` goes after it.
+    fn report_whole(
+        &self,
+        control: &mut FrameStream,
+    ) -> Result<MutexGuard<'_, Option<FrameStream>>, TargetError> {
+        let held = self.incoming.control();
+        self.incoming
+            .ledger
+            .step(TargetHandOver::whole, MigrationPhase::AwaitingCommit, None)?;
+        // A source that cannot hear it any more asks the store.
+        let _ = control.send(&ToSource::Ready);
+        Ok(held)
+    }
+
+    /// Rounds, the machine's state, and `Done`: then everything is here and the machine is what it was, or what is
+    /// missing is named, waited for and fetched by what `pull_over` starts.
     fn fill(
         &self,
         control: &mut FrameStream,
         arrivals: &Arrivals,
-        verify: Verify,
+        mut content: Content,
         machine: &dyn TargetMachine,
+        pull_over: impl FnOnce(&Arc<Pull>) -> Result<(), TargetError>,
     ) -> Result<(), TargetError> {
         let ledger = &self.incoming.ledger;
         ledger.progress(|progress| progress.memory_bytes = self.ram.size());
         ledger.enter(MigrationPhase::PreCopy);
-        let (mut state, started) = (None, Instant::now());
+        let started = Instant::now();
         loop {
             let announced = control.announced()?;
             match announced.header.kind {
-                FrameKind::State if state.is_none() => {
+                FrameKind::State if content.state.is_none() => {
                     ledger.enter(MigrationPhase::Blackout);
-                    state = Some(control.payload(&announced)?);
+                    content.state = Some(control.payload(&announced)?);
                     continue;
                 }
                 FrameKind::State => {
@@ -325,7 +422,20 @@ impl Session<'_> {
                         expected: "Done",
                     });
                 }
-                FrameKind::Pages | FrameKind::Zero | FrameKind::Control => {}
+                FrameKind::Missing => {
+                    let payload = control.payload(&announced)?;
+                    let map = read_map(&announced.header, &payload);
+                    content.maps += 1;
+                    if content.maps > MAX_MAPS {
+                        return Err(TargetError::OutOfTurn {
+                            got: "yet another map of missing pages".into(),
+                            expected: "WillMiss or Done",
+                        });
+                    }
+                    content.absent()?.expect(announced.header.address, &map)?;
+                    continue;
+                }
+                _ => {}
             }
             match control.message(&announced)? {
                 ToTarget::EndOfRound { round, pages } => {
@@ -334,28 +444,21 @@ impl Session<'_> {
                     self.note(arrivals, started);
                     control.send(&ToSource::RoundReceived { round })?;
                 }
-                ToTarget::Done {
-                    round,
-                    pages,
-                    state_hash,
-                    clock_age_ns,
-                    then,
-                    memory_hash,
-                } => {
-                    let whole = Whole {
-                        round,
-                        pages,
-                        state_hash,
-                        clock_age_ns,
-                        then,
-                        memory_hash,
-                    };
-                    let done = self.complete(whole, state, arrivals, verify, machine);
+                ToTarget::WillMiss { pages } => {
+                    content.check_missing(pages)?;
+                    content.ahead = true;
+                    control.send(&ToSource::Discarded)?;
+                }
+                ToTarget::Done(done) => {
+                    let completed =
+                        self.complete(done, content, (control, arrivals), machine, pull_over);
                     self.note(arrivals, started);
-                    return done;
+                    return completed;
                 }
                 ToTarget::Abort { reason } => return Err(TargetError::Aborted(reason)),
-                other @ (ToTarget::Hello { .. } | ToTarget::Join { .. }) => {
+                other @ (ToTarget::Hello { .. }
+                | ToTarget::Join { .. }
+                | ToTarget::Resume { .. }) => {
                     return Err(TargetError::OutOfTurn {
                         got: other.name().into(),
                         expected: "the end of a round",
@@ -367,24 +470,43 @@ impl Session<'_> {
 
     fn complete(
         &self,
-        whole: Whole,
-        state: Option<Vec<u8>>,
-        arrivals: &Arrivals,
-        verify: Verify,
+        done: Done,
+        content: Content,
+        (control, arrivals): (&mut FrameStream, &Arrivals),
         machine: &dyn TargetMachine,
+        pull_over: impl FnOnce(&Arc<Pull>) -> Result<(), TargetError>,
     ) -> Result<(), TargetError> {
         let arrived = Instant::now();
-        let saved = decode_state(state, &whole.state_hash)?;
-        arrivals.wait_for(whole.round, whole.pages)?;
-        self.check_memory(verify, whole.memory_hash)?;
-        let age = Duration::from_nanos(whole.clock_age_ns) + arrived.elapsed();
+        let saved = decode_state(content.state.as_deref(), &done.state_hash)?;
+        arrivals.wait_for(done.round, done.pages)?;
+        content.check_missing(done.missing_pages)?;
+        match content.absent {
+            Some(absent) if content.ahead => {
+                let pull = Arc::new(Pull::arm(absent, done.round + 1)?);
+                arrivals.follow(pull.clone(), FIRST_LINK);
+                *self.incoming.pull() = Some(pull.clone());
+                pull_over(&pull)?;
+                control.send(&ToSource::Armed)?;
+            }
+            Some(absent) if absent.left() > 0 => {
+                return Err(TargetError::OutOfTurn {
+                    got: "Done with missing pages".into(),
+                    expected: "WillMiss",
+                });
+            }
+            _ => {
+                self.check_memory(content.verify, done.memory_hash)?;
+                self.incoming.listener.close();
+            }
+        }
+        let age = Duration::from_nanos(done.clock_age_ns) + arrived.elapsed();
         machine.restore(saved, age)?;
         let arrival = &mut *self
             .incoming
             .arrival
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        *arrival = Some(whole.then);
+        *arrival = Some(done.then);
         Ok(())
     }
 
@@ -418,16 +540,33 @@ impl Session<'_> {
     }
 }
 
-fn decode_state(state: Option<Vec<u8>>, hash: &str) -> Result<SavedMachine, TargetError> {
+impl Content {
+    fn absent(&self) -> Result<&Absent, TargetError> {
+        self.absent.as_ref().ok_or(TargetError::OutOfTurn {
+            got: "a map of missing pages".into(),
+            expected: "all of them, as was agreed",
+        })
+    }
+
+    fn check_missing(&self, told: u64) -> Result<(), TargetError> {
+        let named = self.absent.as_ref().map_or(0, Absent::left);
+        if named == told {
+            Ok(())
+        } else {
+            Err(TargetError::OtherPagesMissing { named, told })
+        }
+    }
+}
+
+fn decode_state(state: Option<&[u8]>, hash: &str) -> Result<SavedMachine, TargetError> {
     let state = state.ok_or(TargetError::OutOfTurn {
         got: "Done".into(),
         expected: "the machine's state",
     })?;
-    if format!("{:032x}", xxhash_rust::xxh3::xxh3_128(&state)) != hash {
+    if format!("{:032x}", xxhash_rust::xxh3::xxh3_128(state)) != hash {
         return Err(TargetError::StateDamaged);
     }
-    ciborium::from_reader(state.as_slice())
-        .map_err(|error| TargetError::StateUnreadable(error.to_string()))
+    ciborium::from_reader(state).map_err(|error| TargetError::StateUnreadable(error.to_string()))
 }
 
 #[cfg(test)]

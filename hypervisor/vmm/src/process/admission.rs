@@ -67,6 +67,9 @@ fn describe(state: &VmmState) -> String {
             PauseReason::Storage { disk, detail } => {
                 format!("it waits because disk {disk} cannot be written: {detail}")
             }
+            PauseReason::Memory { detail } => {
+                format!("it waits for memory from its former host: {detail}")
+            }
             PauseReason::Fault { detail } => format!("it cannot go on: {detail}"),
         },
     }

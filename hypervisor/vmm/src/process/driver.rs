@@ -97,6 +97,7 @@ impl DriverHandle {
             migration: Migration::None,
             snapshotting: None,
             before_hand_over: Arrival::Run,
+            resets_when_whole: false,
         };
         std::thread::Builder::new()
             .name("driver".into())
@@ -177,7 +178,7 @@ impl DriverHandle {
     pub(super) async fn dismiss(&self) {
         let _ = self
             .call(|driver| {
-                driver.drop_machine();
+                driver.drop_unless_memory_is_missing();
                 Ok(())
             })
             .await;
@@ -211,6 +212,8 @@ pub(super) struct Driver {
     snapshotting: Option<PathBuf>,
     /// What the guest was doing when it was paused for the hand-over under way.
     before_hand_over: Arrival,
+    /// The guest has restarted itself before all of its memory was here.
+    resets_when_whole: bool,
 }
 
 impl Driver {
@@ -339,7 +342,7 @@ impl Driver {
     pub(super) fn kill(&mut self, command: Command) -> Result<VmmInfo, Problem> {
         if self.admit(Request::Kill, command)? == Admission::Act {
             self.cancel_migration("the VM was killed");
-            self.drop_machine();
+            self.drop_unless_memory_is_missing();
             self.enter(VmmState::Stopped {
                 reason: StopReason::Killed,
             });
@@ -447,7 +450,7 @@ impl Driver {
             MachineEvent::Power(PowerEvent::Off) => {
                 tracing::info!("the guest powered off");
                 self.cancel_migration("the guest powered off");
-                self.drop_machine();
+                self.drop_unless_memory_is_missing();
                 self.enter(VmmState::Stopped {
                     reason: StopReason::GuestHalted,
                 });
@@ -455,7 +458,12 @@ impl Driver {
             MachineEvent::Power(PowerEvent::Reset) => {
                 tracing::info!("the guest restarts");
                 self.cancel_migration("the guest restarted");
-                self.reset();
+                if self.lacks_memory() {
+                    self.resets_when_whole = true;
+                    self.stall("the guest restarts when all of its memory is here".into());
+                } else {
+                    self.reset();
+                }
             }
         }
     }
@@ -476,7 +484,7 @@ impl Driver {
                 match before {
                     VmmState::Running
                     | VmmState::Paused {
-                        reason: PauseReason::HandOver,
+                        reason: PauseReason::HandOver | PauseReason::Memory { .. },
                     } => {
                         machine.run()?;
                         Ok((machine, VmmState::Running))
@@ -516,6 +524,12 @@ impl Driver {
     }
 
     fn stop_vcpus(&self) {
+        if self.lacks_memory() {
+            if let Some(machine) = &self.machine {
+                machine.stall();
+            }
+            return;
+        }
         if let Some(machine) = &self.machine
             && let Err(error) = machine.pause()
         {
@@ -532,6 +546,15 @@ impl Driver {
         self.machine = None;
         // Events of the machine that is gone may still be queued; they mean nothing any more.
         self.machine_number += 1;
+    }
+
+    /// A machine that waits for memory ends with its process: see [`Self::lacks_memory`].
+    fn drop_unless_memory_is_missing(&mut self) {
+        if self.lacks_memory() {
+            self.stop_vcpus();
+        } else {
+            self.drop_machine();
+        }
     }
 
     fn publish_input(&self) {

@@ -1,6 +1,9 @@
 //! The fixed header of every frame, and its checksum.
 
-use super::{FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_STATE_BYTES};
+use super::{
+    FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_MAPPED_PAGES,
+    MAX_STATE_BYTES,
+};
 use crate::unit::PAGE_BYTES;
 
 /// What a frame carries.
@@ -15,6 +18,12 @@ pub enum FrameKind {
     Zero = 3,
     /// The device and vCPU state (CBOR).
     State = 4,
+    /// Which of the `pages` pages from `address` on the target does not have: one bit per page, in words of 64.
+    Missing = 5,
+    /// The guest at the target waits for the page at `address`; no payload.
+    Want = 6,
+    /// What was wanted has been sent, here or on another lane; no payload.
+    Served = 7,
 }
 
 /// How a page frame's payload is written.
@@ -97,6 +106,11 @@ pub fn checksum(header: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> u32 {
 
 const CHECKSUM_AT: usize = FRAME_HEADER_BYTES - 4;
 
+/// Bytes of a map of `pages` pages.
+const fn map_bytes(pages: u32) -> u32 {
+    pages.div_ceil(64) * 8
+}
+
 impl FrameHeader {
     const fn plain(kind: FrameKind, length: u32) -> Self {
         Self {
@@ -152,6 +166,29 @@ impl FrameHeader {
         }
     }
 
+    /// Header of a map of the `pages` pages from `address` on.
+    pub const fn missing(address: u64, pages: u32) -> Self {
+        Self {
+            pages,
+            address,
+            ..Self::plain(FrameKind::Missing, map_bytes(pages))
+        }
+    }
+
+    /// Header that asks for the page at `address`.
+    pub const fn want(address: u64) -> Self {
+        Self {
+            pages: 1,
+            address,
+            ..Self::plain(FrameKind::Want, 0)
+        }
+    }
+
+    /// Header that answers a [`Self::want`].
+    pub const fn served() -> Self {
+        Self::plain(FrameKind::Served, 0)
+    }
+
     /// The bytes on the wire in front of `payload`.
     pub fn encode(&self, payload: &[u8]) -> [u8; FRAME_HEADER_BYTES] {
         let mut out = [0; FRAME_HEADER_BYTES];
@@ -193,6 +230,9 @@ impl FrameHeader {
             (2, 1) => (FrameKind::Pages, Codec::Lz4),
             (3, 0) => (FrameKind::Zero, Codec::Raw),
             (4, 0) => (FrameKind::State, Codec::Raw),
+            (5, 0) => (FrameKind::Missing, Codec::Raw),
+            (6, 0) => (FrameKind::Want, Codec::Raw),
+            (7, 0) => (FrameKind::Served, Codec::Raw),
             (kind, codec) => return Err(FrameError::Unknown { kind, codec }),
         };
         let (pages, length, round) = (u32_at(8), u32_at(12), u32_at(24));
@@ -208,6 +248,11 @@ impl FrameHeader {
                 (1..=MAX_FRAME_PAGES).contains(&pages) && (1..whole()).contains(&length)
             }
             (FrameKind::Zero, _) => pages >= 1 && length == 0,
+            (FrameKind::Missing, _) => {
+                (1..=MAX_MAPPED_PAGES).contains(&pages) && length == map_bytes(pages)
+            }
+            (FrameKind::Want, _) => pages == 1 && length == 0,
+            (FrameKind::Served, _) => pages == 0 && length == 0,
         };
         if !fits {
             return Err(FrameError::BadLength {
@@ -247,6 +292,9 @@ mod tests {
             FrameHeader::pages(2, 0x1000, 2).compressed(77),
             FrameHeader::zero(1, 0x1_0000_0000, 70_000),
             FrameHeader::state(5),
+            FrameHeader::missing(0x4000, 65),
+            FrameHeader::want(0x5000),
+            FrameHeader::served(),
         ] {
             assert_eq!(FrameHeader::decode(&header.encode(&[])), Ok(header));
         }
@@ -287,7 +335,7 @@ mod tests {
 
         #[test]
         fn no_header_with_the_magic_allows_an_unbounded_payload(
-            kind in 0u16..6, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
+            kind in 0u16..9, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
         ) {
             let mut bytes = [0; FRAME_HEADER_BYTES];
             bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());

@@ -25,6 +25,8 @@ pub struct MigrationPolicy {
     pub max_throttle_percent: u8,
     /// Whether pages are compressed.
     pub compression: Compression,
+    /// Whether the guest may go ahead of its memory when it cannot be brought below the downtime limit otherwise.
+    pub post_copy: PostCopy,
     /// The migration ends, one way or the other, within this time, in seconds; absent means no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deadline_s: Option<u64>,
@@ -40,6 +42,7 @@ impl Default for MigrationPolicy {
             max_bandwidth_bytes_per_s: None,
             max_throttle_percent: 80,
             compression: Compression::Auto,
+            post_copy: PostCopy::Forbidden,
             deadline_s: None,
         }
     }
@@ -54,6 +57,18 @@ pub enum Compression {
     Auto,
     /// Never.
     Off,
+}
+
+/// Whether a guest may run at the target before all of its memory is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PostCopy {
+    /// Never: at every moment one host has everything.
+    #[default]
+    Forbidden,
+    /// Instead of slowing it down or giving up. Until its memory has followed, the loss of either host loses the
+    /// running guest; it starts anew from its disks then.
+    Allowed,
 }
 
 /// How the target proves that it holds what the source had.

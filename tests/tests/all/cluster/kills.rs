@@ -158,7 +158,8 @@ fn rank(phase: MigrationPhase) -> u32 {
         MigrationPhase::PreCopy => 1,
         MigrationPhase::Blackout => 2,
         MigrationPhase::AwaitingCommit => 3,
-        MigrationPhase::Completed | MigrationPhase::Failed | MigrationPhase::Cancelled => 4,
+        MigrationPhase::PostCopy => 4,
+        MigrationPhase::Completed | MigrationPhase::Failed | MigrationPhase::Cancelled => 5,
     }
 }
 

@@ -49,6 +49,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         required: [].into(),
         migration,
         token: ready.token,
+        urgent_lanes: 0,
         lanes: 1,
         vm,
         epoch,

@@ -9,6 +9,7 @@ mod lifecycle;
 mod linux_guest;
 mod migration;
 mod network_card;
+mod post_copy;
 mod refusals;
 mod serial_console;
 mod sizes;

@@ -1,25 +1,25 @@
 //! Who is let in: connections are taken one after another and judged before anything they send is believed.
 
-use super::lanes::{Arrivals, Intake};
 use super::{Greeting, Session, TargetError};
+use crate::memory::Absent;
 use crate::migration::connection::Connection;
 use crate::migration::stream::{FrameStream, StreamError, brief};
 use godwit_wire::id::MigrationId;
 use godwit_wire::machine::CpuMismatch;
 use godwit_wire::migration::{
-    MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken, OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION,
-    Stretch, ToSource, ToTarget, Verify,
+    LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken, OLDEST_PROTOCOL_VERSION,
+    PROTOCOL_VERSION, Stretch, ToSource, ToTarget, Verify,
 };
 use std::time::{Duration, Instant};
 
 /// How long whoever connects may take to say who it is; meanwhile the right one waits.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long all lanes may take to join.
-const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Why a source is turned away before it sends anything.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-enum Refusal {
+pub(super) enum Refusal {
     #[error(
         "it speaks protocol versions {oldest} to {newest}, this end {OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}"
     )]
@@ -32,6 +32,8 @@ enum Refusal {
     WrongToken,
     #[error("it wants {0} lanes, and there are 1 to {MAX_LANES}")]
     Lanes(u8),
+    #[error("the guest is here and waits for its own source")]
+    NotResuming,
     #[error("it is no lane that is waited for")]
     NoSuchLane,
     #[error("the VM, its epoch or its machine differ from what was announced")]
@@ -44,8 +46,36 @@ enum Refusal {
     NoMemory(String),
 }
 
+/// The lanes of one set of connections.
+pub(super) struct Joined {
+    pub(super) bulk: Vec<FrameStream>,
+    pub(super) urgent: Vec<FrameStream>,
+}
+
+/// Lanes that are waited for, those that have joined filled in.
+struct Waiting {
+    bulk: Vec<Option<FrameStream>>,
+    urgent: Vec<Option<FrameStream>>,
+}
+
+impl Waiting {
+    fn of(&mut self, kind: LaneKind) -> &mut Vec<Option<FrameStream>> {
+        match kind {
+            LaneKind::Bulk => &mut self.bulk,
+            LaneKind::Urgent => &mut self.urgent,
+        }
+    }
+
+    fn joined(&self) -> usize {
+        self.bulk.iter().chain(&self.urgent).flatten().count()
+    }
+}
+
+/// What a source asked for: how memory is proved, lanes, urgent lanes.
+type Greeted = (Verify, u8, u8);
+
 /// What became of a connection: taken, turned away with a reason that it is still to hear, or broken.
-type Judged<T> = Result<Result<T, (FrameStream, Refusal)>, StreamError>;
+pub(super) type Judged<T> = Result<Result<T, (FrameStream, Refusal)>, StreamError>;
 
 impl Session<'_> {
     /// Takes connections until one is the expected source; the others are told why not and dropped.
@@ -61,41 +91,35 @@ impl Session<'_> {
     }
 
     /// Takes connections until every lane has joined.
-    pub(super) fn join_lanes<'s>(
-        &'s self,
-        lanes: u8,
-        arrivals: &'s Arrivals,
-    ) -> Result<Vec<Intake<'s>>, TargetError> {
-        let mut joined: Vec<Option<FrameStream>> = (0..lanes).map(|_| None).collect();
-        let deadline = Instant::now() + JOIN_TIMEOUT;
-        while let Some(missing) = joined.iter().position(Option::is_none) {
+    pub(super) fn join_lanes(
+        &self,
+        (lanes, urgent_lanes): (u8, u8),
+        within: Duration,
+    ) -> Result<Joined, TargetError> {
+        let none = |lanes: u8| (0..lanes).map(|_| None).collect::<Vec<_>>();
+        let mut waiting = Waiting {
+            bulk: none(lanes),
+            urgent: none(urgent_lanes),
+        };
+        let expected = usize::from(lanes) + usize::from(urgent_lanes);
+        let deadline = Instant::now() + within;
+        while waiting.joined() < expected {
             if !self.incoming.wanted() {
                 return Err(TargetError::Aborted("nobody waits for it any more".into()));
             }
+            let joined = waiting.joined();
             self.wait_for_connection(deadline)?
-                .ok_or(TargetError::LanesMissing {
-                    joined: missing,
-                    expected: joined.len(),
-                })?;
-            let taken = self.take_one(|stream, deadline| self.join(stream, deadline, &joined))?;
-            if let Some((lane, stream)) = taken {
-                joined[lane] = Some(stream);
-            }
+                .ok_or(TargetError::LanesMissing { joined, expected })?;
+            self.take_one(|stream, deadline| self.join(stream, deadline, &mut waiting))?;
         }
-        self.incoming.listener.close();
-        let streams = joined.into_iter().flatten().enumerate();
-        Ok(streams
-            .map(|(lane, stream)| Intake {
-                ram: self.ram,
-                arrivals,
-                lane,
-                stream,
-            })
-            .collect())
+        Ok(Joined {
+            bulk: waiting.bulk.into_iter().flatten().collect(),
+            urgent: waiting.urgent.into_iter().flatten().collect(),
+        })
     }
 
     /// Waits for a connection that can be taken; `None` when none came before `deadline`.
-    fn wait_for_connection(&self, deadline: Instant) -> Result<Option<()>, TargetError> {
+    pub(super) fn wait_for_connection(&self, deadline: Instant) -> Result<Option<()>, TargetError> {
         use rustix::event::{PollFd, PollFlags, Timespec, poll};
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -116,7 +140,7 @@ impl Session<'_> {
     }
 
     /// Takes one connection and lets `judge` decide on it; whoever is turned away hears why.
-    fn take_one<T>(
+    pub(super) fn take_one<T>(
         &self,
         judge: impl FnOnce(FrameStream, Instant) -> Judged<T>,
     ) -> Result<Option<T>, TargetError> {
@@ -149,36 +173,80 @@ impl Session<'_> {
     fn greet(&self, mut control: FrameStream, deadline: Instant) -> Judged<Greeting> {
         let hello: ToTarget = control.receive_before(deadline)?;
         control.limit_silence()?;
-        let judged = self.judge(&hello).and_then(|(verify, lanes, touched)| {
+        let judged = self.judge(&hello).and_then(|(greeted, touched)| {
+            if greeted.2 > 0 {
+                // A part of a huge page cannot be given up for one that arrives later.
+                self.ram.avoid_huge_pages();
+            }
             let populated = self.ram.populate_all(touched, &|| self.incoming.wanted());
             populated
-                .map(|()| (verify, lanes))
+                .map(|()| greeted)
                 .map_err(|error| Refusal::NoMemory(error.to_string()))
         });
-        match judged {
-            Ok((verify, lanes)) => {
-                control.send(&ToSource::Accept {
-                    version: PROTOCOL_VERSION,
-                })?;
-                Ok(Ok(Greeting {
-                    control,
-                    verify,
-                    lanes,
-                }))
-            }
-            Err(refusal) => Ok(Err((control, refusal))),
-        }
+        let (verify, lanes, asked) = match judged {
+            Ok(greeted) => greeted,
+            Err(refusal) => return Ok(Err((control, refusal))),
+        };
+        let absent = match asked {
+            0 => None,
+            _ => Absent::new(self.ram)
+                .inspect_err(|error| tracing::warn!(%error, "post-copy cannot be had here"))
+                .ok(),
+        };
+        let urgent_lanes = if absent.is_some() { asked } else { 0 };
+        control.send(&ToSource::Accept {
+            version: PROTOCOL_VERSION,
+            urgent_lanes,
+        })?;
+        // A round takes as long as its pages take, and its end is the next thing said here.
+        control.wait_without_limit()?;
+        Ok(Ok(Greeting {
+            control,
+            verify,
+            lanes,
+            urgent_lanes,
+            absent,
+        }))
+    }
+
+    /// The source of a post-copy whose connections broke: its new control connection, lanes and urgent lanes.
+    pub(super) fn greet_again(
+        &self,
+        mut control: FrameStream,
+        deadline: Instant,
+    ) -> Judged<(FrameStream, u8, u8)> {
+        let ToTarget::Resume {
+            migration,
+            token,
+            lanes,
+            urgent_lanes,
+        } = control.receive_before(deadline)?
+        else {
+            return Ok(Err((control, Refusal::NotResuming)));
+        };
+        control.limit_silence()?;
+        let judged = self.know(migration, &token).and_then(|()| {
+            [lanes, urgent_lanes]
+                .into_iter()
+                .find(|lanes| !(1..=MAX_LANES).contains(lanes))
+                .map_or(Ok(()), |lanes| Err(Refusal::Lanes(lanes)))
+        });
+        Ok(match judged {
+            Ok(()) => Ok((control, lanes, urgent_lanes)),
+            Err(refusal) => Err((control, refusal)),
+        })
     }
 
     fn join(
         &self,
         mut stream: FrameStream,
         deadline: Instant,
-        joined: &[Option<FrameStream>],
-    ) -> Judged<(usize, FrameStream)> {
+        waiting: &mut Waiting,
+    ) -> Judged<()> {
         let ToTarget::Join {
             migration,
             token,
+            kind,
             lane,
         } = stream.receive_before(deadline)?
         else {
@@ -188,12 +256,15 @@ impl Session<'_> {
         if let Err(refusal) = self.know(migration, &token) {
             return Ok(Err((stream, refusal)));
         }
-        match joined.get(usize::from(lane)) {
-            Some(None) => {
-                // Between rounds a lane may have nothing to say for long; the control connection tells.
-                stream.wait_without_limit()?;
+        match waiting.of(kind).get_mut(usize::from(lane)) {
+            Some(place @ None) => {
+                if kind == LaneKind::Bulk {
+                    // Between rounds a lane may have nothing to say for long; the control connection tells.
+                    stream.wait_without_limit()?;
+                }
                 stream.send(&ToSource::Joined)?;
-                Ok(Ok((usize::from(lane), stream)))
+                *place = Some(stream);
+                Ok(Ok(()))
             }
             _ => Ok(Err((stream, Refusal::NoSuchLane))),
         }
@@ -212,7 +283,7 @@ impl Session<'_> {
         }
     }
 
-    fn judge<'h>(&self, hello: &'h ToTarget) -> Result<(Verify, u8, &'h [Stretch]), Refusal> {
+    fn judge<'h>(&self, hello: &'h ToTarget) -> Result<(Greeted, &'h [Stretch]), Refusal> {
         let ToTarget::Hello {
             version,
             oldest_version,
@@ -220,6 +291,7 @@ impl Session<'_> {
             migration,
             token,
             lanes,
+            urgent_lanes,
             vm,
             epoch,
             spec,
@@ -247,6 +319,9 @@ impl Session<'_> {
         if !(1..=MAX_LANES).contains(lanes) {
             return Err(Refusal::Lanes(*lanes));
         }
+        if *urgent_lanes > MAX_LANES {
+            return Err(Refusal::Lanes(*urgent_lanes));
+        }
         let ours = self.cpu;
         ours.facts
             .admits(spec.cpu, Some(&cpu.signature))
@@ -262,6 +337,6 @@ impl Session<'_> {
         if touched.len() > MAX_TOUCHED_STRETCHES || pages > self.ram.size().pages() {
             return Err(Refusal::Touched);
         }
-        Ok((*verify, *lanes, touched))
+        Ok(((*verify, *lanes, *urgent_lanes), touched))
     }
 }

@@ -1,6 +1,7 @@
 //! The receiving ends of the lanes: pages go into guest memory as they come, each lane on a thread of its own.
 
 use super::TargetError;
+use super::pull::{Pull, unpack};
 use crate::memory::GuestRam;
 use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::migration::{
@@ -9,13 +10,15 @@ use godwit_wire::migration::{
 use godwit_wire::unit::PAGE_BYTES;
 use std::io::ErrorKind;
 use std::net::{Shutdown, TcpStream};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// What has arrived on all lanes.
 pub(super) struct Arrivals {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// Where pages go that the guest may be waiting for.
+    pull: OnceLock<(Arc<Pull>, u64)>,
 }
 
 struct Inner {
@@ -46,7 +49,21 @@ impl Arrivals {
                 ended: vec![false; lanes],
             }),
             changed: Condvar::new(),
+            pull: OnceLock::new(),
         }
+    }
+
+    /// Of memory that follows.
+    pub(super) fn following(lanes: usize, pull: Arc<Pull>, link: u64) -> Self {
+        let arrivals = Self::new(lanes);
+        arrivals.follow(pull, link);
+        arrivals
+    }
+
+    /// From here on pages follow a guest that is here, over the link with this number.
+    pub(super) fn follow(&self, pull: Arc<Pull>, link: u64) {
+        // Asked for once for each set of lanes.
+        let _ = self.pull.set((pull, link));
     }
 
     /// What has arrived so far.
@@ -101,9 +118,11 @@ impl Arrivals {
 /// One lane's receiving end.
 pub(super) struct Intake<'a> {
     pub(super) ram: &'a GuestRam,
-    pub(super) arrivals: &'a Arrivals,
+    pub(super) arrivals: Arc<Arrivals>,
     pub(super) lane: usize,
     pub(super) stream: FrameStream,
+    /// Rounds before it came over other connections.
+    pub(super) first_round: u32,
 }
 
 impl Intake<'_> {
@@ -113,6 +132,9 @@ impl Intake<'_> {
     /// be seen here before what it sent on the control connection.
     pub(super) fn run(mut self, control: &TcpStream) {
         if let Err(error) = self.take_rounds() {
+            if let Some((pull, link)) = self.arrivals.pull.get() {
+                return pull.broke(*link, &error.to_string());
+            }
             if matches!(error, TargetError::LaneEnded(_)) {
                 return self.arrivals.note(|inner| inner.ended[self.lane] = true);
             }
@@ -127,7 +149,7 @@ impl Intake<'_> {
     fn take_rounds(&mut self) -> Result<(), TargetError> {
         let mut payload = vec![0; MAX_FRAME_PAGES as usize * PAGE_BYTES as usize];
         let mut content = Vec::new();
-        let (mut round, mut pages, mut pages_before) = (1, 0, 0);
+        let (mut round, mut pages, mut pages_before) = (self.first_round, 0, 0);
         loop {
             let announced = match self.stream.announced() {
                 Err(StreamError::Io(error))
@@ -172,9 +194,9 @@ impl Intake<'_> {
                         });
                     }
                 },
-                FrameKind::State => {
+                other => {
                     return Err(StreamError::Unexpected {
-                        got: FrameKind::State,
+                        got: other,
                         expected: "pages",
                     }
                     .into());
@@ -195,14 +217,17 @@ impl Intake<'_> {
         payload: &[u8],
         content: &mut Vec<u8>,
     ) -> Result<(), TargetError> {
+        if let Some((pull, _)) = self.arrivals.pull.get() {
+            return match pull.fill(header, payload, content)? {
+                true => Ok(()),
+                false => Err(TargetError::BadCompression),
+            };
+        }
         match (header.kind, header.codec) {
             (FrameKind::Zero, _) => self.ram.discard(header.address, u64::from(header.pages))?,
             (_, Codec::Raw) => self.ram.write(header.address, payload)?,
             (_, Codec::Lz4) => {
-                let bytes = header.pages as usize * PAGE_BYTES as usize;
-                content.resize(bytes, 0);
-                let unpacked = lz4_flex::block::decompress_into(payload, content);
-                if unpacked.ok() != Some(bytes) {
+                if !unpack(header, payload, content) {
                     return Err(TargetError::BadCompression);
                 }
                 self.ram.write(header.address, content)?;

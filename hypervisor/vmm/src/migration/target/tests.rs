@@ -5,8 +5,8 @@ use crate::migration::connection::Connection;
 use godwit_wire::id::{MigrationId, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::migration::{
-    FrameHeader, MAX_STATE_BYTES, MigrationRole, MigrationStatus, OLDEST_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, Stretch,
+    FrameHeader, LaneKind, MAX_STATE_BYTES, MigrationRole, MigrationStatus,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch,
 };
 use godwit_wire::unit::{Mib, PAGE_BYTES};
 use std::io::{Read, Write};
@@ -23,6 +23,18 @@ impl TargetMachine for NoMachine {
 
     fn void(&self) {
         let _ = self.0.send("void");
+    }
+
+    fn stall(&self, _: String) {
+        let _ = self.0.send("stalled");
+    }
+
+    fn go_on(&self) {
+        let _ = self.0.send("goes on");
+    }
+
+    fn all_is_here(&self) {
+        let _ = self.0.send("whole");
     }
 }
 
@@ -80,6 +92,7 @@ fn target() -> Fixture {
         migration: request.migration,
         token: token.clone(),
         lanes: LANES,
+        urgent_lanes: 0,
         vm: request.vm,
         epoch: request.epoch,
         spec,
@@ -139,6 +152,7 @@ impl Fixture {
             .send(&ToTarget::Join {
                 migration,
                 token,
+                kind: LaneKind::Bulk,
                 lane: number,
             })
             .unwrap();
@@ -158,7 +172,8 @@ impl Fixture {
         assert_eq!(
             stream.receive::<ToSource>().unwrap(),
             ToSource::Accept {
-                version: PROTOCOL_VERSION
+                version: PROTOCOL_VERSION,
+                urgent_lanes: 0,
             }
         );
         stream
@@ -289,6 +304,7 @@ fn only_the_lanes_that_were_announced_join_and_only_with_the_token() {
         let token = token.clone();
         stream
             .send(&ToTarget::Join {
+                kind: LaneKind::Bulk,
                 migration,
                 token,
                 lane,
@@ -466,13 +482,16 @@ fn a_damaged_state_is_never_restored() {
     stream
         .send_frame(FrameHeader::state(3), &[1, 2, 3])
         .unwrap();
-    let done = |state_hash: &str| ToTarget::Done {
-        round: 1,
-        pages: 0,
-        state_hash: state_hash.into(),
-        clock_age_ns: 0,
-        then: Arrival::Run,
-        memory_hash: None,
+    let done = |state_hash: &str| {
+        ToTarget::Done(Done {
+            round: 1,
+            pages: 0,
+            state_hash: state_hash.into(),
+            clock_age_ns: 0,
+            missing_pages: 0,
+            then: Arrival::Run,
+            memory_hash: None,
+        })
     };
     stream.send(&done("00")).unwrap();
     target.expect_void("damaged");
@@ -507,4 +526,112 @@ fn a_frame_longer_than_the_limit_is_refused_before_it_is_read() {
     header[12..16].copy_from_slice(&u32::MAX.to_le_bytes());
     lanes[0].write(&header).unwrap();
     target.expect_void("cannot have");
+}
+
+/// A source that may leave memory for later, with a lane for each kind of page; `None`, said aloud, where this machine
+/// has no userfaultfd.
+fn arrive_ahead(target: &mut Fixture) -> Option<(FrameStream, FrameStream, FrameStream)> {
+    let ToTarget::Hello {
+        lanes,
+        urgent_lanes,
+        migration,
+        token,
+        ..
+    } = &mut target.hello
+    else {
+        unreachable!("it is a hello")
+    };
+    (*lanes, *urgent_lanes) = (1, 1);
+    let (migration, token) = (*migration, token.clone());
+    let mut control = target.connect();
+    control.send(&target.hello).unwrap();
+    match control.receive().unwrap() {
+        ToSource::Accept {
+            urgent_lanes: 1, ..
+        } => {}
+        other => {
+            eprintln!("skipped: no userfaultfd here: {other:?}");
+            return None;
+        }
+    }
+    let join = |kind| {
+        let mut stream = target.connect();
+        let (token, lane) = (token.clone(), 0);
+        stream
+            .send(&ToTarget::Join {
+                migration,
+                token,
+                kind,
+                lane,
+            })
+            .unwrap();
+        assert_eq!(stream.receive::<ToSource>().unwrap(), ToSource::Joined);
+        stream
+    };
+    let (bulk, urgent) = (join(LaneKind::Bulk), join(LaneKind::Urgent));
+    Some((control, bulk, urgent))
+}
+
+/// Pages 2 and 3 of the first 64.
+fn name_two_pages(control: &mut FrameStream, address: u64) {
+    control
+        .send_frame(FrameHeader::missing(address, 64), &0b1100u64.to_le_bytes())
+        .unwrap();
+}
+
+#[test]
+fn missing_pages_that_do_not_add_up_end_it() {
+    let not_agreed = target();
+    let (mut control, _lanes) = not_agreed.arrive();
+    name_two_pages(&mut control, 0);
+    not_agreed.expect_void("missing pages");
+
+    let mut miscounted = target();
+    let Some((mut control, _bulk, _urgent)) = arrive_ahead(&mut miscounted) else {
+        return;
+    };
+    name_two_pages(&mut control, 0);
+    control.send(&ToTarget::WillMiss { pages: 3 }).unwrap();
+    miscounted.expect_void("2 missing pages were named and the source spoke of 3");
+
+    let mut outside = target();
+    let Some((mut control, _bulk, _urgent)) = arrive_ahead(&mut outside) else {
+        return;
+    };
+    name_two_pages(&mut control, (16 << 20) - 4096);
+    outside.expect_void("guest memory has no");
+
+    let mut endless = target();
+    let Some((mut control, _bulk, _urgent)) = arrive_ahead(&mut endless) else {
+        return;
+    };
+    for _ in 0..=MAX_MAPS {
+        let sent = control.send_frame(FrameHeader::missing(0, 64), &[0; 8]);
+        if sent.is_err() {
+            break;
+        }
+    }
+    endless.expect_void("yet another map");
+}
+
+#[test]
+fn what_was_named_is_given_up_and_nobody_can_resume_what_has_not_begun() {
+    let mut target = target();
+    target.ram.write(2 * PAGE_BYTES, &[7; 8192]).unwrap();
+    let Some((mut control, _bulk, _urgent)) = arrive_ahead(&mut target) else {
+        return;
+    };
+    name_two_pages(&mut control, 0);
+    control.send(&ToTarget::WillMiss { pages: 2 }).unwrap();
+    assert_eq!(control.receive::<ToSource>().unwrap(), ToSource::Discarded);
+    assert!(target.ram.is_absent(2 * PAGE_BYTES, 2).unwrap());
+    control
+        .send(&ToTarget::Resume {
+            migration: MigrationId::fresh(),
+            token: MigrationToken("any".into()),
+            lanes: 1,
+            urgent_lanes: 1,
+        })
+        .unwrap();
+    target.expect_void("Resume came");
 }

@@ -192,7 +192,10 @@ impl Driver {
                 "a target cannot be released; abort it",
             ));
         };
-        outgoing.release().map_err(refused)?;
+        if outgoing.release().map_err(refused)? == SourceHandOver::Serving {
+            // The target still needs memory from here, and says when it does not.
+            return self.status();
+        }
         self.migrated_away();
         let _ = self
             .end
@@ -235,6 +238,9 @@ impl Driver {
             let runs = state == VmmState::Running;
             self.enter(state);
             incoming.announce_running(command.epoch);
+            if let Some(reason) = incoming.memory_is_cut_off() {
+                self.stall(reason);
+            }
             if runs {
                 self.machine()?.announce();
             }
@@ -243,7 +249,21 @@ impl Driver {
         self.status()
     }
 
+    /// Whether the guest runs here, or ran, ahead of memory that has not arrived yet. Then nothing may wait for its
+    /// devices or vCPUs, and nothing of it may be taken apart: what is missing would be zeros for whoever still uses it,
+    /// a disk that is being written among them.
+    pub(super) fn lacks_memory(&self) -> bool {
+        match &self.migration {
+            Migration::Incoming(incoming, _) => incoming.lacks_memory(),
+            _ => false,
+        }
+    }
+
+    /// Ends the migration under way, for a machine that will not go on as it is. Memory that follows goes on arriving.
     pub(super) fn cancel_migration(&mut self, reason: &str) {
+        if self.lacks_memory() {
+            return;
+        }
         let refused = match &self.migration {
             Migration::Outgoing(outgoing) if !outgoing.ledger.status().phase.is_final() => {
                 outgoing.cancel(reason).err()
@@ -369,6 +389,55 @@ impl Driver {
             reason: PauseReason::HandOver,
         });
         Ok(self.before_hand_over)
+    }
+
+    /// Memory that the guest may need does not arrive: it stands still meanwhile.
+    pub(super) fn stall(&mut self, reason: String) {
+        if *self.state.borrow() == VmmState::Running
+            && let Some(machine) = &self.machine
+        {
+            machine.stall();
+            self.enter(VmmState::Paused {
+                reason: PauseReason::Memory { detail: reason },
+            });
+        }
+    }
+
+    /// Everything that followed the guest is here.
+    fn memory_is_whole(&mut self) {
+        if std::mem::take(&mut self.resets_when_whole) {
+            self.reset();
+        } else {
+            self.go_on_after_stall();
+        }
+    }
+
+    /// Memory arrives again.
+    fn go_on_after_stall(&mut self) {
+        if self.resets_when_whole {
+            return;
+        }
+        let stalled = matches!(
+            &*self.state.borrow(),
+            VmmState::Paused {
+                reason: PauseReason::Memory { .. }
+            }
+        );
+        let Some(machine) = self.machine.as_ref().filter(|_| stalled) else {
+            return;
+        };
+        let state = match self.let_run(machine) {
+            Ok(()) => VmmState::Running,
+            Err(_) if !machine.lease_allows() => VmmState::Paused {
+                reason: PauseReason::LeaseExpired,
+            },
+            Err(problem) => VmmState::Paused {
+                reason: PauseReason::Fault {
+                    detail: problem.detail,
+                },
+            },
+        };
+        self.enter(state);
     }
 
     fn migrated_away(&mut self) {
@@ -498,5 +567,23 @@ impl TargetMachine for Owner {
 
     fn void(&self) {
         self.post(Driver::void_incoming);
+    }
+
+    fn stall(&self, reason: String) {
+        // Not waited for: the driver may itself be waiting for a device that waits for that memory.
+        let migration = self.migration;
+        self.driver.post(move |driver| {
+            if driver.is_current(migration) {
+                driver.stall(reason);
+            }
+        });
+    }
+
+    fn go_on(&self) {
+        self.post(Driver::go_on_after_stall);
+    }
+
+    fn all_is_here(&self) {
+        self.post(Driver::memory_is_whole);
     }
 }

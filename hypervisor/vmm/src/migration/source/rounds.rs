@@ -1,0 +1,195 @@
+//! Rounds over dirty memory while the guest runs here.
+
+use super::error::{SourceError, out_of_turn};
+use super::{Rest, Session, per_second};
+use crate::kvm::{DirtyBitmap, DirtyLog};
+use crate::machine::Throttling;
+use crate::migration::convergence::{Decision, RoundOutcome};
+use crate::migration::crew::Crew;
+use crate::migration::hand_over::SourceHandOver;
+use crate::migration::lane::PagesError;
+use crate::migration::round::{Guest, Round, Sent, Tally, bytes_of};
+use crate::migration::stream::FrameStream;
+use godwit_wire::migration::{PostCopy, ToSource, ToTarget};
+use godwit_wire::unit::{Bytes, PAGE_BYTES};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+/// Pause, device state, last acknowledgement and commit, before they have been measured.
+const EXPECTED_FIXED_COST: Duration = Duration::from_millis(10);
+/// Rounds shorter than this say little about the link.
+const TELLING_ROUND: Duration = Duration::from_millis(50);
+
+impl Session<'_> {
+    /// Rounds with the guest running, until pausing it is the next thing to do.
+    pub(super) fn pre_copy(
+        &self,
+        log: &DirtyLog,
+        (crew, tally): (&Crew, &Tally),
+        control: &mut FrameStream,
+        mut slowed: Option<&mut Throttling>,
+        urgent_lanes: u8,
+    ) -> Result<Rest, SourceError> {
+        let policy = &self.request.policy;
+        let post_copy = match urgent_lanes {
+            0 => PostCopy::Forbidden,
+            _ => policy.post_copy,
+        };
+        let mut dirty = log.first_round();
+        let (mut rest_bytes, mut rate, mut throttle_percent) = (bytes_of(&dirty), 0, 0);
+        for number in 1.. {
+            let (began, before) = (Instant::now(), tally.read());
+            let round = Round::new(number, Guest::Runs, dirty, crew.lanes());
+            let deadline = policy.deadline_s.map(Duration::from_secs);
+            let deadline = deadline.and_then(|limit| self.started.checked_add(limit));
+            self.send_round((crew, tally), round, deadline)?;
+            let sent = tally.read();
+            control.send(&ToTarget::EndOfRound {
+                round: number,
+                pages: sent.pages(),
+            })?;
+            match control.receive()? {
+                ToSource::RoundReceived { round } if round == number => {}
+                other => return Err(out_of_turn(other, "RoundReceived")),
+            }
+            let duration = began.elapsed();
+            let measured = per_second(
+                (sent.content_pages - before.content_pages) * PAGE_BYTES,
+                duration,
+            );
+            // A short round says little, and one over untouched memory sends little; but what was seen can be done.
+            if duration >= TELLING_ROUND && measured * 2 > rate || measured > rate {
+                rate = measured;
+            }
+            let previous_rest_bytes = rest_bytes;
+            dirty = self.read_dirty(log)?;
+            rest_bytes = bytes_of(&dirty);
+            let outcome = RoundOutcome {
+                round: number,
+                elapsed: self.started.elapsed(),
+                rest_bytes,
+                previous_rest_bytes,
+                bytes_per_s: rate,
+                fixed_cost: EXPECTED_FIXED_COST,
+                throttle_percent,
+                post_copy,
+            };
+            let predicted = outcome.predicted_blackout();
+            self.ledger.progress(|progress| {
+                progress.rate_bytes_per_s = rate;
+                progress.remaining_bytes = Bytes(rest_bytes);
+                progress.dirty_bytes_per_s = per_second(rest_bytes, duration);
+                progress.predicted_blackout_ms = predicted.as_millis() as u64;
+            });
+            let gave_up = || SourceError::DoesNotConverge {
+                rounds: number,
+                rest: Bytes(rest_bytes),
+                blackout_ms: predicted.as_millis(),
+                limit_ms: policy.downtime_limit_ms,
+            };
+            tracing::debug!(
+                number,
+                ?duration,
+                rest_bytes,
+                rate,
+                ?predicted,
+                throttle_percent,
+                "round finished"
+            );
+            match outcome.decide(policy) {
+                Decision::AnotherRound => {}
+                Decision::Throttle { percent } => {
+                    if let Some(slowed) = &mut slowed {
+                        slowed.set(percent);
+                        tracing::info!(migration = %self.request.migration, percent, "the guest dirties memory faster than it can be sent: its busiest vCPUs are slowed down");
+                    }
+                    throttle_percent = percent;
+                    self.ledger
+                        .progress(|progress| progress.throttle_percent = percent);
+                }
+                Decision::Pause => {
+                    return Ok(Rest {
+                        round: number,
+                        dirty,
+                        predicted,
+                        ahead: false,
+                    });
+                }
+                Decision::GoAhead => {
+                    return Ok(Rest {
+                        round: number,
+                        dirty,
+                        predicted: EXPECTED_FIXED_COST,
+                        ahead: true,
+                    });
+                }
+                Decision::GiveUp => return Err(gave_up()),
+                Decision::OutOfTime => {
+                    return Err(SourceError::Deadline {
+                        rest: Bytes(rest_bytes),
+                        blackout_ms: predicted.as_millis(),
+                        deadline_s: policy.deadline_s.unwrap_or_default(),
+                    });
+                }
+            }
+        }
+        unreachable!("the last round decides")
+    }
+
+    /// Pages that the guest or its devices wrote since they were last cleared, per slot.
+    pub(super) fn read_dirty(&self, log: &DirtyLog) -> Result<Vec<DirtyBitmap>, SourceError> {
+        let mut dirty = log.read()?;
+        for (bitmap, devices) in dirty.iter_mut().zip(self.ram.take_written()) {
+            bitmap.merge(&devices);
+        }
+        Ok(dirty)
+    }
+
+    pub(super) fn send_round(
+        &self,
+        (crew, tally): (&Crew, &Tally),
+        round: Round,
+        deadline: Option<Instant>,
+    ) -> Result<(), SourceError> {
+        let (began, before) = (Instant::now(), tally.read());
+        let (number, guest, planned) = (round.number, round.guest, round.bytes());
+        let note = |sent: Sent| {
+            let done = (sent.pages() - before.pages()) * PAGE_BYTES;
+            self.ledger.progress(|progress| {
+                progress.round = number;
+                progress.transferred_bytes = Bytes(sent.bytes);
+                progress.saved_bytes = Bytes(sent.saved_bytes);
+                progress.content_pages = sent.content_pages;
+                progress.zero_pages = sent.zero_pages;
+                progress.remaining_bytes = Bytes(planned.saturating_sub(done));
+                let elapsed = began.elapsed();
+                if elapsed >= TELLING_ROUND {
+                    progress.rate_bytes_per_s = per_second(sent.bytes - before.bytes, elapsed);
+                }
+            });
+        };
+        let late = || deadline.is_some_and(|deadline| Instant::now() > deadline);
+        let result = crew.send(round, || {
+            note(tally.read());
+            if late() || self.ledger.hand_over() != SourceHandOver::Copying {
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        });
+        note(tally.read());
+        match (result, guest) {
+            (Err(PagesError::Stopped), Guest::Paused) if late() => Err(self.blackout_too_long()),
+            (Err(PagesError::Stopped), Guest::Runs) if late() => Err(SourceError::RoundTooLong {
+                round: number,
+                deadline_s: self.request.policy.deadline_s.unwrap_or_default(),
+            }),
+            (result, _) => Ok(result?),
+        }
+    }
+
+    pub(super) const fn blackout_too_long(&self) -> SourceError {
+        SourceError::BlackoutTooLong {
+            limit_ms: self.request.policy.downtime_limit_ms,
+        }
+    }
+}
