@@ -6,14 +6,17 @@ use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationIdentity, MigrationRole};
 use rustls::client::verify_server_name;
 use rustls::server::ParsedCertificate;
-use rustls::{ClientConnection, ServerConnection};
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 use rustls_pki_types::{CertificateDer, ServerName};
+use std::sync::{Arc, OnceLock};
 
 /// Makes one end's connections of one migration.
 #[derive(Clone, Debug)]
 pub struct MigrationTls {
     migration: MigrationId,
     identity: Identity,
+    source: OnceLock<Arc<ClientConfig>>,
+    target: OnceLock<Arc<ServerConfig>>,
 }
 
 impl MigrationTls {
@@ -22,19 +25,21 @@ impl MigrationTls {
         Self {
             migration,
             identity: identity.into(),
+            source: OnceLock::new(),
+            target: OnceLock::new(),
         }
     }
 
     /// The source's end of a connection, which believes only the target of this migration.
     pub fn source(&self) -> Result<ClientConnection, TlsError> {
-        let config = config::migration_source(&self.identity)?;
+        let config = once(&self.source, || config::migration_source(&self.identity))?;
         let target = self.name(MigrationRole::Target);
         Ok(ClientConnection::new(config, target)?)
     }
 
     /// The target's end of a connection. Once it is established, [`Self::check_source`].
     pub fn target(&self) -> Result<ServerConnection, TlsError> {
-        let config = config::migration_target(&self.identity)?;
+        let config = once(&self.target, || config::migration_target(&self.identity))?;
         Ok(ServerConnection::new(config)?)
     }
 
@@ -55,4 +60,16 @@ impl MigrationTls {
             .try_into()
             .expect("an id and fixed words make a DNS name")
     }
+}
+
+/// Keys and certificates are read for the first connection; lanes and strangers come with many.
+fn once<T>(
+    known: &OnceLock<Arc<T>>,
+    make: impl FnOnce() -> Result<Arc<T>, TlsError>,
+) -> Result<Arc<T>, TlsError> {
+    if let Some(known) = known.get() {
+        return Ok(known.clone());
+    }
+    let made = make()?;
+    Ok(known.get_or_init(|| made).clone())
 }
