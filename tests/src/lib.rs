@@ -26,6 +26,8 @@ pub mod vmm;
 
 pub mod migration;
 
+pub mod soak;
+
 pub mod cluster;
 
 pub mod network;

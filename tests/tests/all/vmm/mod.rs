@@ -14,6 +14,7 @@ mod refusals;
 mod serial_console;
 mod sizes;
 mod snapshots;
+mod soak;
 
 use godwit_tests::serial::Serial;
 use godwit_tests::test_dir::TestDir;
