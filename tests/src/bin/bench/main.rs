@@ -1,15 +1,22 @@
 //! `bench NAME [SECTION…]`: measures the figures of an issue, or only some of them, prints what it saw and writes
 //! `target/bench/NAME.json`.
 //!
+//! `bench plot [JSON [SVG]]`: draws such a file.
+//!
 //! Started by `tests/run bench NAME`, which builds everything with optimisation first.
 
 mod boot;
+mod contest;
 mod data_path;
 mod lab;
 mod migration;
 mod overhead;
+mod peer;
+mod plot;
 mod report;
 mod rest;
+mod shuttle;
+mod tcp;
 
 use anyhow::{Context, bail};
 use godwit_tests::linux::LinuxGuest;
@@ -31,10 +38,14 @@ fn main() -> ExitCode {
 }
 
 async fn run(name: &str, sections: &[String]) -> anyhow::Result<()> {
+    if name == "plot" {
+        return plot::draw(sections);
+    }
     let report = match name {
         "first-flight" => first_flight(sections).await?,
         "guests" => guests(sections).await?,
-        _ => bail!("no such bench; there are: first-flight guests"),
+        "migration" => contest(sections).await?,
+        _ => bail!("no such bench; there are: first-flight guests migration, and plot"),
     };
     report.finish(name)
 }
@@ -89,6 +100,16 @@ async fn guests(sections: &[String]) -> anyhow::Result<Report> {
     if chosen("lab") {
         lab::measure(&mut report).await.context("lab")?;
     }
+    Ok(report)
+}
+
+/// Live migration against the peers.
+async fn contest(sections: &[String]) -> anyhow::Result<Report> {
+    let (mut report, linux) = begin(sections);
+    contest::measure(&mut report, linux.as_ref(), |section| {
+        is_chosen(sections, section)
+    })
+    .await?;
     Ok(report)
 }
 

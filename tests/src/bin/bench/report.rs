@@ -9,9 +9,9 @@ use std::process::Command;
 /// Everything a bench found.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
-    options: BTreeMap<&'static str, String>,
+    options: BTreeMap<String, String>,
     runs: Vec<Run>,
-    figures: BTreeMap<&'static str, Figure>,
+    figures: BTreeMap<String, Figure>,
 }
 
 /// Raw values of one measurement, in the order they were taken.
@@ -44,15 +44,15 @@ struct Figure {
 struct File<'a> {
     machine: String,
     commit: String,
-    options: &'a BTreeMap<&'static str, String>,
+    options: &'a BTreeMap<String, String>,
     runs: &'a [Run],
-    figures: &'a BTreeMap<&'static str, Figure>,
+    figures: &'a BTreeMap<String, Figure>,
 }
 
 impl Report {
     /// Notes under which circumstances the bench ran.
-    pub(crate) fn option(&mut self, name: &'static str, value: impl Into<String>) {
-        self.options.insert(name, value.into());
+    pub(crate) fn option(&mut self, name: impl Into<String>, value: impl Into<String>) {
+        self.options.insert(name.into(), value.into());
     }
 
     /// Prints raw values and their spread; returns their median.
@@ -83,12 +83,13 @@ impl Report {
     /// Judges a figure.
     pub(crate) fn figure(
         &mut self,
-        name: &'static str,
+        name: impl Into<String>,
         value: f64,
         unit: &'static str,
         op: Op,
         goal: f64,
     ) {
+        let name = name.into();
         let holds = match op {
             Op::AtLeast => value >= goal,
             Op::AtMost => value <= goal,
@@ -129,7 +130,7 @@ impl Report {
             .figures
             .iter()
             .filter(|(_, figure)| !figure.holds)
-            .map(|(name, _)| *name)
+            .map(|(name, _)| name.as_str())
             .collect();
         if missed.is_empty() {
             return Ok(());
@@ -138,9 +139,55 @@ impl Report {
     }
 }
 
+/// Raw values of several measurements that are taken in turns, by name, in the order of their first value.
+#[derive(Debug, Default)]
+pub(crate) struct Samples(Vec<(String, Vec<f64>)>);
+
+impl Samples {
+    /// Adds a value to those of `name`, and prints it: the next may take its time.
+    pub(crate) fn push(&mut self, name: impl Into<String>, value: f64) {
+        let name = name.into();
+        println!("    {name} {value:.3}");
+        match self.0.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, values)) => values.push(value),
+            None => self.0.push((name, vec![value])),
+        }
+    }
+
+    /// The values of `name`; none if there are none.
+    pub(crate) fn values(&self, name: &str) -> &[f64] {
+        self.0
+            .iter()
+            .find(|(known, _)| known == name)
+            .map_or(&[], |(_, values)| values)
+    }
+
+    /// Their median; not a number if there are none.
+    pub(crate) fn median(&self, name: &str) -> f64 {
+        quantile_of(self.values(name), 0.5)
+    }
+
+    /// Prints all of them and puts them into the report as `group.name`.
+    pub(crate) fn report(&self, report: &mut Report, group: &str, unit: &str) {
+        for (name, values) in &self.0 {
+            report.raw(&format!("{group}.{name}"), unit, values);
+        }
+    }
+}
+
+/// The value that `share` of some values do not exceed; not a number if there are none.
+pub(crate) fn quantile_of(values: &[f64], share: f64) -> f64 {
+    quantile(&sorted(values), share)
+}
+
 /// The largest of some values.
 pub(crate) fn maximum(values: &[f64]) -> f64 {
     quantile(&sorted(values), 1.0)
+}
+
+/// The mean of some values.
+pub(crate) fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len() as f64
 }
 
 fn sorted(values: &[f64]) -> Vec<f64> {
