@@ -15,7 +15,9 @@ use crate::migration::{Flight, status_after};
 use crate::test_dir::TestDir;
 use crate::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use anyhow::{Context, bail, ensure};
-use godwit_wire::migration::{Compression, MigrationPhase, MigrationPolicy, Verify};
+use godwit_wire::migration::{
+    Compression, MigrationPhase, MigrationPolicy, MigrationStatus, PostCopy, Verify,
+};
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::{CreateRequest, StopReason, VmmState};
 use std::fmt;
@@ -32,6 +34,10 @@ const PILOT_FILL_MIB: u64 = 1;
 const PILOT_DIRTY: &str = "dirty 4 1";
 /// One flight in so many is called off.
 const CANCEL_INTERVAL: u64 = 20;
+/// One flight in so many may go ahead of its memory,
+const POST_COPY_INTERVAL: u64 = 3;
+/// which a blackout this short makes likely.
+const POST_COPY_DOWNTIME_MS: u64 = 15;
 /// One flight in so many has all memory hashed at both ends.
 const HASH_INTERVAL: u64 = 16;
 /// So many flights without a landing for each that lands mean that something is wrong.
@@ -50,6 +56,8 @@ pub struct Verdict {
     pub stayed: u64,
     /// Landings over TLS.
     pub encrypted: u64,
+    /// Landings ahead of memory.
+    pub ahead: u64,
     /// Bytes that the guest has found as it left them, over all its looks.
     pub verified_bytes: u64,
 }
@@ -60,11 +68,12 @@ impl fmt::Display for Verdict {
             landed,
             stayed,
             encrypted,
+            ahead,
             verified_bytes,
         } = self;
         write!(
             f,
-            "{landed} migrations landed ({encrypted} over TLS), {stayed} stayed; {verified_bytes} bytes verified, 0 corrupt; 0 VMs lost, \
+            "{landed} migrations landed ({encrypted} over TLS, {ahead} ahead of memory), {stayed} stayed; {verified_bytes} bytes verified, 0 corrupt; 0 VMs lost, \
              0 ran twice"
         )
     }
@@ -143,14 +152,16 @@ impl Soak {
         self.flights += 1;
         let plan = self.draw.plan();
         let there = Vmm::start(&self.dir, &name(self.flights)).await?;
-        let landed = self
+        let landing = self
             .attempt(&there, &plan)
             .await
             .with_context(|| format!("{plan:?}"))?;
-        let left = if landed {
+        let landed = landing.is_some();
+        let left = if let Some(status) = landing {
             self.request.epoch = self.request.epoch.next();
             self.verdict.landed += 1;
             self.verdict.encrypted += u64::from(plan.encrypted);
+            self.verdict.ahead += u64::from(status.progress.post_copy.is_some());
             std::mem::replace(&mut self.here, there)
         } else {
             self.verdict.stayed += 1;
@@ -167,8 +178,8 @@ impl Soak {
         })
     }
 
-    /// Whether the guest landed; an error if nobody can tell.
-    async fn attempt(&self, there: &Vmm, plan: &Plan) -> anyhow::Result<bool> {
+    /// The source's last word if the guest landed; an error if nobody can tell.
+    async fn attempt(&self, there: &Vmm, plan: &Plan) -> anyhow::Result<Option<MigrationStatus>> {
         let flight = if plan.encrypted {
             Flight::prepare_encrypted(&self.here, there, &self.request).await?
         } else {
@@ -179,15 +190,16 @@ impl Soak {
             // Refused when it is too late, and then it lands.
             if flight.cancel().await.is_ok() {
                 flight.source_reaches(MigrationPhase::Cancelled).await?;
-                return Ok(false);
+                return Ok(None);
             }
         }
-        let Err(error) = flight.land().await else {
-            return Ok(true);
+        let error = match flight.land().await {
+            Ok(status) => return Ok(Some(status)),
+            Err(error) => error,
         };
         let status = status_after(&self.here, 0).await?;
         match status.phase {
-            MigrationPhase::Failed => Ok(false),
+            MigrationPhase::Failed => Ok(None),
             phase => Err(error.context(format!("the source is left in {phase:?}"))),
         }
     }
@@ -257,12 +269,18 @@ impl Draw {
     }
 
     fn plan(&mut self) -> Plan {
+        let (downtime_limit_ms, post_copy) = if self.one_in(POST_COPY_INTERVAL) {
+            (POST_COPY_DOWNTIME_MS, PostCopy::Allowed)
+        } else {
+            (self.one_of(&[100, 300, 1000]), PostCopy::Forbidden)
+        };
+        let hashed = post_copy == PostCopy::Forbidden && self.one_in(HASH_INTERVAL);
         let policy = MigrationPolicy {
-            downtime_limit_ms: self.one_of(&[100, 300, 1000]),
-            verify: if self.one_in(HASH_INTERVAL) {
-                Verify::WholeMemory
-            } else {
-                Verify::Frames
+            downtime_limit_ms,
+            post_copy,
+            verify: match hashed {
+                true => Verify::WholeMemory,
+                false => Verify::Frames,
             },
             lanes: self.one_of(&[0, 1, 1, 2, 2, 3, 4, 8]),
             max_bandwidth_bytes_per_s: self.one_of(&[None, None, None, Some(400 << 20)]),
