@@ -1,7 +1,7 @@
 //! `godwit migration …`.
 
 use super::{Failure, Session, render};
-use crate::resource::{Migration, MigrationState};
+use crate::resource::{Migration, MigrationPhase, MigrationState};
 use clap::Subcommand;
 use jiff::Timestamp;
 
@@ -29,7 +29,7 @@ impl MigrationCommand {
             Self::List { all } => {
                 let mut list = session.client.list::<Migration>("/v1/migrations").await?;
                 list.items
-                    .retain(|migration| all || migration.state == MigrationState::Open);
+                    .retain(|migration| all || is_under_way(migration));
                 session.print(&list, |list| {
                     render::migrations(&list.items, Timestamp::now())
                 })
@@ -43,4 +43,9 @@ impl MigrationCommand {
             }
         }
     }
+}
+
+/// Also one whose guest runs at the target and waits for its memory.
+fn is_under_way(migration: &Migration) -> bool {
+    migration.state == MigrationState::Open || migration.phase == Some(MigrationPhase::PostCopy)
 }

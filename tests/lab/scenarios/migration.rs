@@ -57,7 +57,7 @@ pub(crate) async fn ahead_of_memory(pool: &mut Pool) -> anyhow::Result<()> {
         words.extend(["--downtime-limit-ms", "200"]);
         words.extend(NARROW);
         pool.godwit(&words).await?;
-        let migrations = pool.godwit(&["migration", "list"]).await?;
+        let migrations = pool.godwit(&["migration", "list", "--all"]).await?;
         let items = migrations["items"].as_array().context("migrations")?;
         let memory = items
             .iter()
