@@ -14,6 +14,8 @@ pub mod process;
 
 pub mod http;
 
+mod lines;
+
 pub mod serial;
 
 pub mod lease;

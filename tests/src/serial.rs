@@ -1,29 +1,28 @@
 //! A guest's serial console: lines in, lines out, and the replies of the pilot and the Linux guest agent.
 
-use anyhow::{Context, anyhow, bail};
+use crate::lines::Lines;
+use anyhow::{Context, bail};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 
 /// Longest wait for a reply; filling or verifying a large guest takes seconds.
 pub const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Lines kept for failure messages.
+const TRANSCRIPT_LINES: usize = 10_000;
 
 /// An attached console; dropping it detaches.
 #[derive(Debug)]
 pub struct Serial {
     writer: OwnedWriteHalf,
-    lines: mpsc::UnboundedReceiver<String>,
-    reader: JoinHandle<()>,
-    /// Everything seen so far, for failure messages.
-    transcript: Vec<String>,
+    lines: Lines,
 }
 
 /// A guest's `ok key=value …`.
@@ -40,31 +39,9 @@ impl Serial {
         let stream = UnixStream::connect(socket)
             .await
             .with_context(|| format!("serial {}", socket.display()))?;
-        let (mut from, writer) = stream.into_split();
-        let (sender, lines) = mpsc::unbounded_channel();
-        let reader = tokio::spawn(async move {
-            let mut chunk = [0; 4096];
-            let mut line = Vec::new();
-            while let Ok(read @ 1..) = from.read(&mut chunk).await {
-                for byte in &chunk[..read] {
-                    match byte {
-                        b'\n' => {
-                            _ = sender.send(
-                                String::from_utf8_lossy(&std::mem::take(&mut line)).into_owned(),
-                            )
-                        }
-                        b'\r' => {}
-                        byte => line.push(*byte),
-                    }
-                }
-            }
-        });
-        Ok(Self {
-            writer,
-            lines,
-            reader,
-            transcript: Vec::new(),
-        })
+        let (from, writer) = stream.into_split();
+        let lines = Lines::of("the guest", from, TRANSCRIPT_LINES);
+        Ok(Self { writer, lines })
     }
 
     /// Sends raw bytes.
@@ -79,16 +56,7 @@ impl Serial {
 
     /// The next line that contains `text`.
     pub async fn wait_for(&mut self, text: &str, patience: Duration) -> anyhow::Result<String> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let line = self
-                .next_line(deadline)
-                .await
-                .with_context(|| format!("waiting for {text:?}"))?;
-            if line.contains(text) {
-                return Ok(line);
-            }
-        }
+        self.lines.wait_for(text, patience).await
     }
 
     /// Sends a command line and waits for its reply; `error …` is an error.
@@ -97,7 +65,8 @@ impl Serial {
         let deadline = Instant::now() + REPLY_TIMEOUT;
         loop {
             let answer = self
-                .next_line(deadline)
+                .lines
+                .next(deadline)
                 .await
                 .with_context(|| format!("waiting for the reply to {line:?}"))?;
             if let Some(text) = answer.strip_prefix("ok") {
@@ -122,37 +91,6 @@ impl Serial {
         self.wait_for(&format!("unknown command '{word}'"), REPLY_TIMEOUT)
             .await?;
         Ok(())
-    }
-
-    /// Everything seen so far.
-    pub fn transcript(&self) -> String {
-        self.transcript.join("\n")
-    }
-
-    async fn next_line(&mut self, deadline: Instant) -> anyhow::Result<String> {
-        let line = match timeout_at(deadline, self.lines.recv()).await {
-            Ok(Some(line)) => line,
-            Ok(None) => {
-                return Err(anyhow!(
-                    "the console was closed; seen so far:\n{}",
-                    self.transcript()
-                ));
-            }
-            Err(_) => {
-                return Err(anyhow!(
-                    "the guest is silent; seen so far:\n{}",
-                    self.transcript()
-                ));
-            }
-        };
-        self.transcript.push(line.clone());
-        Ok(line)
-    }
-}
-
-impl Drop for Serial {
-    fn drop(&mut self) {
-        self.reader.abort();
     }
 }
 

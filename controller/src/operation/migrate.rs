@@ -20,12 +20,12 @@ use crate::model::{Liveness, Migration, MigrationState, Operation, Subject, Vm, 
 use crate::plan::picture;
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
-use drive::{Why, drive, source_is_gone, status};
+use drive::{Why, drive, has_ended, source_is_gone, status};
 use godwit_wire::host_api::CancelMigration;
 use godwit_wire::id::{HostId, MigrationId};
 use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{PauseReason, VmmState};
+use godwit_wire::vmm_api::VmmState;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -300,7 +300,7 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
                 .is_some_and(|status| status.phase == MigrationPhase::Completed)
             || view
                 .report_at(migration.source, migration.vm)
-                .is_none_or(|report| matches!(report.state, None | Some(VmmState::Stopped { .. })));
+                .is_none_or(has_ended);
         let target_done = lost(migration.target)
             || view.vms.get(&migration.vm).is_none_or(|vm| {
                 view.report(vm).is_some_and(|report| {
@@ -398,14 +398,8 @@ async fn await_memory(context: &Context<'_>, migration: &Migration) -> Result<Me
 
 fn waits_for_memory(view: &View, migration: &Migration) -> bool {
     view.report_at(migration.target, migration.vm)
-        .is_some_and(|report| {
-            matches!(
-                report.state,
-                Some(VmmState::Paused {
-                    reason: PauseReason::Memory { .. }
-                })
-            )
-        })
+        .and_then(|report| report.state.as_ref())
+        .is_some_and(VmmState::waits_for_memory)
 }
 
 /// The guest cannot go on. What is left of it ends, and it starts anew as after the death of its VMM.
@@ -446,9 +440,7 @@ fn may_owe_memory(view: &View, migration: &Migration) -> bool {
     });
     let gone = vm.owner != Some(migration.target)
         || view.liveness(migration.target) == Liveness::RestartAllowed
-        || view
-            .report(vm)
-            .is_some_and(|report| matches!(report.state, None | Some(VmmState::Stopped { .. })));
+        || view.report(vm).is_some_and(has_ended);
     !has_all && !gone
 }
 

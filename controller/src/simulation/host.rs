@@ -2,17 +2,17 @@
 //!
 //! It is adversarial where the protocol allows it: a VMM stops as late as it may after its lease has ended.
 
+mod agent;
 mod migration;
 
 use super::SimHosts;
 use super::crash::Life;
-use super::driver::LATENCY;
 use super::storage::SimPool;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, Heartbeat, HeartbeatReply, HostFacts, HostReport, LeasePolicy, Order,
-    PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, HostFacts, LeasePolicy, PrepareIncoming, StartOutgoing, StartVm, StopVm,
+    VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, VmId};
 use godwit_wire::machine::MachineSpec;
@@ -21,7 +21,7 @@ use godwit_wire::migration::{
 };
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Bytes;
-use godwit_wire::usage::{HostUsage, VmUsage};
+use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -138,7 +138,7 @@ impl SimHost {
 
     pub(super) fn join(self: &Arc<Self>, hosts: SimHosts) {
         self.hosts.set(hosts).unwrap();
-        tokio::spawn(beat_for_ever(self.clone()));
+        tokio::spawn(agent::beat_for_ever(self.clone()));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -633,81 +633,6 @@ impl State {
             migration: vm.migration.clone(),
         })
     }
-}
-
-async fn beat_for_ever(host: Arc<SimHost>) {
-    loop {
-        host.answering().await;
-        let (beat, sent, busy) = {
-            let mut state = host.state();
-            state.sequence += 1;
-            let ids: Vec<VmId> = if state.hides {
-                Vec::new()
-            } else {
-                state.vms.keys().copied().collect()
-            };
-            let beat = Heartbeat {
-                obeyed: state.obeyed,
-                host: host.id,
-                incarnation: state.incarnation,
-                sequence: state.sequence,
-                report: HostReport {
-                    pools: state.pools.iter().map(SimPool::report).collect(),
-                    facts: state.facts.clone(),
-                    usage: HostUsage::default(),
-                    vms: ids.into_iter().filter_map(|id| state.report(id)).collect(),
-                },
-            };
-            let busy = state
-                .vms
-                .values()
-                .any(|vm| vm.migration.as_ref().is_some_and(|m| !m.phase.is_final()));
-            (beat, Instant::now(), busy)
-        };
-        tokio::time::sleep(LATENCY).await;
-        if let Some((agents, life)) = host.server.get() {
-            let answered = tokio::select! {
-                answered = agents.heartbeat(host.id, beat) => Some(answered),
-                () = life.died() => None,
-                () = tokio::time::sleep(Duration::from_secs(3)) => None,
-            };
-            tokio::time::sleep(LATENCY).await;
-            host.answering().await;
-            if let Some(Ok(reply)) = answered {
-                obey(&host, sent, &reply);
-            }
-        }
-        let pause = Duration::from_millis(if busy { 250 } else { 1_000 });
-        tokio::select! {
-            () = tokio::time::sleep(pause) => {}
-            () = host.poke.notified() => {}
-        }
-    }
-}
-
-/// Destructions, then the lease, then resumptions.
-fn obey(host: &SimHost, sent: Instant, reply: &HeartbeatReply) {
-    let mut state = host.state();
-    for order in &reply.orders {
-        if let Order::Destroy { vm, epoch } = order {
-            state.destroy(*vm, *epoch);
-        }
-    }
-    let until = sent + Duration::from_millis(reply.lease_ms);
-    state.lease_until = Some(state.lease_until.map_or(until, |known| known.max(until)));
-    let held = state.lease_held(Instant::now());
-    for order in &reply.orders {
-        if let Order::Resume { vm, epoch } = order
-            && let Some(known) = state.vms.get_mut(vm).filter(|known| known.epoch == *epoch)
-            && known.state
-                == Some(VmmState::Paused {
-                    reason: PauseReason::LeaseExpired,
-                })
-        {
-            let _ = known.run(held);
-        }
-    }
-    state.obeyed = reply.number;
 }
 
 /// What a simulated target gives out.

@@ -6,7 +6,7 @@ use crate::model::{MaintenanceState, ReturnPolicy};
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::Epoch;
 use godwit_wire::migration::{MigrationPolicy, PostCopy};
-use godwit_wire::vmm_api::{PauseReason, VmmState};
+use godwit_wire::vmm_api::VmmState;
 
 impl Pool {
     /// Everything has calmed down: no operation left, and each VM that shall run runs exactly where it belongs.
@@ -76,10 +76,23 @@ async fn at_every_transaction<F>(prepare: impl Fn() -> F, intent: impl Fn(VmId) 
 where
     F: Future<Output = (Pool, VmId)>,
 {
+    at_every_transaction_and_then(prepare, intent, |_, _, _| ()).await
+}
+
+/// [`at_every_transaction`] with a look at every pool that has settled, told whether its server was killed.
+async fn at_every_transaction_and_then<F>(
+    prepare: impl Fn() -> F,
+    intent: impl Fn(VmId) -> Intent,
+    look: impl Fn(&Pool, VmId, bool),
+) -> u64
+where
+    F: Future<Output = (Pool, VmId)>,
+{
     for transactions in 1..200 {
         let (mut pool, vm) = prepare().await;
         let died = pool.dies_during(intent(vm), transactions).await;
         pool.settled().await;
+        look(&pool, vm, died);
         if !died {
             return transactions - 1;
         }
@@ -107,28 +120,14 @@ async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_own
 /// The guest goes ahead of its memory: the source's copy is needed beyond the commit.
 #[tokio::test(start_paused = true)]
 async fn a_server_killed_at_any_step_of_a_post_copy_leaves_the_guest_its_memory() {
-    for transactions in 1..200 {
-        let (mut pool, vm) = one_vm().await;
-        let died = pool.dies_during(go_ahead(vm), transactions).await;
-        pool.settled().await;
-        assert!(
-            pool.host(2).has_lost_no_memory(),
-            "killed after {transactions}"
-        );
-        assert_eq!(
-            pool.view().vms[&vm].epoch,
-            if pool.runs_on(vm) == [2] {
-                Epoch(2)
-            } else {
-                Epoch(1)
-            }
-        );
-        if !died {
-            assert_eq!(pool.runs_on(vm), [2]);
-            return;
-        }
-    }
-    panic!("the operation never ends");
+    let look = |pool: &Pool, vm, died: bool| {
+        assert!(pool.host(2).has_lost_no_memory());
+        let moved = pool.runs_on(vm) == [2];
+        let epoch = if moved { Epoch(2) } else { Epoch(1) };
+        assert_eq!(pool.view().vms[&vm].epoch, epoch);
+        assert!(died || moved);
+    };
+    at_every_transaction_and_then(one_vm, go_ahead, look).await;
 }
 
 fn go_ahead(vm: VmId) -> Intent {
@@ -143,20 +142,13 @@ fn go_ahead(vm: VmId) -> Intent {
 }
 
 fn waits_for_memory(view: &View, vm: VmId) -> bool {
-    view.report(&view.vms[&vm]).is_some_and(|report| {
-        matches!(
-            report.state,
-            Some(VmmState::Paused {
-                reason: PauseReason::Memory { .. }
-            })
-        )
-    })
+    view.report(&view.vms[&vm])
+        .and_then(|report| report.state.as_ref())
+        .is_some_and(VmmState::waits_for_memory)
 }
 
-/// Both the source's agent and the link between the VMMs are gone for longer than any patience: the guest waits, and
-/// goes on with its memory.
-#[tokio::test(start_paused = true)]
-async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
+/// A guest on host 2 that waits for memory on host 1, which is cut off, and the operation that moves it.
+async fn one_vm_that_waits_for_memory() -> (Pool, VmId, OperationId) {
     let (pool, vm) = one_vm().await;
     let operation = pool.submit(go_ahead(vm)).await.unwrap().operation.unwrap();
     pool.wait("the guest goes ahead", |view| {
@@ -166,6 +158,14 @@ async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
     pool.host(1).cut();
     pool.wait("the guest waits", |view| waits_for_memory(view, vm))
         .await;
+    (pool, vm, operation)
+}
+
+/// Both the source's agent and the link between the VMMs are gone for longer than any patience: the guest waits, and
+/// goes on with its memory.
+#[tokio::test(start_paused = true)]
+async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
+    let (pool, vm, operation) = one_vm_that_waits_for_memory().await;
     tokio::time::sleep(Duration::from_secs(120)).await;
     pool.host(1).mend();
     assert_eq!(pool.ended(operation).await, OperationState::Succeeded);
@@ -178,15 +178,7 @@ async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
 /// The source does not come back, and the operator does not wait any longer: the guest starts anew.
 #[tokio::test(start_paused = true)]
 async fn a_guest_whose_memory_is_given_up_starts_anew() {
-    let (pool, vm) = one_vm().await;
-    let operation = pool.submit(go_ahead(vm)).await.unwrap().operation.unwrap();
-    pool.wait("the guest goes ahead", |view| {
-        view.vms[&vm].owner == Some(Pool::id(2))
-    })
-    .await;
-    pool.host(1).cut();
-    pool.wait("the guest waits", |view| waits_for_memory(view, vm))
-        .await;
+    let (pool, vm, operation) = one_vm_that_waits_for_memory().await;
     let epoch = pool.view().vms[&vm].epoch;
     pool.submit(Intent::CancelOperation { operation })
         .await

@@ -238,6 +238,18 @@ pub enum VmmState {
     },
 }
 
+impl VmmState {
+    /// Whether the guest stands still because memory from its former host does not arrive.
+    pub const fn waits_for_memory(&self) -> bool {
+        matches!(
+            self,
+            Self::Paused {
+                reason: PauseReason::Memory { .. }
+            }
+        )
+    }
+}
+
 /// Why a machine is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]

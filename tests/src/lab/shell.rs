@@ -4,15 +4,13 @@
 //! command printed, and `ID>>STATUS`. Everything else on the line (kernel messages, an earlier guest's last words)
 //! is skipped and kept for the failure report.
 
-use anyhow::{Context, anyhow, ensure};
-use std::collections::VecDeque;
+use crate::lines::Lines;
+use anyhow::{Context, ensure};
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::Instant;
 
 /// The line with which a command loop says that it is there.
 pub const READY: &str = "lab shell ready";
@@ -24,58 +22,26 @@ pub struct Shell {
     /// Whose, for messages.
     name: String,
     writer: Box<dyn AsyncWrite + Send + Unpin>,
-    lines: mpsc::UnboundedReceiver<String>,
-    reader: JoinHandle<()>,
-    transcript: VecDeque<String>,
+    lines: Lines,
 }
 
 impl Shell {
     /// Speaks through any two-way stream.
     pub fn new(
         name: &str,
-        mut from: impl AsyncRead + Send + Unpin + 'static,
+        from: impl AsyncRead + Send + Unpin + 'static,
         writer: impl AsyncWrite + Send + Unpin + 'static,
     ) -> Self {
-        let (sender, lines) = mpsc::unbounded_channel();
-        let reader = tokio::spawn(async move {
-            let (mut chunk, mut line) = ([0; 4096], Vec::new());
-            while let Ok(read @ 1..) = from.read(&mut chunk).await {
-                for byte in &chunk[..read] {
-                    match byte {
-                        b'\n' => {
-                            let text = String::from_utf8_lossy(&line).into_owned();
-                            line.clear();
-                            if sender.send(text).is_err() {
-                                return;
-                            }
-                        }
-                        b'\r' => {}
-                        byte => line.push(*byte),
-                    }
-                }
-            }
-        });
         Self {
             name: name.to_owned(),
             writer: Box::new(writer),
-            lines,
-            reader,
-            transcript: VecDeque::new(),
+            lines: Lines::of(name, from, TRANSCRIPT_LINES),
         }
     }
 
     /// The next line that contains `text`.
     pub async fn wait_for(&mut self, text: &str, patience: Duration) -> anyhow::Result<String> {
-        let deadline = Instant::now() + patience;
-        loop {
-            let line = self
-                .next_line(deadline)
-                .await
-                .with_context(|| format!("waiting {patience:?} for {text:?}"))?;
-            if line.contains(text) {
-                return Ok(line);
-            }
-        }
+        self.lines.wait_for(text, patience).await
     }
 
     /// Types `text` on a machine that has no command loop.
@@ -117,10 +83,10 @@ impl Shell {
 
     async fn read_answer(&mut self, id: &str, deadline: Instant) -> anyhow::Result<(u32, String)> {
         let (begin, end) = (format!("<<{id}"), format!("{id}>>"));
-        while !self.next_line(deadline).await?.contains(&begin) {}
+        while !self.lines.next(deadline).await?.contains(&begin) {}
         let mut text = String::new();
         loop {
-            let line = self.next_line(deadline).await?;
+            let line = self.lines.next(deadline).await?;
             let Some((before, status)) = line.split_once(&end) else {
                 let _ = writeln!(text, "{line}");
                 continue;
@@ -131,24 +97,6 @@ impl Shell {
             return Ok((status, text.trim_end().to_owned()));
         }
     }
-
-    async fn next_line(&mut self, deadline: Instant) -> anyhow::Result<String> {
-        let line = match timeout_at(deadline, self.lines.recv()).await {
-            Ok(Some(line)) => line,
-            Ok(None) => return Err(anyhow!("{} hung up; {}", self.name, self.last_words())),
-            Err(_) => return Err(anyhow!("{} is silent; {}", self.name, self.last_words())),
-        };
-        if self.transcript.len() == TRANSCRIPT_LINES {
-            self.transcript.pop_front();
-        }
-        self.transcript.push_back(line.clone());
-        Ok(line)
-    }
-
-    fn last_words(&self) -> String {
-        let lines: Vec<_> = self.transcript.iter().map(String::as_str).collect();
-        format!("it said last:\n    {}", lines.join("\n    "))
-    }
 }
 
 impl std::fmt::Debug for Shell {
@@ -156,12 +104,6 @@ impl std::fmt::Debug for Shell {
         f.debug_struct("Shell")
             .field("name", &self.name)
             .finish_non_exhaustive()
-    }
-}
-
-impl Drop for Shell {
-    fn drop(&mut self) {
-        self.reader.abort();
     }
 }
 
@@ -175,6 +117,7 @@ fn fresh_id() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::io::AsyncReadExt;
 
     const SOON: Duration = Duration::from_secs(5);
 

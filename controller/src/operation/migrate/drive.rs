@@ -4,7 +4,7 @@ use crate::model::{Liveness, Migration};
 use crate::operation::context::{Context, Sent};
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::View;
-use godwit_wire::host_api::{PrepareIncoming, StartOutgoing};
+use godwit_wire::host_api::{PrepareIncoming, StartOutgoing, VmReport};
 use godwit_wire::id::HostId;
 use godwit_wire::migration::{MigrationPhase, MigrationStatus};
 use godwit_wire::vmm_api::VmmState;
@@ -157,11 +157,16 @@ pub(super) fn status<'v>(
         .filter(|status| status.migration == migration.id)
 }
 
+/// Whether the host says of a VM that it has no machine any more.
+pub(super) const fn has_ended(report: &VmReport) -> bool {
+    matches!(report.state, None | Some(VmmState::Stopped { .. }))
+}
+
 /// Whether the source's host says that its machine is no more; `None` when it says nothing.
 pub(super) fn source_is_gone(view: &View, migration: &Migration) -> Option<bool> {
     let source = view.observed.get(&migration.source)?;
     Some(match source.vms.get(&migration.vm) {
-        Some(report) => matches!(report.state, None | Some(VmmState::Stopped { .. })),
+        Some(report) => has_ended(report),
         None => source
             .missing
             .get(&migration.vm)

@@ -88,6 +88,20 @@ impl DirtyBitmap {
     }
 }
 
+/// The words of a page set that hold the bits of `pages`, as (index of the word, its bits that are meant).
+pub fn words_of(pages: std::ops::Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let mut page = pages.start;
+    std::iter::from_fn(move || {
+        if page >= pages.end {
+            return None;
+        }
+        let (bit, number) = (page % 64, (64 - page % 64).min(pages.end - page));
+        let word = (page / 64) as usize;
+        page += number;
+        Some((word, (u64::MAX >> (64 - number)) << bit))
+    })
+}
+
 /// See [`DirtyBitmap::runs`].
 #[derive(Debug)]
 pub struct Runs<'a> {

@@ -8,7 +8,7 @@
 
 use super::userfault::{Filled, UserFault};
 use super::{GuestRam, RamError};
-use crate::kvm::{DirtyBitmap, LoggedSlot};
+use crate::kvm::{DirtyBitmap, LoggedSlot, words_of};
 use godwit_wire::devices::MemoryBacking;
 use godwit_wire::unit::PAGE_BYTES;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -266,14 +266,9 @@ impl Absent {
             return 0;
         };
         let first = (address - slot.guest_address) / PAGE_BYTES;
-        let (mut page, end, mut sum) = (first, first + pages, 0);
-        while page < end {
-            let (bit, number) = (page % 64, (64 - page % 64).min(end - page));
-            let mask = (u64::MAX >> (64 - number)) << bit;
-            sum += visit(&words[(page / 64) as usize], mask);
-            page += number;
-        }
-        sum
+        words_of(first..first + pages)
+            .map(|(word, mask)| visit(&words[word], mask))
+            .sum()
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod absent;
 mod lease_page;
+mod populate;
 mod program;
 mod ram;
 mod userfault;

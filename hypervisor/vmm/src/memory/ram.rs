@@ -8,10 +8,8 @@ use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
     Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
@@ -21,10 +19,6 @@ use vm_memory::{
 /// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
 const HOLE_START: u64 = 0xc000_0000;
 const HOLE_END: u64 = 0x1_0000_0000;
-/// Pages that one thread populates at a time (32 MiB).
-const POPULATE_PIECE_PAGES: u64 = 8192;
-/// More threads than this only fight over the kernel's locks.
-const MAX_POPULATE_THREADS: usize = 8;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGE_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Unit of hashing.
@@ -214,17 +208,11 @@ impl GuestRam {
     pub fn slots(&self) -> Vec<kvm::LoggedSlot> {
         (0..)
             .zip(self.segments.iter())
-            .map(|(slot, segment)| {
-                let host = self
-                    .map
-                    .get_host_address(GuestAddress(segment.start))
-                    .expect("a segment is mapped");
-                kvm::LoggedSlot {
-                    slot,
-                    guest_address: segment.start,
-                    host_address: host as u64,
-                    bytes: segment.bytes,
-                }
+            .map(|(slot, segment)| kvm::LoggedSlot {
+                slot,
+                guest_address: segment.start,
+                host_address: self.host_start(segment) as u64,
+                bytes: segment.bytes,
             })
             .collect()
     }
@@ -379,102 +367,6 @@ impl GuestRam {
         Ok(stretches)
     }
 
-    /// Takes host memory for all of `stretches`, on several CPUs at once, as long as `go_on` says so.
-    pub fn populate_all(
-        &self,
-        stretches: &[Stretch],
-        go_on: &(dyn Fn() -> bool + Sync),
-    ) -> Result<(), RamError> {
-        let pieces: Vec<Stretch> = stretches
-            .iter()
-            .flat_map(|stretch| {
-                (0..stretch.pages)
-                    .step_by(POPULATE_PIECE_PAGES as usize)
-                    .map(|done| Stretch {
-                        address: stretch.address.saturating_add(done * PAGE_BYTES),
-                        pages: (stretch.pages - done).min(POPULATE_PIECE_PAGES),
-                    })
-            })
-            .collect();
-        let next = AtomicUsize::new(0);
-        let work = || {
-            while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if !go_on() {
-                    break;
-                }
-                self.populate(piece.address, piece.pages)?;
-            }
-            Ok(())
-        };
-        let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (1..cpus.min(MAX_POPULATE_THREADS))
-                .map(|_| scope.spawn(work))
-                .collect();
-            let own = work();
-            workers.into_iter().fold(own, |done, worker| {
-                done.and(
-                    worker
-                        .join()
-                        .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                )
-            })
-        })
-    }
-
-    /// Takes host memory for `pages` pages from `address` on in one go, which costs much less than a fault for each.
-    /// Content stays as it is.
-    fn populate(&self, address: u64, pages: u64) -> Result<(), RamError> {
-        let bytes = pages.saturating_mul(PAGE_BYTES);
-        let out_of_range = RamError::OutOfRange { address, bytes };
-        let segment = self.segment_of(address, bytes).ok_or(out_of_range)?;
-        let start = self
-            .map
-            .get_host_address(GuestAddress(segment.start))
-            .expect("a segment is mapped");
-        let offset = (address - segment.start) as usize;
-        // SAFETY: the range lies within the segment's mapping, which this value keeps alive; populating changes
-        // neither content nor protection.
-        let done = unsafe {
-            rustix::mm::madvise(
-                start.add(offset).cast(),
-                bytes as usize,
-                rustix::mm::Advice::LinuxPopulateWrite,
-            )
-        };
-        match done {
-            // Linux before 5.14 does not know it: then the pages come one by one.
-            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
-            Err(error) => Err(RamError::Access {
-                address,
-                source: error.into(),
-            }),
-        }
-    }
-
-    /// Lets the kernel use pages of 4 KiB only from here on; those of 2 MiB that are there stay.
-    pub fn avoid_huge_pages(&self) {
-        for segment in self.segments.iter() {
-            let start = self
-                .map
-                .get_host_address(GuestAddress(segment.start))
-                .expect("a segment is mapped");
-            // SAFETY: the range is the segment's mapping, which this value keeps alive; the advice changes neither
-            // content nor protection.
-            let advised = unsafe {
-                rustix::mm::madvise(
-                    start.cast(),
-                    segment.bytes as usize,
-                    rustix::mm::Advice::LinuxNoHugepage,
-                )
-            };
-            // A kernel without huge pages does not know it.
-            if let Err(error) = advised {
-                tracing::debug!(%error, "the kernel takes no advice on huge pages");
-            }
-        }
-    }
-
     /// Whether none of the `pages` pages from `address` on is there.
     pub fn is_absent(&self, address: u64, pages: u64) -> Result<bool, RamError> {
         let bytes = pages.saturating_mul(PAGE_BYTES);
@@ -522,7 +414,14 @@ impl GuestRam {
         Ok(format!("{:032x}", hasher.digest128()))
     }
 
-    fn segment_of(&self, address: u64, bytes: u64) -> Option<&Segment> {
+    /// Where a segment is mapped in this process.
+    pub(super) fn host_start(&self, segment: &Segment) -> *mut u8 {
+        self.map
+            .get_host_address(GuestAddress(segment.start))
+            .expect("a segment is mapped")
+    }
+
+    pub(super) fn segment_of(&self, address: u64, bytes: u64) -> Option<&Segment> {
         let end = address.checked_add(bytes)?;
         self.segments
             .iter()

@@ -1,7 +1,7 @@
 //! Which pages the source still owes a target that runs already. Whoever is to send a page claims it first, so that
 //! none goes twice, however many lanes are at work.
 
-use crate::kvm::{DirtyBitmap, LoggedSlot};
+use crate::kvm::{DirtyBitmap, LoggedSlot, words_of};
 use godwit_wire::unit::PAGE_BYTES;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,14 +36,12 @@ impl Claims {
     pub(super) fn claim(&self, slot: usize, pages: Range<u64>) -> Vec<(u64, u64)> {
         let (_, words) = &self.slots[slot];
         let mut runs: Vec<(u64, u64)> = Vec::new();
-        let (mut page, mut claimed) = (pages.start, 0);
-        while page < pages.end {
-            let (bit, number) = (page % 64, (64 - page % 64).min(pages.end - page));
-            let mask = (u64::MAX >> (64 - number)) << bit;
-            let mut mine = words[(page / 64) as usize].fetch_and(!mask, Ordering::Relaxed) & mask;
+        let mut claimed = 0;
+        for (word, mask) in words_of(pages) {
+            let mut mine = words[word].fetch_and(!mask, Ordering::Relaxed) & mask;
             claimed += u64::from(mine.count_ones());
             while mine != 0 {
-                let start = page / 64 * 64 + u64::from(mine.trailing_zeros());
+                let start = word as u64 * 64 + u64::from(mine.trailing_zeros());
                 let length = u64::from((mine >> (start % 64)).trailing_ones());
                 mine &= !((u64::MAX >> (64 - length)) << (start % 64));
                 match runs.last_mut() {
@@ -51,7 +49,6 @@ impl Claims {
                     _ => runs.push((start, length)),
                 }
             }
-            page += number;
         }
         self.left.fetch_sub(claimed, Ordering::Relaxed);
         runs
@@ -70,7 +67,7 @@ impl Claims {
             })
     }
 
-    /// Where page `page` of a slot is, and how many pages that slot has.
+    /// Where page `page` of a slot is.
     pub(super) fn address(&self, slot: usize, page: u64) -> u64 {
         self.slots[slot].0.guest_address + page * PAGE_BYTES
     }

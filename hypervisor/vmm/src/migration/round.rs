@@ -2,8 +2,8 @@
 
 use super::claims::Claims;
 use crate::kvm::DirtyBitmap;
-use godwit_wire::migration::FRAME_HEADER_BYTES;
-use godwit_wire::unit::PAGE_BYTES;
+use godwit_wire::migration::{FRAME_HEADER_BYTES, MigrationProgress};
+use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -142,6 +142,14 @@ pub(super) struct Sent {
 }
 
 impl Sent {
+    /// Shows it in the figures of a migration.
+    pub(super) fn show(&self, progress: &mut MigrationProgress) {
+        progress.transferred_bytes = Bytes(self.bytes);
+        progress.saved_bytes = Bytes(self.saved_bytes);
+        progress.content_pages = self.content_pages;
+        progress.zero_pages = self.zero_pages;
+    }
+
     /// Pages of both kinds.
     pub(super) const fn pages(&self) -> u64 {
         self.content_pages + self.zero_pages

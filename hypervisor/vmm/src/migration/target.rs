@@ -24,12 +24,15 @@ use godwit_wire::migration::{
 };
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
-use lanes::{Arrivals, Intake};
+use lanes::Arrivals;
 use pull::{FIRST_LINK, Pull};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+/// Rounds are counted from here.
+const FIRST_ROUND: u32 = 1;
 
 /// What the receiving end needs of the machine's owner.
 pub trait TargetMachine: Send {
@@ -337,17 +340,7 @@ impl Session<'_> {
                     if urgent.is_empty() {
                         self.incoming.listener.close();
                     }
-                    for (lane, stream) in bulk.into_iter().enumerate() {
-                        let waker = control.socket().map_err(StreamError::from)?;
-                        let intake = Intake {
-                            ram: self.ram,
-                            arrivals: arrivals.clone(),
-                            lane,
-                            stream,
-                            first_round: 1,
-                        };
-                        scope.spawn(move || intake.run(&waker));
-                    }
+                    self.take_in(scope, (bulk, FIRST_ROUND), &arrivals, &control)?;
                     let content = Content {
                         verify,
                         state: None,

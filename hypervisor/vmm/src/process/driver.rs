@@ -185,6 +185,18 @@ impl DriverHandle {
     }
 }
 
+/// The state of a machine that was to go on and does not. Without a lease it would have stopped by itself.
+fn paused_by(machine: &Machine, problem: Problem) -> VmmState {
+    let reason = if machine.lease_allows() {
+        PauseReason::Fault {
+            detail: problem.detail,
+        }
+    } else {
+        PauseReason::LeaseExpired
+    };
+    VmmState::Paused { reason }
+}
+
 enum Migration {
     None,
     Outgoing(Arc<Outgoing>),

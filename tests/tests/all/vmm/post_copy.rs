@@ -21,13 +21,40 @@ const HANDED_OVER: VmmState = VmmState::Paused {
     reason: PauseReason::HandOver,
 };
 
-/// A guest that changes most of its memory faster than [`slow`] carries it.
-async fn boot_restless_pilot(dir: &TestDir) -> (Vmm, CreateRequest) {
-    let (source, request) = boot_pilot(dir, "source", 2, Mib(128)).await;
-    let mut shell = source.shell().await.expect("shell");
-    shell.command("fill 64").await.expect("fill");
-    shell.command("dirty 90 48").await.expect("dirty");
-    (source, request)
+/// A VMM with a guest that changes most of its memory faster than [`slow`] carries it, and one that waits for it.
+struct Pair {
+    source: Vmm,
+    target: Vmm,
+    request: CreateRequest,
+    _dir: TestDir,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let dir = TestDir::new();
+        let (source, request) = boot_pilot(&dir, "source", 2, Mib(128)).await;
+        let mut shell = source.shell().await.expect("shell");
+        shell.command("fill 64").await.expect("fill");
+        shell.command("dirty 90 48").await.expect("dirty");
+        let target = Vmm::start(&dir, "target").await.expect("a target");
+        Self {
+            source,
+            target,
+            request,
+            _dir: dir,
+        }
+    }
+
+    /// A flight over a relay that can be cut.
+    async fn take_off(&self) -> (Flight<'_>, Relay) {
+        let mut flight = Flight::prepare_encrypted(&self.source, &self.target, &self.request)
+            .await
+            .expect("a waiting target");
+        let relay = Relay::to(flight.address).await.expect("a relay");
+        flight.address = relay.address;
+        flight.send(slow()).await.expect("take-off");
+        (flight, relay)
+    }
 }
 
 /// A link that leaves some of the memory for later, and time to look at that.
@@ -40,21 +67,6 @@ fn slow() -> MigrationPolicy {
         post_copy: PostCopy::Allowed,
         ..MigrationPolicy::default()
     }
-}
-
-/// A flight over a relay that can be cut.
-async fn take_off<'a>(
-    source: &'a Vmm,
-    target: &'a Vmm,
-    request: &CreateRequest,
-) -> (Flight<'a>, Relay) {
-    let mut flight = Flight::prepare_encrypted(source, target, request)
-        .await
-        .expect("a waiting target");
-    let relay = Relay::to(flight.address).await.expect("a relay");
-    flight.address = relay.address;
-    flight.send(slow()).await.expect("take-off");
-    (flight, relay)
 }
 
 async fn go_ahead(flight: &Flight<'_>) {
@@ -88,22 +100,21 @@ async fn expect_whole(source: &Vmm, target: &Vmm) -> MigrationStatus {
 #[tokio::test]
 async fn a_guest_that_outruns_its_link_goes_ahead_of_its_memory() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, _relay) = take_off(&source, &target, &request).await;
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
+    let (flight, _relay) = pair.take_off().await;
     go_ahead(&flight).await;
     // It runs there, and no more here, while memory is still missing.
     assert_eq!(target.info().await.expect("info").state, VmmState::Running);
     assert_eq!(source.info().await.expect("info").state, HANDED_OVER);
-    let landed = expect_whole(&source, &target).await;
+    let landed = expect_whole(source, target).await;
     let downtime_us = landed.progress.downtime_us.expect("the downtime is known");
     let followed_ms = landed.progress.post_copy.expect("memory followed").took_ms;
     assert!(
         followed_ms * 1000 > downtime_us,
         "the guest stood still for {downtime_us} us and its memory came in {followed_ms} ms"
     );
-    let arrived = status_after(&target, 0).await.expect("status").progress;
+    let arrived = status_after(target, 0).await.expect("status").progress;
     let waited = arrived.post_copy.expect("the target counts too");
     assert!(waited.wanted_pages > 0, "{waited:?}");
     let stopped = VmmState::Stopped {
@@ -115,16 +126,15 @@ async fn a_guest_that_outruns_its_link_goes_ahead_of_its_memory() {
 #[tokio::test]
 async fn where_post_copy_is_not_allowed_no_guest_goes_ahead() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
     let policy = MigrationPolicy {
         post_copy: PostCopy::Forbidden,
         max_throttle_percent: 0,
         max_rounds: 3,
         ..slow()
     };
-    let flight = Flight::start(&source, &target, &request, policy)
+    let flight = Flight::start(source, target, &pair.request, policy)
         .await
         .expect("take-off");
     let ended = flight
@@ -132,30 +142,21 @@ async fn where_post_copy_is_not_allowed_no_guest_goes_ahead() {
         .await
         .expect("it gives up");
     assert_eq!(ended.progress.post_copy, None);
-    verify_guest(&source).await;
+    verify_guest(source).await;
 }
 
 #[tokio::test]
 async fn a_broken_link_stops_the_guest_until_its_memory_can_follow_again() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, relay) = take_off(&source, &target, &request).await;
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
+    let (flight, relay) = pair.take_off().await;
     go_ahead(&flight).await;
 
     for _ in 0..2 {
         relay.cut();
-        let stalled = |state: &VmmState| {
-            matches!(
-                state,
-                VmmState::Paused {
-                    reason: PauseReason::Memory { .. }
-                }
-            )
-        };
         target
-            .wait_for_state(PATIENCE, stalled)
+            .wait_for_state(PATIENCE, VmmState::waits_for_memory)
             .await
             .expect("the guest waits");
         assert_eq!(source.info().await.expect("info").state, HANDED_OVER);
@@ -165,7 +166,7 @@ async fn a_broken_link_stops_the_guest_until_its_memory_can_follow_again() {
             .await
             .expect("the guest goes on");
     }
-    let landed = expect_whole(&source, &target).await;
+    let landed = expect_whole(source, target).await;
     let interruptions = landed.progress.post_copy.expect("figures").interruptions;
     assert!(interruptions >= 2, "{interruptions} interruptions");
 }
@@ -175,10 +176,9 @@ async fn a_broken_link_stops_the_guest_until_its_memory_can_follow_again() {
 #[tokio::test]
 async fn a_guest_that_was_not_granted_runs_on_where_its_memory_is() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, relay) = take_off(&source, &target, &request).await;
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
+    let (flight, relay) = pair.take_off().await;
     flight
         .target_reaches(MigrationPhase::AwaitingCommit)
         .await
@@ -190,68 +190,61 @@ async fn a_guest_that_was_not_granted_runs_on_where_its_memory_is() {
         .await
         .expect("the source runs");
     flight
-        .tell(&target, "abort", flight.epoch)
+        .tell(target, "abort", flight.epoch)
         .await
         .expect("the target hears it too");
     flight.commit().await.expect_err("it is void");
-    verify_guest(&source).await;
+    verify_guest(source).await;
 }
 
 /// The store's word reaches the source by its agent while the link is down: it must not give its memory away for that.
 #[tokio::test]
 async fn a_released_source_keeps_what_the_target_lacks() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, relay) = take_off(&source, &target, &request).await;
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
+    let (flight, relay) = pair.take_off().await;
     flight
         .target_reaches(MigrationPhase::AwaitingCommit)
         .await
         .expect("all but memory arrived");
     relay.cut();
     flight.commit().await.expect("commit");
-    let told = flight.tell(&source, "release", flight.epoch).await;
+    let told = flight.tell(source, "release", flight.epoch).await;
     assert_eq!(told.expect("release").phase, MigrationPhase::PostCopy);
     let refused = flight.abort_source().await.expect_err("it is decided");
     assert!(format!("{refused:#}").contains("target"), "{refused:#}");
     relay.mend();
-    expect_whole(&source, &target).await;
+    expect_whole(source, target).await;
 }
 
 #[tokio::test]
 async fn a_target_that_dies_early_leaves_the_source_standing() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let mut target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, _relay) = take_off(&source, &target, &request).await;
+    let mut pair = Pair::start().await;
+    let (flight, _relay) = pair.take_off().await;
     go_ahead(&flight).await;
-    target.process.kill();
+    pair.target.process.kill();
     tokio::time::sleep(A_WHILE).await;
     assert_eq!(
-        source.info().await.expect("info").state,
+        pair.source.info().await.expect("info").state,
         HANDED_OVER,
         "the guest has run elsewhere: it must not go back in time"
     );
-    let status = status_after(&source, 0).await.expect("status");
+    let status = status_after(&pair.source, 0).await.expect("status");
     assert_eq!(status.phase, MigrationPhase::PostCopy);
 }
 
 #[tokio::test]
 async fn a_guest_that_is_killed_early_needs_no_memory_any_more() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let mut target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, _relay) = take_off(&source, &target, &request).await;
+    let mut pair = Pair::start().await;
+    let (flight, _relay) = pair.take_off().await;
     go_ahead(&flight).await;
     // It may be waiting for memory at this moment; that must not keep it.
-    target
-        .command("kill", flight.epoch.next())
-        .await
-        .expect("kill");
-    target
+    let killed = pair.target.command("kill", flight.epoch.next()).await;
+    killed.expect("kill");
+    pair.target
         .process
         .wait_for_end(PATIENCE)
         .await
@@ -292,18 +285,17 @@ async fn a_linux_guest_goes_ahead_of_its_memory() {
 #[tokio::test]
 async fn a_guest_that_restarts_early_boots_once_its_memory_is_here() {
     require!(skip::kvm());
-    let dir = TestDir::new();
-    let (source, request) = boot_restless_pilot(&dir).await;
-    let target = Vmm::start(&dir, "target").await.expect("a target");
-    let (flight, _relay) = take_off(&source, &target, &request).await;
+    let pair = Pair::start().await;
+    let Pair { source, target, .. } = &pair;
+    let (flight, _relay) = pair.take_off().await;
     go_ahead(&flight).await;
     let mut serial = target.serial().await.expect("the console is there");
     serial.send_line("reset").await.expect("the guest hears it");
     drop(serial);
-    wait_for_phase(&target, MigrationPhase::Completed)
+    wait_for_phase(target, MigrationPhase::Completed)
         .await
         .expect("its memory is here");
-    wait_for_phase(&source, MigrationPhase::Completed)
+    wait_for_phase(source, MigrationPhase::Completed)
         .await
         .expect("the source is free");
     let rebooted = target

@@ -224,10 +224,7 @@ impl Session<'_> {
     fn note_sent(&self, sent: Sent, claims: &Claims) {
         let missing = Bytes(claims.left() * PAGE_BYTES);
         self.ledger.progress(|progress| {
-            progress.transferred_bytes = Bytes(sent.bytes);
-            progress.saved_bytes = Bytes(sent.saved_bytes);
-            progress.content_pages = sent.content_pages;
-            progress.zero_pages = sent.zero_pages;
+            sent.show(progress);
             progress.remaining_bytes = missing;
         });
         self.note(|post_copy| {

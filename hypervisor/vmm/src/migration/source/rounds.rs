@@ -157,10 +157,7 @@ impl Session<'_> {
             let done = (sent.pages() - before.pages()) * PAGE_BYTES;
             self.ledger.progress(|progress| {
                 progress.round = number;
-                progress.transferred_bytes = Bytes(sent.bytes);
-                progress.saved_bytes = Bytes(sent.saved_bytes);
-                progress.content_pages = sent.content_pages;
-                progress.zero_pages = sent.zero_pages;
+                sent.show(progress);
                 progress.remaining_bytes = Bytes(planned.saturating_sub(done));
                 let elapsed = began.elapsed();
                 if elapsed >= TELLING_ROUND {

@@ -1,6 +1,6 @@
 //! The guest is here, or about to be, and its memory follows: waits for it, and for a source whose connections broke.
 
-use super::lanes::{Arrivals, Intake};
+use super::lanes::Arrivals;
 use super::pull::{Event, Pull};
 use super::urgent::Urgent;
 use super::{Session, TargetError, TargetMachine};
@@ -134,18 +134,7 @@ impl<'s> Session<'s> {
         let Joined { bulk, urgent } = self.join_lanes((lanes, urgent_lanes), JOIN_AGAIN)?;
         let link = self.pull_over(scope, pull, urgent)?;
         let arrivals = Arrivals::following(usize::from(lanes), pull.clone(), link);
-        let arrivals = Arc::new(arrivals);
-        for (lane, stream) in bulk.into_iter().enumerate() {
-            let intake = Intake {
-                ram: self.ram,
-                arrivals: arrivals.clone(),
-                lane,
-                stream,
-                first_round: pull.round,
-            };
-            let waker = control.socket().map_err(StreamError::from)?;
-            scope.spawn(move || intake.run(&waker));
-        }
+        self.take_in(scope, (bulk, pull.round), &Arc::new(arrivals), &control)?;
         // The commit may have come while this was not here to pass it on.
         let mut held = self.incoming.control();
         if running.is_none()

@@ -1,7 +1,7 @@
 //! The receiving ends of the lanes: pages go into guest memory as they come, each lane on a thread of its own.
 
-use super::TargetError;
-use super::pull::{Pull, unpack};
+use super::pull::Pull;
+use super::{Session, TargetError};
 use crate::memory::GuestRam;
 use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::migration::{
@@ -11,6 +11,7 @@ use godwit_wire::unit::PAGE_BYTES;
 use std::io::ErrorKind;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Scope;
 use std::time::Instant;
 
 /// What has arrived on all lanes.
@@ -115,14 +116,66 @@ impl Arrivals {
     }
 }
 
+/// What a page frame brings.
+pub(super) enum Content<'a> {
+    Zeros,
+    Bytes(&'a [u8]),
+}
+
+impl<'a> Content<'a> {
+    /// Reads the payload of a page frame; `room` is for what has to be unpacked.
+    pub(super) fn of(
+        header: &FrameHeader,
+        payload: &'a [u8],
+        room: &'a mut Vec<u8>,
+    ) -> Result<Self, TargetError> {
+        match (header.kind, header.codec) {
+            (FrameKind::Zero, _) => Ok(Self::Zeros),
+            (_, Codec::Raw) => Ok(Self::Bytes(payload)),
+            (_, Codec::Lz4) => {
+                let bytes = header.pages as usize * PAGE_BYTES as usize;
+                room.resize(bytes, 0);
+                match lz4_flex::block::decompress_into(payload, room) {
+                    Ok(unpacked) if unpacked == bytes => Ok(Self::Bytes(room)),
+                    _ => Err(TargetError::BadCompression),
+                }
+            }
+        }
+    }
+}
+
+impl Session<'_> {
+    /// Puts lanes to work that begin with `first_round`.
+    pub(super) fn take_in<'scope>(
+        &'scope self,
+        scope: &'scope Scope<'scope, '_>,
+        (lanes, first_round): (Vec<FrameStream>, u32),
+        arrivals: &Arc<Arrivals>,
+        control: &FrameStream,
+    ) -> Result<(), TargetError> {
+        for (lane, stream) in lanes.into_iter().enumerate() {
+            let waker = control.socket().map_err(StreamError::from)?;
+            let intake = Intake {
+                ram: self.ram,
+                arrivals: arrivals.clone(),
+                lane,
+                stream,
+                first_round,
+            };
+            scope.spawn(move || intake.run(&waker));
+        }
+        Ok(())
+    }
+}
+
 /// One lane's receiving end.
-pub(super) struct Intake<'a> {
-    pub(super) ram: &'a GuestRam,
-    pub(super) arrivals: Arc<Arrivals>,
-    pub(super) lane: usize,
-    pub(super) stream: FrameStream,
+struct Intake<'a> {
+    ram: &'a GuestRam,
+    arrivals: Arc<Arrivals>,
+    lane: usize,
+    stream: FrameStream,
     /// Rounds before it came over other connections.
-    pub(super) first_round: u32,
+    first_round: u32,
 }
 
 impl Intake<'_> {
@@ -130,7 +183,7 @@ impl Intake<'_> {
     ///
     /// A lane that ends between rounds has done its part: the source ends them all when everything is sent, which may
     /// be seen here before what it sent on the control connection.
-    pub(super) fn run(mut self, control: &TcpStream) {
+    fn run(mut self, control: &TcpStream) {
         if let Err(error) = self.take_rounds() {
             if let Some((pull, link)) = self.arrivals.pull.get() {
                 return pull.broke(*link, &error.to_string());
@@ -148,7 +201,7 @@ impl Intake<'_> {
 
     fn take_rounds(&mut self) -> Result<(), TargetError> {
         let mut payload = vec![0; MAX_FRAME_PAGES as usize * PAGE_BYTES as usize];
-        let mut content = Vec::new();
+        let mut room = Vec::new();
         let (mut round, mut pages, mut pages_before) = (self.first_round, 0, 0);
         loop {
             let announced = match self.stream.announced() {
@@ -172,7 +225,7 @@ impl Intake<'_> {
                     self.check_place(&header)?;
                     let payload = &mut payload[..header.length as usize];
                     self.stream.read_payload(&announced, payload)?;
-                    self.store(&header, payload, &mut content)?;
+                    self.store(&header, payload, &mut room)?;
                     pages += u64::from(header.pages);
                     self.count(&header);
                 }
@@ -215,23 +268,13 @@ impl Intake<'_> {
         &self,
         header: &FrameHeader,
         payload: &[u8],
-        content: &mut Vec<u8>,
+        room: &mut Vec<u8>,
     ) -> Result<(), TargetError> {
-        if let Some((pull, _)) = self.arrivals.pull.get() {
-            return match pull.fill(header, payload, content)? {
-                true => Ok(()),
-                false => Err(TargetError::BadCompression),
-            };
-        }
-        match (header.kind, header.codec) {
-            (FrameKind::Zero, _) => self.ram.discard(header.address, u64::from(header.pages))?,
-            (_, Codec::Raw) => self.ram.write(header.address, payload)?,
-            (_, Codec::Lz4) => {
-                if !unpack(header, payload, content) {
-                    return Err(TargetError::BadCompression);
-                }
-                self.ram.write(header.address, content)?;
-            }
+        let content = Content::of(header, payload, room)?;
+        match (self.arrivals.pull.get(), content) {
+            (Some((pull, _)), content) => pull.fill(header, content)?,
+            (None, Content::Zeros) => self.ram.discard(header.address, u64::from(header.pages))?,
+            (None, Content::Bytes(bytes)) => self.ram.write(header.address, bytes)?,
         }
         Ok(())
     }

@@ -9,8 +9,9 @@
 //!          complete            abandoned: from any state, when the guest is not to run or its memory is not needed
 //! ```
 
+use super::lanes::Content;
 use crate::memory::{Absent, AbsentError};
-use godwit_wire::migration::{Codec, FrameHeader, FrameKind, PostCopyProgress};
+use godwit_wire::migration::{FrameHeader, PostCopyProgress};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -205,30 +206,22 @@ impl Pull {
         self.lock().figures.interruptions += 1;
     }
 
-    /// Fills pages as they came over the wire; `unpacked` is room for compressed ones. `false` for compressed pages
-    /// that cannot be unpacked.
+    /// Fills the pages that a frame brought.
     pub(super) fn fill(
         &self,
         header: &FrameHeader,
-        payload: &[u8],
-        unpacked: &mut Vec<u8>,
-    ) -> Result<bool, AbsentError> {
-        match (header.kind, header.codec) {
-            (FrameKind::Zero, _) => self
+        content: Content<'_>,
+    ) -> Result<(), AbsentError> {
+        match content {
+            Content::Zeros => self
                 .absent
                 .fill_zeros(header.address, u64::from(header.pages))?,
-            (_, Codec::Raw) => self.absent.fill(header.address, payload)?,
-            (_, Codec::Lz4) => {
-                if !unpack(header, payload, unpacked) {
-                    return Ok(false);
-                }
-                self.absent.fill(header.address, unpacked)?;
-            }
+            Content::Bytes(bytes) => self.absent.fill(header.address, bytes)?,
         }
         if self.absent.left() == 0 {
             self.change(|_| ());
         }
-        Ok(true)
+        Ok(())
     }
 
     fn change(&self, change: impl FnOnce(&mut State)) {
@@ -239,11 +232,4 @@ impl Pull {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Unpacks the pages of a frame, if that is what its payload is.
-pub(super) fn unpack(header: &FrameHeader, payload: &[u8], room: &mut Vec<u8>) -> bool {
-    let bytes = header.pages as usize * PAGE_BYTES as usize;
-    room.resize(bytes, 0);
-    lz4_flex::block::decompress_into(payload, room).ok() == Some(bytes)
 }

@@ -1,6 +1,7 @@
 //! Asks for the pages that the guest waits for, one at a time on each urgent lane.
 
 use super::TargetError;
+use super::lanes::Content;
 use super::pull::{Link, Pull};
 use crate::migration::stream::FrameStream;
 use godwit_wire::migration::{FrameHeader, FrameKind, MAX_FRAME_PAGES};
@@ -37,7 +38,7 @@ impl Urgent {
 
     fn fetch(&mut self, address: u64, payload: &mut [u8]) -> Result<(), TargetError> {
         self.stream.send_frame(FrameHeader::want(address), &[])?;
-        let mut unpacked = Vec::new();
+        let mut room = Vec::new();
         loop {
             let announced = self.stream.announced()?;
             let header = announced.header;
@@ -62,9 +63,8 @@ impl Urgent {
                     expected: self.pull.round,
                 });
             }
-            if !self.pull.fill(&header, payload, &mut unpacked)? {
-                return Err(TargetError::BadCompression);
-            }
+            self.pull
+                .fill(&header, Content::of(&header, payload, &mut room)?)?;
         }
     }
 }

@@ -417,27 +417,14 @@ impl Driver {
         if self.resets_when_whole {
             return;
         }
-        let stalled = matches!(
-            &*self.state.borrow(),
-            VmmState::Paused {
-                reason: PauseReason::Memory { .. }
-            }
-        );
-        let Some(machine) = self.machine.as_ref().filter(|_| stalled) else {
-            return;
-        };
-        let state = match self.let_run(machine) {
-            Ok(()) => VmmState::Running,
-            Err(_) if !machine.lease_allows() => VmmState::Paused {
-                reason: PauseReason::LeaseExpired,
-            },
-            Err(problem) => VmmState::Paused {
-                reason: PauseReason::Fault {
-                    detail: problem.detail,
-                },
-            },
-        };
-        self.enter(state);
+        let stalled = self.state.borrow().waits_for_memory();
+        if let Some(machine) = self.machine.as_ref().filter(|_| stalled) {
+            let state = match self.let_run(machine) {
+                Ok(()) => VmmState::Running,
+                Err(problem) => paused_by(machine, problem),
+            };
+            self.enter(state);
+        }
     }
 
     fn migrated_away(&mut self) {

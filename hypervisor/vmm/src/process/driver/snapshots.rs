@@ -150,16 +150,8 @@ impl Driver {
             .map_err(SnapshotError::from)
             .and_then(|(saved, _)| writer.copy_rest(log).map(|()| saved));
         if was_running && let Err(problem) = self.let_run(machine) {
-            // Without a lease it would have stopped by itself.
             tracing::warn!(%problem, "the guest does not go on after its snapshot");
-            let reason = if machine.lease_allows() {
-                PauseReason::Fault {
-                    detail: problem.detail,
-                }
-            } else {
-                PauseReason::LeaseExpired
-            };
-            self.enter(VmmState::Paused { reason });
+            self.enter(paused_by(machine, problem));
         }
         Ok(Still {
             writer,
