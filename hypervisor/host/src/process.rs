@@ -257,8 +257,9 @@ mod tests {
     use godwit_wire::id::VmId;
     use std::os::unix::fs::PermissionsExt;
 
-    /// Waits for ever without a process of its own that would be left behind.
-    const BLOCKS: &str = "mkfifo \"$0.fifo\"; read never < \"$0.fifo\"";
+    /// Waits for ever without a process of its own: until that has become another program it would have this one's
+    /// command line.
+    const BLOCKS: &str = "read never < \"$0.fifo\"";
 
     struct Fixture {
         _root: tempfile::TempDir,
@@ -275,6 +276,14 @@ mod tests {
         let program = root.path().join("program");
         std::fs::write(&program, format!("#!/bin/sh\n{script}\n")).unwrap();
         std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o700)).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            root.path().join("program.fifo"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
         Fixture {
             _root: root,
             directory,
