@@ -4,9 +4,10 @@
 //! 4 vsock, 8 to 23 disks (the seed disk last), 24 to 31 network cards.
 
 use super::attachments;
+use super::config_pages::ConfigPages;
 use super::layout::MMIO_WINDOW;
 use super::{MachineError, MachineEvent, MachineParts};
-use crate::kvm::Interrupts;
+use crate::kvm::{Interrupts, VmFd};
 use crate::memory::GuestRam;
 use godwit_devices::balloon::{Balloon, BalloonControl};
 use godwit_devices::block::{Block, BlockConfig, ResizeHandle};
@@ -93,14 +94,14 @@ impl PciDevices {
     pub(super) fn build(
         parts: &MachineParts,
         ram: &GuestRam,
-        interrupts: Interrupts,
+        vm: Arc<VmFd>,
     ) -> Result<Self, MachineError> {
         let devices = &parts.spec.devices;
         let sink = parts.events.clone();
         let mut builder = Builder {
             bus: PciBus::new(MMIO_WINDOW.start as u32),
             ram,
-            platform: Arc::new(interrupts),
+            platform: Arc::new(Interrupts::new(vm.clone())),
             events: Arc::new(move |event| sink(MachineEvent::Device(event))),
         };
         builder.add(RNG_SLOT, Rng::new()?);
@@ -146,6 +147,9 @@ impl PciDevices {
                 address: nic.address,
             })?;
             builder.add(slot, card);
+        }
+        if let Some(pages) = ConfigPages::new(vm) {
+            builder.bus.mirror_to(Box::new(pages));
         }
         Ok(Self {
             bus: Arc::new(builder.bus),
@@ -213,6 +217,8 @@ impl PciDevices {
         for (function, saved) in functions.iter_mut().zip(saved) {
             function.restore(saved)?;
         }
+        drop(functions);
+        self.bus.show();
         Ok(())
     }
 
