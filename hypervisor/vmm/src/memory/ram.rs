@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
     Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
@@ -19,7 +20,7 @@ use vm_memory::{
 /// RAM ends here and goes on at 4 GiB: LAPIC, IOAPIC and (later) PCI live between.
 const HOLE_START: u64 = 0xc000_0000;
 const HOLE_END: u64 = 0x1_0000_0000;
-const HUGE_PAGE_BYTES: u64 = 2 << 20;
+pub(super) const HUGE_PAGE_BYTES: u64 = 2 << 20;
 const HUGE_PAGE_POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 /// Unit of hashing.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
@@ -86,6 +87,8 @@ pub struct GuestRam {
     file: Arc<File>,
     segments: Arc<[Segment]>,
     backing: MemoryBacking,
+    /// Whether pages of 4 KiB are wanted where huge ones could be had.
+    pub(super) small_pages: Arc<AtomicBool>,
 }
 
 /// Splits `bytes` of RAM around the hole.
@@ -162,6 +165,7 @@ impl GuestRam {
             file,
             segments,
             backing,
+            small_pages: Arc::default(),
         })
     }
 
