@@ -221,22 +221,26 @@ const AGENT: &str = "run";
 /// The whole command tree. Commands that ask the server get the options for that here, because they cannot be
 /// global: `godwit host run` has a `--server` of its own.
 fn command() -> Command {
-    let mut command = Program::command();
-    for noun in ASKING {
-        command = command.mut_subcommand(noun, |noun| {
-            let leaves: Vec<String> = noun
-                .get_subcommands()
-                .map(|leaf| leaf.get_name().to_owned())
-                .collect();
-            leaves
-                .iter()
-                .filter(|leaf| *leaf != AGENT)
-                .fold(noun, |noun, leaf| {
-                    noun.mut_subcommand(leaf, ClientOptions::augment_args)
-                })
-        });
+    ASKING.iter().fold(Program::command(), |command, noun| {
+        command.mut_subcommand(noun, let_leaves_ask)
+    })
+}
+
+/// Gives the options to every command that has none beneath it.
+fn let_leaves_ask(command: Command) -> Command {
+    let beneath: Vec<String> = command
+        .get_subcommands()
+        .map(|beneath| beneath.get_name().to_owned())
+        .collect();
+    if beneath.is_empty() {
+        return ClientOptions::augment_args(command);
     }
-    command
+    beneath
+        .iter()
+        .filter(|beneath| *beneath != AGENT)
+        .fold(command, |command, beneath| {
+            command.mut_subcommand(beneath, let_leaves_ask)
+        })
 }
 
 /// Runs a command that asks the server.
@@ -345,24 +349,37 @@ mod tests {
 
     #[test]
     fn every_asking_command_takes_a_server_and_an_output_format() {
-        for noun in ASKING {
-            let command = command();
-            let noun = command.find_subcommand(noun).expect("a noun");
-            for leaf in noun
-                .get_subcommands()
-                .filter(|leaf| leaf.get_name() != AGENT)
-            {
-                let long: Vec<_> = leaf
-                    .get_arguments()
-                    .filter_map(|argument| argument.get_long())
-                    .collect();
-                assert!(
-                    long.contains(&"server") && long.contains(&"output"),
-                    "{} {}",
-                    noun.get_name(),
-                    leaf.get_name()
-                );
+        let command = command();
+        let mut left: Vec<(String, &Command)> = ASKING
+            .iter()
+            .map(|noun| (*noun).to_owned())
+            .map(|noun| {
+                (
+                    noun.clone(),
+                    command.find_subcommand(&noun).expect("a noun"),
+                )
+            })
+            .collect();
+        let mut leaves = Vec::new();
+        while let Some((name, found)) = left.pop() {
+            if !found.has_subcommands() {
+                leaves.push((name, found));
+                continue;
             }
+            let beneath = found.get_subcommands();
+            let asking = beneath.filter(|beneath| beneath.get_name() != AGENT);
+            left.extend(asking.map(|beneath| (format!("{name} {}", beneath.get_name()), beneath)));
+        }
+        assert!(leaves.iter().any(|(name, _)| name == "vm snapshot create"));
+        for (name, leaf) in leaves {
+            let long: Vec<_> = leaf
+                .get_arguments()
+                .filter_map(|argument| argument.get_long())
+                .collect();
+            assert!(
+                long.contains(&"server") && long.contains(&"output"),
+                "{name}"
+            );
         }
     }
 }

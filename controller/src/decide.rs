@@ -10,6 +10,8 @@ mod maintenance;
 
 mod network;
 
+mod snapshot;
+
 mod storage;
 
 mod vm;
@@ -74,6 +76,11 @@ pub(crate) fn decide(
         Intent::CreateDisk(new) => storage::create_disk(view, draft, new, actor),
         Intent::GrowDisk { disk, bytes } => storage::grow_disk(view, draft, *disk, *bytes, actor),
         Intent::DeleteDisk { disk } => storage::delete_disk(view, draft, *disk, actor),
+        Intent::CreateSnapshot(new) => snapshot::create(view, draft, new, actor),
+        Intent::RestoreSnapshot { snapshot, host } => {
+            snapshot::restore(view, draft, *snapshot, *host, actor)
+        }
+        Intent::DeleteSnapshot { snapshot } => snapshot::delete(view, draft, *snapshot, actor),
         Intent::CreateNetwork(new) => network::create(view, draft, new, actor),
         Intent::DeleteNetwork { network } => network::delete(view, draft, *network, actor),
         Intent::CreateMaintenance(new) => maintenance::create(view, draft, new, actor),
@@ -150,6 +157,7 @@ fn cancel_operation(
         | Work::Evacuate { .. }
         | Work::Provision { .. }
         | Work::CreateImage { .. }
+        | Work::CreateSnapshot { .. }
         | Work::CreateDisk { .. } => None,
         Work::Drain { .. } => Some("cancel the maintenance"),
         Work::Restore { .. } => Some("cordon the host to keep further VMs off it"),

@@ -3,7 +3,8 @@
 mod devices;
 
 pub use devices::{
-    NewDevices, NewDisk, NewDiskSource, NewImage, NewNetwork, NewNic, NewVmDisk, NicAddress,
+    NewDevices, NewDisk, NewDiskSource, NewImage, NewNetwork, NewNic, NewSnapshot, NewVmDisk,
+    NicAddress,
 };
 
 use crate::model::{
@@ -11,10 +12,12 @@ use crate::model::{
     ReturnPolicy,
 };
 use godwit_wire::host_api::{LeasePolicy, StopMode};
-use godwit_wire::id::{DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, VmId};
+use godwit_wire::id::{
+    DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, SnapshotId, VmId,
+};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::MigrationPolicy;
-use godwit_wire::unit::Bytes;
+use godwit_wire::unit::{Bytes, Mib};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -133,6 +136,20 @@ pub enum Intent {
         /// Which.
         disk: DiskId,
     },
+    /// Saves a running or paused VM.
+    CreateSnapshot(NewSnapshot),
+    /// Starts a VM that is off from where it was saved.
+    RestoreSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+        /// Only there.
+        host: Option<HostId>,
+    },
+    /// Deletes a snapshot.
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
     /// Makes a network.
     CreateNetwork(NewNetwork),
     /// Deletes a network that no VM is plugged into.
@@ -189,6 +206,8 @@ pub struct VmChange {
     pub spec: Option<MachineSpec>,
     /// New devices; only while the VM is off.
     pub devices: NewDevices,
+    /// Memory the guest shall live with until it is stopped; only while the VM has a machine.
+    pub keep_memory: Option<Mib>,
     /// New lease policy; only while the VM is off.
     pub lease: Option<LeasePolicy>,
     /// New maintenance policy.
@@ -234,6 +253,8 @@ pub enum Resource {
     Disk(DiskId),
     /// A network.
     Network(NetworkId),
+    /// A snapshot.
+    Snapshot(SnapshotId),
 }
 
 /// What an intent would do.

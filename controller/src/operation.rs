@@ -17,6 +17,8 @@ mod power;
 
 mod provision;
 
+mod snapshot;
+
 mod start;
 
 mod storage;
@@ -90,9 +92,12 @@ async fn execute(core: &Arc<Core>, id: OperationId) {
     let ended = match &operation.work {
         Work::Start { .. } => start::run(&context).await,
         Work::Stop { .. } | Work::Delete { .. } | Work::Restart { .. } => halt::run(&context).await,
-        Work::Pause { .. } | Work::Resume { .. } => power::run(&context).await,
+        Work::Pause { .. } | Work::Resume { .. } | Work::Balloon { .. } => {
+            power::run(&context).await
+        }
         Work::Migrate { .. } => migrate::run(&context).await,
         Work::Provision { .. } => provision::run(&context).await,
+        Work::CreateSnapshot { .. } | Work::DeleteSnapshot { .. } => snapshot::run(&context).await,
         Work::CreateImage { .. }
         | Work::DeleteImage { .. }
         | Work::CreateDisk { .. }

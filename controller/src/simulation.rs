@@ -19,6 +19,8 @@ mod tests_failover;
 
 mod tests_maintenance;
 
+mod tests_snapshots;
+
 mod tests_storage;
 
 use crate::controller::Controller;

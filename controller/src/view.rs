@@ -10,13 +10,14 @@ pub use storage::{Attachment, Pool, PoolHost, attachments, leases};
 use crate::model::limits::VMM_OVERHEAD;
 use crate::model::{
     Disk, Host, HostState, Image, Liveness, Maintenance, MaintenanceState, Migration, MoveState,
-    Network, Operation, OperationState, PowerIntent, ProvisionCause, Retry, StepState, Trouble, Vm,
-    VmState, Work,
+    Network, Operation, OperationState, PowerIntent, ProvisionCause, Retry, Snapshot, StepState,
+    Trouble, Vm, VmState, Work,
 };
 use crate::store::Revision;
 use godwit_wire::host_api::{LeasePolicy, VmReport};
 use godwit_wire::id::{
-    DiskId, Epoch, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, VmId,
+    DiskId, Epoch, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, SnapshotId,
+    VmId,
 };
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole};
 use godwit_wire::storage::PoolReport;
@@ -57,6 +58,8 @@ pub struct View {
     pub disks: Records<DiskId, Disk>,
     /// Networks.
     pub networks: Records<NetworkId, Network>,
+    /// Snapshots.
+    pub snapshots: Records<SnapshotId, Snapshot>,
     /// What is known of each host and is not stored.
     pub observed: Records<HostId, Observed>,
     pub(crate) index: Arc<Index>,

@@ -289,6 +289,21 @@ impl Cluster {
         Ok(())
     }
 
+    /// Waits until some host can use some storage pool: hosts tell of theirs once they are heard.
+    pub async fn wait_for_pool(&self) -> anyhow::Result<()> {
+        let usable = |pool: &Value| {
+            let mut hosts = pool["hosts"].as_array().into_iter().flatten();
+            hosts.any(|host| host["trouble"].is_null())
+        };
+        self.wait_for("/v1/pools", OPERATION_PATIENCE, |pools| {
+            pools["items"]
+                .as_array()
+                .is_some_and(|all| all.iter().any(usable))
+        })
+        .await?;
+        Ok(())
+    }
+
     /// Waits until a VM satisfies `accept`.
     pub async fn wait_for_vm(
         &self,

@@ -90,6 +90,13 @@ impl Client {
         self.send(Method::PUT, path, Some(body)).await?.into_json()
     }
 
+    /// `DELETE path`.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        self.send(Method::DELETE, path, None::<&()>)
+            .await?
+            .into_json()
+    }
+
     /// Sends a request and takes any answer.
     pub async fn send(
         &self,

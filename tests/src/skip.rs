@@ -67,3 +67,12 @@ pub fn kvm() -> Result<(), String> {
         .map(|_| ())
         .map_err(|error| format!("no usable /dev/kvm: {error}"))
 }
+
+/// Whether this process may mount and reserve memory; the error is the reason to skip.
+pub fn root() -> Result<(), String> {
+    if rustix::process::geteuid().is_root() {
+        Ok(())
+    } else {
+        Err("this needs root".into())
+    }
+}

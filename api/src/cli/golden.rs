@@ -2,7 +2,8 @@
 
 use super::render;
 use crate::resource::{
-    Disk, DryRun, Event, Host, Image, Maintenance, Migration, Network, Operation, Pool, Vm,
+    Disk, DryRun, Event, Host, Image, Maintenance, Migration, Network, Operation, Pool, Snapshot,
+    Vm,
 };
 use expect_test::{Expect, expect};
 use jiff::Timestamp;
@@ -531,6 +532,29 @@ fn a_vm_is_shown_with_its_disks_and_cards() {
 
         NIC    NETWORK  MAC                ADDRESS
         nic-1  web      52:54:00:12:34:56  10.1.2.2
+    "#]],
+    );
+}
+
+#[test]
+fn a_list_of_snapshots_says_which_depend_on_disks() {
+    let snapshot = |name: &str, state: &str, needs_disks: bool| {
+        read::<Snapshot>(json!({
+            "id": OPERATION, "name": name, "vm": VM, "vm_name": "db-1", "pool": POOL, "pool_name": "fast",
+            "state": state, "reason": null, "needs_disks": needs_disks, "bytes": 178_346_000, "pause_us": 4_494,
+            "operation": null, "created_at": "2026-01-02T03:04:18Z", "changed_at": "2026-01-02T03:04:20Z"
+        }))
+    };
+    let snapshots = [
+        snapshot("before-upgrade", "ready", true),
+        snapshot("warm", "creating", false),
+    ];
+    check(
+        render::snapshots(&snapshots, now()),
+        expect![[r#"
+        NAME            STATE     POOL       SIZE   PAUSE  AGE  DISKS                NOTE
+        before-upgrade  ready     fast  170.1 MiB  4.5 ms  42s  until claimed again
+        warm            creating  fast          -       -  42s  none
     "#]],
     );
 }

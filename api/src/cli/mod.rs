@@ -44,7 +44,7 @@ pub use migration::MigrationCommand;
 pub use network::NetworkCommand;
 pub use operation::OperationCommand;
 pub(crate) use table::Table;
-pub use vm::VmCommand;
+pub use vm::{SnapshotCommand, VmCommand};
 
 use crate::client::{Client, ClientError, ConnectOptions};
 use crate::resource::{DryRun, Operation, OperationState, Problem};

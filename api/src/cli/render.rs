@@ -4,7 +4,7 @@ mod plan;
 mod storage;
 
 pub(super) use plan::{dry_run, maintenance, maintenances};
-pub(super) use storage::{disk, disks, image, images, network, networks, pools};
+pub(super) use storage::{disk, disks, image, images, network, networks, pools, snapshots};
 
 use super::table::{Sheet, Table};
 use super::words::{age, bytes, mib, milliseconds_of_us, name, or_dash, percent, rate, seconds};

@@ -1,8 +1,10 @@
 //! `godwit vm …`.
 
 mod migrate;
+mod snapshot;
 
 pub(super) use migrate::MigrateArgs;
+pub use snapshot::SnapshotCommand;
 
 use super::limits::LimitArgs;
 use super::words::size;
@@ -62,6 +64,9 @@ pub enum VmCommand {
     Resume(NamedArgs),
     /// Move a running VM to another host without stopping it.
     Migrate(MigrateArgs),
+    /// Save a VM, and let it go on from there.
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
     /// Kill a VM if it runs, and forget it.
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
@@ -157,22 +162,24 @@ pub struct CreateArgs {
 
 /// Changes of a VM.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true, id = "changes", args = ["name", "lease", "on_maintenance"])]
+#[group(required = true, multiple = true, id = "changes", args = ["name", "keep_memory_mib", "lease", "on_maintenance"])]
 pub struct SetArgs {
     /// Name or id.
     vm: String,
     /// A new name.
     #[arg(long)]
     name: Option<String>,
+    /// Memory in MiB that the guest shall live with until it is stopped: its balloon takes the rest. Only while it runs.
+    #[arg(long, value_name = "MIB")]
+    keep_memory_mib: Option<u64>,
     /// What it does when its host loses contact with the server; only while it is off.
     #[arg(long, value_enum)]
     lease: Option<LeasePolicy>,
     /// What a maintenance of its host does with it.
     #[arg(long, value_enum)]
     on_maintenance: Option<VmMaintenancePolicy>,
-    /// Only print what would happen.
-    #[arg(long)]
-    dry_run: bool,
+    #[command(flatten)]
+    change: ChangeOptions,
 }
 
 /// How a VM is stopped.
@@ -266,6 +273,7 @@ impl VmCommand {
                 .await
             }
             Self::Migrate(arguments) => migrate(session, arguments).await,
+            Self::Snapshot(command) => command.run(session).await,
             Self::Delete(arguments) => delete(session, arguments).await,
             Self::Console { vm } => attach::attach(session.client.serial(&vm).await?, &vm).await,
         }
@@ -432,13 +440,11 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
 }
 
 async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
-    let change = ChangeOptions {
-        dry_run: arguments.dry_run,
-        wait: false,
-    };
+    let change = arguments.change;
     let path = change.path(path(&arguments.vm));
     let body = ChangeVm {
         name: arguments.name,
+        keep_memory_mib: arguments.keep_memory_mib,
         lease: arguments.lease,
         maintenance_policy: arguments.on_maintenance,
         ..ChangeVm::default()
@@ -447,6 +453,11 @@ async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
         return session.print_dry_run(&session.client.patch::<DryRun>(&path, &body).await?);
     }
     let accepted: VmAccepted = session.client.patch(&path, &body).await?;
+    if accepted.operation.is_some() {
+        return session
+            .conclude(change, accepted.operation, String::new)
+            .await;
+    }
     session.print(&accepted.vm, |vm| render::vm(vm, Timestamp::now()))
 }
 

@@ -12,6 +12,7 @@ mod network;
 mod operation;
 mod problem;
 mod request;
+mod snapshot;
 mod storage;
 mod vm;
 
@@ -41,6 +42,7 @@ pub use request::{
     DeleteDisks, HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify,
     VmTemplate,
 };
+pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot, SnapshotAccepted, SnapshotState};
 pub use storage::{
     CreateDisk, CreateImage, Disk, DiskAccepted, DiskState, GrowDisk, Image, ImageAccepted,
     ImageSource, ImageState, Pool, PoolHost,

@@ -63,6 +63,8 @@ pub enum SubjectKind {
     Disk,
     /// A network.
     Network,
+    /// A snapshot.
+    Snapshot,
     /// The pool as a whole.
     Pool,
 }

@@ -89,6 +89,10 @@ pub struct ChangeVm {
     /// How its host backs its memory; only while the VM is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_backing: Option<MemoryBacking>,
+    /// Memory the guest shall live with, in MiB: its balloon takes the rest until the VM is stopped, and all of it gives
+    /// everything back. Only while the VM runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_memory_mib: Option<u64>,
     /// What it does when its host loses contact; only while the VM is off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeasePolicy>,

@@ -2,7 +2,7 @@
 
 mod storage;
 
-pub(super) use storage::{disk, image, network, pool};
+pub(super) use storage::{disk, image, network, pool, snapshot};
 
 use crate::resource::{self as api, Problem};
 use godwit_controller::intent::{Placement, Preview};
@@ -363,6 +363,7 @@ fn subject(subject: &model::Subject) -> api::Subject {
             model::SubjectKind::Image => api::SubjectKind::Image,
             model::SubjectKind::Disk => api::SubjectKind::Disk,
             model::SubjectKind::Network => api::SubjectKind::Network,
+            model::SubjectKind::Snapshot => api::SubjectKind::Snapshot,
             model::SubjectKind::Pool => api::SubjectKind::Pool,
         },
         id: subject.id,

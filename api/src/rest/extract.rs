@@ -3,7 +3,8 @@
 use super::access::Caller;
 use super::{Api, convert};
 use crate::resource::{
-    DiskAccepted, HostAccepted, ImageAccepted, MaintenanceAccepted, NetworkAccepted, VmAccepted,
+    DiskAccepted, HostAccepted, ImageAccepted, MaintenanceAccepted, NetworkAccepted,
+    SnapshotAccepted, VmAccepted,
 };
 use axum::Json;
 use axum::body::Bytes;
@@ -13,9 +14,9 @@ use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use godwit_channel::problem::{Refusal, parse_json};
 use godwit_controller::intent::{Accepted, Intent, Resource};
-use godwit_controller::model::{Actor, Disk, Host, Image, Maintenance, Network, Vm};
+use godwit_controller::model::{Actor, Disk, Host, Image, Maintenance, Network, Snapshot, Vm};
 use godwit_controller::view::View;
-use godwit_wire::id::MaintenanceId;
+use godwit_wire::id::{HostId, MaintenanceId};
 use godwit_wire::problem::{FieldProblem, Problem};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -156,6 +157,34 @@ pub(super) fn unknown_in_field(field: &str, what: &str, name: &str) -> Refusal {
     )]))
 }
 
+/// The host a field of a body names, if it names one.
+pub(super) fn host_in_field(
+    view: &View,
+    field: &str,
+    name: Option<&str>,
+) -> Result<Option<HostId>, Refusal> {
+    match name {
+        None => Ok(None),
+        Some(name) => match host_named(view, name) {
+            Ok(host) => Ok(Some(host.id)),
+            Err(_) => Err(unknown_in_field(field, "host", name)),
+        },
+    }
+}
+
+/// The snapshot a path names.
+pub(super) fn snapshot_named<'v>(
+    view: &'v View,
+    vm: &str,
+    name: &str,
+) -> Result<&'v Arc<Snapshot>, Refusal> {
+    let vm = vm_named(view, vm)?;
+    view.find_snapshot(vm.id, name).ok_or_else(|| {
+        let remedy = format!("`godwit vm snapshot list {}` shows what there is", vm.name);
+        Refusal(Problem::not_found("snapshot", name).with_remedy(remedy))
+    })
+}
+
 /// What became of an intent.
 pub(super) enum Outcome {
     /// Nothing was changed.
@@ -276,6 +305,18 @@ pub(super) fn answer(api: &Api, accepted: Accepted, at_once: StatusCode) -> Resp
                 .into_response()
             });
             (format!("/v1/networks/{id}"), body)
+        }
+        Resource::Snapshot(id) => {
+            let snapshot = view.snapshots.get(&id);
+            let path = snapshot.map(|snapshot| format!("/v1/vms/{}/snapshots/{id}", snapshot.vm));
+            let body = snapshot.map(|snapshot| {
+                Json(SnapshotAccepted {
+                    operation: operation.clone(),
+                    snapshot: convert::snapshot(&view, snapshot),
+                })
+                .into_response()
+            });
+            (path.unwrap_or_default(), body)
         }
         Resource::Operation(id) => {
             let body = convert::operation_of(&view, Some(id))

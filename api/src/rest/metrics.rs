@@ -1,5 +1,6 @@
 //! Counters for `/metrics`, and the log line of every request.
 
+mod devices;
 mod migrations;
 
 use super::{Api, convert};
@@ -118,6 +119,7 @@ impl Metrics {
             "Remembered maintenances by state",
             maintenances,
         );
+        devices::register(&mut registry, view);
         let cpu = Family::<HostLabel, Gauge<f64, AtomicU64>>::default();
         let memory = Family::<HostLabel, Gauge>::default();
         let committed = Family::<HostLabel, Gauge>::default();

@@ -38,6 +38,8 @@ mod storage;
 
 mod networks;
 
+mod snapshots;
+
 mod maintenances;
 
 mod operations;

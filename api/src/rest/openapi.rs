@@ -1,6 +1,8 @@
 //! The API's description, made from the code.
 
-use super::{Api, events, health, hosts, maintenances, networks, operations, serial, storage, vms};
+use super::{
+    Api, events, health, hosts, maintenances, networks, operations, serial, snapshots, storage, vms,
+};
 use axum::Router;
 use axum::http::header;
 use axum::response::IntoResponse;
@@ -22,6 +24,7 @@ use utoipa_axum::router::OpenApiRouter;
         (name = "vms", description = "Virtual machines"),
         (name = "hosts", description = "Hosts of the pool"),
         (name = "storage", description = "Storage pools, images and disks"),
+        (name = "snapshots", description = "Saved VMs"),
         (name = "networks", description = "Networks and their addresses"),
         (name = "maintenances", description = "Taking every VM off a host, and back"),
         (name = "operations", description = "What takes time"),
@@ -58,6 +61,7 @@ pub(super) fn described() -> OpenApiRouter<Api> {
         .merge(serial::routes())
         .merge(hosts::routes())
         .merge(storage::routes())
+        .merge(snapshots::routes())
         .merge(networks::routes())
         .merge(maintenances::routes())
         .merge(operations::routes())

@@ -2,8 +2,8 @@
 
 use super::devices::{Asked, devices};
 use super::extract::{
-    By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_named, submit,
-    unknown_in_field, vm_named,
+    By, ChangeQuery, OptionalBody, Outcome, Refused, answer, carry_out, host_in_field, submit,
+    vm_named,
 };
 use super::page::{PageQuery, page};
 use super::policy::migration_policy;
@@ -19,10 +19,10 @@ use axum::response::Response;
 use godwit_channel::problem::{JsonBody, PathArgs, QueryArgs, Refusal};
 use godwit_controller::intent::{Intent, NewVm, VmChange};
 use godwit_controller::model::{DisksOnDelete, PowerIntent};
-use godwit_controller::view::View;
 use godwit_wire::host_api;
-use godwit_wire::id::{HostId, VmId};
+use godwit_wire::id::VmId;
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::unit::Mib;
 use serde::Deserialize;
 use utoipa::IntoParams;
 use utoipa_axum::router::OpenApiRouter;
@@ -129,16 +129,6 @@ fn pilot_template() -> MachineSpec {
     }
 }
 
-fn host_in_field(view: &View, field: &str, name: Option<&str>) -> Result<Option<HostId>, Refusal> {
-    match name {
-        None => Ok(None),
-        Some(name) => match host_named(view, name) {
-            Ok(host) => Ok(Some(host.id)),
-            Err(_) => Err(unknown_in_field(field, "host", name)),
-        },
-    }
-}
-
 /// Shows a VM.
 #[utoipa::path(get, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Id or name")), responses((status = 200, body = Vm), Refused))]
 async fn show(
@@ -152,7 +142,7 @@ async fn show(
 /// Changes a VM.
 #[utoipa::path(
     patch, path = "/v1/vms/{vm}", tag = "vms", params(("vm" = String, Path, description = "Id or name"), ChangeQuery),
-    request_body = ChangeVm, responses((status = 200, body = VmAccepted), Refused)
+    request_body = ChangeVm, responses((status = 200, body = VmAccepted), (status = 202, description = "An operation carries it out.", body = VmAccepted), Refused)
 )]
 async fn change(
     State(api): State<Api>,
@@ -177,6 +167,7 @@ async fn change(
         spec: body.spec.map(convert::machine),
         lease: body.lease.map(convert::lease),
         maintenance_policy: body.maintenance_policy.map(convert::maintenance_policy),
+        keep_memory: body.keep_memory_mib.map(Mib),
     };
     let vm = id(&api, &name)?;
     carry_out(&api, &by, query, Intent::ChangeVm { vm, change }).await

@@ -9,7 +9,7 @@ use crate::model::{Actor, Host, Liveness, MaintenanceState, Subject, Vm, Work};
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::{Observed, View};
 use godwit_wire::host_api::{
-    Heartbeat, HeartbeatReply, HostReport, MAX_VMS_PER_HOST, Order, VmReport,
+    Heartbeat, HeartbeatReply, HostReport, MAX_COUNTED, MAX_VMS_PER_HOST, Order, VmReport,
 };
 use godwit_wire::id::{Epoch, HostId, VmId};
 use godwit_wire::lease::LEASE_DURATION;
@@ -312,13 +312,16 @@ fn note_news(view: &View, draft: &mut Draft<'_>, id: HostId, report: &HostReport
 
 fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
     let view = core.view();
-    let vms: BTreeMap<VmId, VmReport> = beat
+    let mut vms: BTreeMap<VmId, VmReport> = beat
         .report
         .vms
         .iter()
         .map(|vm| (vm.vm, vm.clone()))
         .collect();
     core.ledger.observe(id, |observed| {
+        for (id, vm) in &mut vms {
+            keep_counters(observed.vms.get(id), vm);
+        }
         let missing = missing(&view, id, observed, &vms);
         *observed = Observed {
             liveness: Liveness::Up,
@@ -331,6 +334,24 @@ fn observe(core: &Core, id: HostId, beat: &Heartbeat) {
         };
         true
     });
+}
+
+/// Counters of devices do not come with every heartbeat: those from before stay. Never more than there can be.
+fn keep_counters(before: Option<&VmReport>, vm: &mut VmReport) {
+    match &mut vm.devices {
+        Some(devices) => {
+            devices.truncate(MAX_COUNTED);
+            for device in devices {
+                while device.counters.len() > MAX_COUNTED {
+                    device.counters.pop_last();
+                }
+            }
+        }
+        None => {
+            let same = before.filter(|before| before.epoch == vm.epoch && vm.state.is_some());
+            vm.devices = same.and_then(|before| before.devices.clone());
+        }
+    }
 }
 
 /// Counts heartbeats in a row that lack a VM the host owns. While a command that creates or ends the VM is under

@@ -16,7 +16,7 @@ use godwit_wire::storage::{DiskOrigin, ImportSource, MAX_DISK, MIN_DISK};
 use godwit_wire::unit::Bytes;
 
 /// The pool that was asked for, or the only choice there is.
-fn choose_pool(view: &View, wanted: Option<PoolId>) -> Result<PoolId, FieldProblem> {
+pub(super) fn choose_pool(view: &View, wanted: Option<PoolId>) -> Result<PoolId, FieldProblem> {
     let pools = view.pools();
     if let Some(id) = wanted {
         let able = pools

@@ -18,15 +18,20 @@ use crate::plan::placement::{Among, choose};
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
-use godwit_wire::machine::MachineSpec;
+use godwit_wire::machine::{MIN_MEMORY, MachineSpec, MachineType};
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::unit::Mib;
 use std::collections::BTreeMap;
 
 /// Longest time a guest may be given to stop.
 const MAX_STOP_PATIENCE_MS: u64 = 600_000;
 
-fn place(view: &View, demand: &Demand, only: Option<HostId>) -> Result<Placement, Problem> {
+pub(super) fn place(
+    view: &View,
+    demand: &Demand,
+    only: Option<HostId>,
+) -> Result<Placement, Problem> {
     if let Some(host) = only.filter(|host| !view.hosts.contains_key(host)) {
         return Err(Problem::not_found("host", host));
     }
@@ -50,7 +55,7 @@ fn place(view: &View, demand: &Demand, only: Option<HostId>) -> Result<Placement
 }
 
 /// Writes an operation that holds the VM from now on.
-fn begin(draft: &mut Draft<'_>, vm: &mut Vm, work: Work, actor: &Actor) -> OperationId {
+pub(super) fn begin(draft: &mut Draft<'_>, vm: &mut Vm, work: Work, actor: &Actor) -> OperationId {
     let operation = fresh(work, Subject::vm(vm.id, &vm.name), actor, None, draft.now());
     let id = operation.id;
     vm.operation = Some(id);
@@ -283,6 +288,9 @@ pub(super) fn change(
         changed.push(format!("maintenance policy to {policy:?}").to_lowercase());
         vm.maintenance_policy = policy;
     }
+    if let Some(keep) = change.keep_memory {
+        changed.push(keep_memory(view, &vm, keep)?);
+    }
     if changed.is_empty() {
         return Ok(Decision::new(Resource::Vm(id), None, "nothing changes"));
     }
@@ -292,12 +300,39 @@ pub(super) fn change(
         let work = provision(&vm, &new_disks, ProvisionCause::Change);
         begin(draft, &mut vm, work, actor)
     });
+    // New disks are for VMs that are off and the balloon for those that are not.
+    let operation = operation.or_else(|| {
+        let keep = change.keep_memory?;
+        let work = Work::Balloon {
+            vm: id,
+            keep,
+            sent: None,
+        };
+        Some(begin(draft, &mut vm, work, actor))
+    });
     touch_attached(view, draft, &vm);
     let made = put_new_disks(view, draft, new_disks, operation);
     let mut decision = Decision::new(Resource::Vm(id), operation, effect);
     decision.preview.effects.splice(0..0, made);
     draft.put_vm(vm);
     Ok(decision)
+}
+
+/// What the guest is asked to live with, in words.
+fn keep_memory(view: &View, vm: &Vm, keep: Mib) -> Result<String, Problem> {
+    running_vm(view, vm.id)?;
+    if vm.spec.machine_type == MachineType::Godwit1 {
+        let detail = format!("{} is of type godwit-1, which has no balloon", vm.name);
+        return Err(Problem::conflict("no-balloon", detail).with_remedy("use godwit-2"));
+    }
+    if keep < MIN_MEMORY || keep > vm.spec.memory_mib {
+        return Err(Problem::invalid(vec![FieldProblem::new(
+            "keep_memory_mib",
+            format!("{keep} is outside {MIN_MEMORY} to {}", vm.spec.memory_mib),
+            "choose an amount within the VM's memory",
+        )]));
+    }
+    Ok(format!("memory the guest lives with to {keep}"))
 }
 
 pub(super) fn delete(
@@ -308,6 +343,12 @@ pub(super) fn delete(
     actor: &Actor,
 ) -> Result<Decision, Problem> {
     let mut vm = idle_vm(view, id)?;
+    if let Some(snapshot) = view.snapshots_of(id).next() {
+        let detail = format!("{} has the snapshot {}", vm.name, snapshot.name);
+        return Err(
+            Problem::conflict("has-snapshots", detail).with_remedy("delete its snapshots first")
+        );
+    }
     let effect = match vm.owner {
         Some(owner) => format!(
             "{} is killed on {} and deleted",
@@ -442,7 +483,7 @@ pub(super) fn stop(
 }
 
 /// A VM with a VMM, whose host answers.
-fn running_vm(view: &View, id: VmId) -> Result<(Vm, HostId), Problem> {
+pub(super) fn running_vm(view: &View, id: VmId) -> Result<(Vm, HostId), Problem> {
     let vm = idle_vm(view, id)?;
     let Some(owner) = vm.owner else {
         return Err(

@@ -4,10 +4,13 @@ use async_trait::async_trait;
 use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
+    VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, VmId};
-use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
+use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, SnapshotId, VmId};
+use godwit_wire::storage::{
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
+};
 use godwit_wire::vmm_api::IncomingReady;
 use std::fmt;
 use std::net::SocketAddr;
@@ -59,6 +62,14 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         to: HostAddress,
         vm: VmId,
         command: &VmCommand,
+    ) -> Result<VmReport, CallError>;
+
+    /// Asks a VM's guest to live with so much memory.
+    async fn set_balloon(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &SetBalloon,
     ) -> Result<VmReport, CallError>;
 
     /// Makes a host ready to receive a VM.
@@ -155,6 +166,31 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         to: HostAddress,
         pool: PoolId,
         disk: DiskId,
+    ) -> Result<(), CallError>;
+
+    /// Begins to save a VM.
+    async fn take_snapshot(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        snapshot: SnapshotId,
+        command: &TakeSnapshot,
+    ) -> Result<SnapshotReport, CallError>;
+
+    /// How a snapshot stands.
+    async fn snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
+    ) -> Result<SnapshotReport, CallError>;
+
+    /// Deletes a snapshot, or what there is of it.
+    async fn delete_snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
     ) -> Result<(), CallError>;
 
     /// Opens a VM's serial console.

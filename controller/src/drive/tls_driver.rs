@@ -10,13 +10,15 @@ use godwit_channel::client::NO_BODY;
 use godwit_channel::pki::{Authority, Identity};
 use godwit_channel::tls::{self, TlsClient, TlsError};
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, SERIAL_UPGRADE, StartOutgoing, StartVm, StopMode, StopVm,
-    VmCommand, VmReport,
+    CancelMigration, PrepareIncoming, SERIAL_UPGRADE, SetBalloon, StartOutgoing, StartVm, StopMode,
+    StopVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, SnapshotId, VmId};
 use godwit_wire::migration::{MigrationIdentity, MigrationRole};
 use godwit_wire::problem::Problem;
-use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
+use godwit_wire::storage::{
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
+};
 use godwit_wire::vmm_api::IncomingReady;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -102,6 +104,10 @@ fn disk_path(pool: PoolId, disk: DiskId) -> String {
     format!("/v1/pools/{pool}/disks/{disk}")
 }
 
+fn snapshot_path(pool: PoolId, snapshot: SnapshotId) -> String {
+    format!("/v1/pools/{pool}/snapshots/{snapshot}")
+}
+
 #[async_trait]
 impl HostDriver for TlsDriver {
     async fn start_vm(
@@ -170,6 +176,17 @@ impl HostDriver for TlsDriver {
             command,
         )
         .await
+    }
+
+    async fn set_balloon(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &SetBalloon,
+    ) -> Result<VmReport, CallError> {
+        let path = format!("/v1/vms/{vm}/balloon");
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
     }
 
     async fn prepare_incoming(
@@ -319,6 +336,36 @@ impl HostDriver for TlsDriver {
         disk: DiskId,
     ) -> Result<(), CallError> {
         self.client(to).delete(&disk_path(pool, disk)).await
+    }
+
+    async fn take_snapshot(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        snapshot: SnapshotId,
+        command: &TakeSnapshot,
+    ) -> Result<SnapshotReport, CallError> {
+        let path = format!("/v1/vms/{vm}/snapshots/{snapshot}");
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
+    }
+
+    async fn snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
+    ) -> Result<SnapshotReport, CallError> {
+        self.client(to).get(&snapshot_path(pool, snapshot)).await
+    }
+
+    async fn delete_snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
+    ) -> Result<(), CallError> {
+        self.client(to).delete(&snapshot_path(pool, snapshot)).await
     }
 
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {

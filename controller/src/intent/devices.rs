@@ -1,10 +1,11 @@
 //! Devices, disks, images and networks as operators ask for them: by name, with the details left to the controller.
 
+use crate::model::AfterSnapshot;
 use godwit_wire::devices::{
     CloudInit, ConsoleKind, DiskAccess, DiskFormat, DiskLimits, MacAddress, MemoryBacking,
     NicLimits, OnIoError, Vsock,
 };
-use godwit_wire::id::{DiskId, HostId, NetworkId, PoolId};
+use godwit_wire::id::{DiskId, HostId, NetworkId, PoolId, VmId};
 use godwit_wire::network::{Subnet, Transport};
 use godwit_wire::storage::{DiskOrigin, ImportSource};
 use godwit_wire::unit::Bytes;
@@ -40,6 +41,19 @@ pub struct NewDisk {
     pub format: Option<DiskFormat>,
     /// What it is made from.
     pub from: DiskOrigin,
+}
+
+/// A snapshot to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// The VM to save.
+    pub vm: VmId,
+    /// Unique among the VM's snapshots.
+    pub name: String,
+    /// Where to keep it; `None` takes the pool of the VM's first disk, or the only choice there is.
+    pub pool: Option<PoolId>,
+    /// What the VM does once it is saved.
+    pub then: AfterSnapshot,
 }
 
 /// A network to be.

@@ -4,13 +4,13 @@ use super::Books;
 use crate::model::limits::MAX_EVENTS;
 use crate::model::{
     Actor, DeletedVm, Disk, Event, Host, Image, JoinToken, Maintenance, Migration, Network,
-    Operation, Severity, Subject, Vm,
+    Operation, Severity, Snapshot, Subject, Vm,
 };
 use crate::store::{Compare, Revision, Txn, Write};
 use crate::view::{NamesAre, View, attachments, leases};
 use godwit_wire::devices::DiskAccess;
 use godwit_wire::id::{
-    DiskId, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, VmId,
+    DiskId, HostId, ImageId, MaintenanceId, MigrationId, NetworkId, OperationId, SnapshotId, VmId,
 };
 use jiff::Timestamp;
 use serde::Serialize;
@@ -44,6 +44,7 @@ pub(super) struct Records {
     images: BTreeMap<ImageId, Option<Arc<Image>>>,
     disks: BTreeMap<DiskId, Option<Arc<Disk>>>,
     networks: BTreeMap<NetworkId, Option<Arc<Network>>>,
+    snapshots: BTreeMap<SnapshotId, Option<Arc<Snapshot>>>,
 }
 
 /// A finished draft.
@@ -69,6 +70,7 @@ pub(super) mod key {
     pub(in crate::ledger) const IMAGE: &str = "image/";
     pub(in crate::ledger) const DISK: &str = "disk/";
     pub(in crate::ledger) const NETWORK: &str = "network/";
+    pub(in crate::ledger) const SNAPSHOT: &str = "snapshot/";
     pub(in crate::ledger) const EVENT: &str = "event/";
     pub(in crate::ledger) const TOKEN: &str = "token/";
     pub(in crate::ledger) const DELETED_VM: &str = "deleted-vm/";
@@ -96,6 +98,11 @@ pub(super) mod key {
     /// As [`vm_name`], for networks.
     pub(in crate::ledger) fn network_name(name: &str) -> String {
         format!("name/network/{name}")
+    }
+
+    /// As [`vm_name`], for the snapshots of a VM.
+    pub(in crate::ledger) fn snapshot_name(vm: impl Display, name: &str) -> String {
+        format!("name/snapshot/{vm}/{name}")
     }
 
     /// Held by the VM that may write the disk: what keeps a disk to one writer.
@@ -304,6 +311,39 @@ impl<'a> Draft<'a> {
         self.records.images.insert(image.id, None);
     }
 
+    /// The snapshot as it stands in this draft.
+    pub(crate) fn snapshot(&self, id: SnapshotId) -> Option<Snapshot> {
+        match self.records.snapshots.get(&id) {
+            Some(drafted) => drafted.as_deref().cloned(),
+            None => self
+                .view
+                .snapshots
+                .get(&id)
+                .map(|snapshot| snapshot.as_ref().clone()),
+        }
+    }
+
+    /// Writes a snapshot; its name is taken along with it.
+    pub(crate) fn put_snapshot(&mut self, mut snapshot: Snapshot) {
+        if self.snapshot(snapshot.id).is_none() {
+            let name = key::snapshot_name(snapshot.vm, &snapshot.name);
+            self.put_raw(name, &snapshot.id);
+        }
+        snapshot.changed_at = self.now;
+        self.put_raw(key::of(key::SNAPSHOT, snapshot.id), &snapshot);
+        self.records
+            .snapshots
+            .insert(snapshot.id, Some(Arc::new(snapshot)));
+    }
+
+    /// Deletes a snapshot and frees its name.
+    pub(crate) fn delete_snapshot(&mut self, snapshot: &Snapshot) {
+        self.raw.insert(key::of(key::SNAPSHOT, snapshot.id), None);
+        let name = key::snapshot_name(snapshot.vm, &snapshot.name);
+        self.raw.insert(name, None);
+        self.records.snapshots.insert(snapshot.id, None);
+    }
+
     /// Writes a network; its name is taken along with it.
     pub(crate) fn put_network(&mut self, mut network: Network) {
         if !self.view.networks.contains_key(&network.id()) {
@@ -503,6 +543,7 @@ impl Records {
         merge(&mut view.images, self.images);
         merge(&mut view.disks, self.disks);
         merge(&mut view.networks, self.networks);
+        merge(&mut view.snapshots, self.snapshots);
     }
 }
 

@@ -42,6 +42,7 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     let (mut vms, mut hosts, mut operations) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let (mut maintenances, mut migrations) = (BTreeMap::new(), BTreeMap::new());
     let (mut images, mut disks, mut networks) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let mut snapshots = BTreeMap::new();
     for entry in &entries {
         books.revisions.insert(entry.key.clone(), entry.revision);
         let under = |prefix: &str| entry.key.starts_with(prefix);
@@ -69,6 +70,9 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
         } else if under(key::NETWORK) {
             let record: crate::model::Network = parse(entry)?;
             networks.insert(record.id(), Arc::new(record));
+        } else if under(key::SNAPSHOT) {
+            let record: crate::model::Snapshot = parse(entry)?;
+            snapshots.insert(record.id, Arc::new(record));
         } else if under(key::EVENT) {
             events.push_back(Arc::new(parse::<Event>(entry)?));
         } else if under(key::DELETED_VM) {
@@ -86,6 +90,7 @@ pub(super) fn everything(store: &dyn Store) -> Result<Loaded, StoreError> {
     view.images = Arc::new(images);
     view.disks = Arc::new(disks);
     view.networks = Arc::new(networks);
+    view.snapshots = Arc::new(snapshots);
     view.event_revision = events.back().map_or(0, |event: &Arc<Event>| event.revision);
     view.index = Arc::new(Index::of(&view, NamesAre::Changed));
     Ok(Loaded {

@@ -1,7 +1,9 @@
 //! What happened, for the operator.
 
 use crate::model::Actor;
-use godwit_wire::id::{DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, VmId};
+use godwit_wire::id::{
+    DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, SnapshotId, VmId,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -67,6 +69,8 @@ pub enum SubjectKind {
     Disk,
     /// A network.
     Network,
+    /// A snapshot.
+    Snapshot,
     /// The pool as a whole.
     Pool,
 }
@@ -130,6 +134,15 @@ impl Subject {
     pub fn network(id: NetworkId, name: impl Into<String>) -> Self {
         Self {
             kind: SubjectKind::Network,
+            id: id.0,
+            name: name.into(),
+        }
+    }
+
+    /// A snapshot.
+    pub fn snapshot(id: SnapshotId, name: impl Into<String>) -> Self {
+        Self {
+            kind: SubjectKind::Snapshot,
             id: id.0,
             name: name.into(),
         }

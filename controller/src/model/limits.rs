@@ -21,6 +21,8 @@ pub const MAX_HOSTS: usize = 1_000;
 pub const MAX_IMAGES: usize = 10_000;
 /// Disks in a pool.
 pub const MAX_POOL_DISKS: usize = 100_000;
+/// Snapshots of one VM.
+pub const MAX_SNAPSHOTS_PER_VM: usize = 64;
 /// Networks of a pool.
 pub const MAX_NETWORKS: usize = 4_096;
 /// Join tokens that are waiting to be used.

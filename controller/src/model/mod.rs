@@ -20,6 +20,8 @@ pub mod network;
 
 pub mod rejection;
 
+pub mod snapshot;
+
 pub mod migration;
 
 pub mod maintenance;
@@ -42,5 +44,6 @@ pub use operation::{
     StartCause, Step, StepState, Work,
 };
 pub use rejection::{HostRejection, Rejection};
+pub use snapshot::{AfterSnapshot, Snapshot, SnapshotState, writable_disk};
 pub use storage::{Disk, DiskState, DisksOnDelete, Image, ImageState};
 pub use vm::{MaintenancePolicy, PowerIntent, Retry, Trouble, Vm, VmState};

@@ -1,14 +1,15 @@
 //! Durable operations: what is being done, recorded step by step so that a server killed at any instant resumes.
 
 use crate::model::limits::MAX_STEPS;
-use crate::model::{Actor, DisksOnDelete, MoveAction, Subject};
+use crate::model::{Actor, AfterSnapshot, DisksOnDelete, MoveAction, Subject};
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{
-    DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId, VmId,
+    DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId,
+    SnapshotId, VmId,
 };
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::Problem;
-use godwit_wire::unit::Bytes;
+use godwit_wire::unit::{Bytes, Mib};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +146,15 @@ pub enum Work {
         /// Set before the host is told.
         sent: Option<Placed>,
     },
+    /// Asks a VM's guest to live with so much memory.
+    Balloon {
+        /// Which VM.
+        vm: VmId,
+        /// What the guest keeps.
+        keep: Mib,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
     /// Moves a VM live.
     Migrate {
         /// Which VM.
@@ -206,6 +216,22 @@ pub enum Work {
         /// Which.
         disk: DiskId,
     },
+    /// Saves a VM. One that shall not run on stands still first, and goes on as a `Stop` afterwards.
+    CreateSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+        /// The VM.
+        vm: VmId,
+        /// What the VM does once it is saved.
+        then: AfterSnapshot,
+        /// Set before the host is told.
+        sent: Option<Placed>,
+    },
+    /// Deletes a snapshot.
+    DeleteSnapshot {
+        /// Which.
+        snapshot: SnapshotId,
+    },
     /// Moves everything off a host.
     Evacuate {
         /// Which host.
@@ -245,11 +271,16 @@ impl Work {
                 cause: StartCause::Rebooted { .. },
                 ..
             } => "reboot",
+            Self::Start {
+                cause: StartCause::Restored { .. },
+                ..
+            } => "restore_snapshot",
             Self::Start { .. } => "restart",
             Self::Stop { .. } => "stop",
             Self::Restart { .. } => "reboot",
             Self::Pause { .. } => "pause",
             Self::Resume { .. } => "resume",
+            Self::Balloon { .. } => "balloon",
             Self::Migrate { .. } => "migrate",
             Self::Delete { .. } => "delete",
             Self::Provision {
@@ -262,6 +293,8 @@ impl Work {
             Self::CreateDisk { .. } => "create_disk",
             Self::GrowDisk { .. } => "grow_disk",
             Self::DeleteDisk { .. } => "delete_disk",
+            Self::CreateSnapshot { .. } => "create_snapshot",
+            Self::DeleteSnapshot { .. } => "delete_snapshot",
             Self::Evacuate { .. } => "evacuate",
             Self::Drain { .. } => "drain",
             Self::Restore { .. } => "restore",
@@ -276,8 +309,10 @@ impl Work {
             | Self::Restart { vm, .. }
             | Self::Pause { vm, .. }
             | Self::Resume { vm, .. }
+            | Self::Balloon { vm, .. }
             | Self::Migrate { vm, .. }
             | Self::Delete { vm, .. }
+            | Self::CreateSnapshot { vm, .. }
             | Self::Provision { vm, .. } => Some(*vm),
             _ => None,
         }
@@ -321,6 +356,11 @@ pub struct Placed {
 pub enum StartCause {
     /// Someone asked.
     Asked,
+    /// Someone asked for it to go on from where it was saved.
+    Restored {
+        /// Where that is.
+        snapshot: SnapshotId,
+    },
     /// It has no owner and shall run.
     Wanted,
     /// It was stopped only to be started again.

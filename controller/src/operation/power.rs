@@ -1,11 +1,12 @@
-//! Pausing and resuming: one command, written before it is sent.
+//! Pausing, resuming and the balloon: one command, written before it is sent.
 
 use super::Ended;
 use super::context::{Conclusion, Context, Sent, never};
 use crate::model::{Placed, PowerIntent, Subject, Work};
-use godwit_wire::host_api::VmCommand;
+use godwit_wire::host_api::{SetBalloon, VmCommand};
 use godwit_wire::id::VmId;
 use godwit_wire::problem::Problem;
+use godwit_wire::unit::Mib;
 
 pub(super) async fn run(context: &Context<'_>) -> Ended {
     match command(context).await {
@@ -18,6 +19,7 @@ pub(super) async fn run(context: &Context<'_>) -> Ended {
 enum Power {
     Pause,
     Resume,
+    Balloon(Mib),
 }
 
 impl Power {
@@ -25,6 +27,7 @@ impl Power {
         match self {
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Balloon(_) => "balloon",
         }
     }
 
@@ -32,14 +35,16 @@ impl Power {
         match self {
             Self::Pause => ("vm.paused", "paused"),
             Self::Resume => ("vm.resumed", "resumed"),
+            Self::Balloon(_) => ("vm.balloon", "was asked to live with other memory"),
         }
     }
 
     /// What the operator is taken to want after a refusal; else the same command would be given for ever.
-    const fn fallback(self) -> PowerIntent {
+    const fn fallback(self) -> Option<PowerIntent> {
         match self {
-            Self::Pause => PowerIntent::Running,
-            Self::Resume => PowerIntent::Paused,
+            Self::Pause => Some(PowerIntent::Running),
+            Self::Resume => Some(PowerIntent::Paused),
+            Self::Balloon(_) => None,
         }
     }
 }
@@ -49,6 +54,7 @@ async fn command(context: &Context<'_>) -> Result<(), Ended> {
     let (id, power) = match operation.work {
         Work::Pause { vm, .. } => (vm, Power::Pause),
         Work::Resume { vm, .. } => (vm, Power::Resume),
+        Work::Balloon { vm, keep, .. } => (vm, Power::Balloon(keep)),
         _ => return Err(Ended::GaveUp),
     };
     let Some(sent) = address(context, id, power).await? else {
@@ -71,6 +77,16 @@ async fn command(context: &Context<'_>) -> Result<(), Ended> {
                 .send(sent.host, |to| driver.resume_vm(to, id, &command), never)
                 .await
         }
+        Power::Balloon(keep_mib) => {
+            let command = SetBalloon {
+                epoch: sent.epoch,
+                generation: sent.generation,
+                keep_mib,
+            };
+            context
+                .send(sent.host, |to| driver.set_balloon(to, id, &command), never)
+                .await
+        }
     };
     let result = match answer {
         Sent::Answer(_) => Ok(()),
@@ -86,7 +102,10 @@ async fn address(context: &Context<'_>, id: VmId, power: Power) -> Result<Option
     context
         .change(|view, draft, operation| {
             let mut vm = Context::vm(view, id)?;
-            let (Work::Pause { sent, .. } | Work::Resume { sent, .. }) = &mut operation.work else {
+            let (Work::Pause { sent, .. }
+            | Work::Resume { sent, .. }
+            | Work::Balloon { sent, .. }) = &mut operation.work
+            else {
                 return None;
             };
             if sent.is_none() {
@@ -134,8 +153,10 @@ async fn conclude(
                     Conclusion::Succeeded(String::new())
                 }
                 Err(problem) => {
-                    if let Some(vm) = vm.as_mut().filter(|_| problem.kind != "host-silent") {
-                        vm.intent = power.fallback();
+                    if let Some(vm) = vm.as_mut().filter(|_| problem.kind != "host-silent")
+                        && let Some(intent) = power.fallback()
+                    {
+                        vm.intent = intent;
                     }
                     Conclusion::Failed(problem.clone())
                 }

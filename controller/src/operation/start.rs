@@ -24,6 +24,7 @@ use crate::view::View;
 use godwit_wire::host_api::{LeasePolicy, StartVm};
 use godwit_wire::id::{HostId, VmId};
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::{DISKS_MOVED_ON, RestoreFrom};
 use godwit_wire::vmm_api::VmmState;
 use tokio::time::Instant;
 
@@ -174,7 +175,13 @@ fn place_in_turn(
         }
     };
     let hosts = picture::hosts(view);
-    let demand = picture::booting(view, &vm);
+    let demand = match &cause {
+        StartCause::Restored { snapshot } => match view.snapshots.get(snapshot) {
+            Some(snapshot) => picture::restoring(view, &vm, snapshot),
+            None => picture::booting(view, &vm),
+        },
+        _ => picture::booting(view, &vm),
+    };
     let at_owner = vm
         .owner
         .filter(|owner| view.liveness(*owner) != Liveness::RestartAllowed);
@@ -215,7 +222,14 @@ fn place_in_turn(
     }
     vm.give_to(target);
     vm.home.get_or_insert(target);
-    vm.booted_on = Some(facts.cpu.signature.clone());
+    // One that goes on sees the CPU it was booted on.
+    vm.booted_on = match &cause {
+        StartCause::Restored { snapshot } => view
+            .snapshots
+            .get(snapshot)
+            .and_then(|snapshot| snapshot.booted_on.clone()),
+        _ => Some(facts.cpu.signature.clone()),
+    };
     let placed = Placed {
         host: target,
         epoch: vm.epoch,
@@ -251,6 +265,14 @@ fn no_room(
     let reason = summary(rejections);
     let problem = Problem::conflict("no-room", format!("no host takes {}: {reason}", vm.name))
         .with_remedy(remedies(rejections));
+    if let Work::Start {
+        cause: StartCause::Restored { .. },
+        ..
+    } = operation.work
+    {
+        // Room may come; but then it would boot instead of going on.
+        vm.intent = PowerIntent::Stopped;
+    }
     let failed_before = matches!(vm.trouble, Some(Trouble::StartFailed { .. }));
     if !failed_before {
         vm.trouble = Some(Trouble::NoRoom {
@@ -272,7 +294,26 @@ async fn tell(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, E
     let Some(vm) = view.vms.get(&id) else {
         return Err(Ended::GaveUp);
     };
+    let restore = match &context.operation()?.work {
+        Work::Start {
+            cause: StartCause::Restored { snapshot },
+            ..
+        } => match view.snapshots.get(snapshot) {
+            Some(snapshot) => Some(RestoreFrom {
+                pool: snapshot.pool,
+                snapshot: snapshot.id,
+                epoch: snapshot.epoch,
+            }),
+            // Then it must not boot instead.
+            None => {
+                let problem = Problem::not_found("snapshot", snapshot);
+                return refused(context, id, placed, problem).await;
+            }
+        },
+        _ => None,
+    };
     let command = StartVm {
+        restore,
         networks: view.networks_of(&vm.spec),
         name: vm.name.clone(),
         epoch: placed.epoch,
@@ -385,9 +426,13 @@ async fn refused(
             };
             tried.push(placed.host);
             *at = None;
-            let automatic = !matches!(cause, StartCause::Asked | StartCause::Rebooted { .. });
-            let over =
-                wanted.is_some() || tried.len() >= MAX_START_ATTEMPTS || operation.cancel.is_some();
+            let restores = matches!(cause, StartCause::Restored { .. });
+            let automatic =
+                !restores && !matches!(cause, StartCause::Asked | StartCause::Rebooted { .. });
+            let over = wanted.is_some()
+                || tried.len() >= MAX_START_ATTEMPTS
+                || problem.kind == DISKS_MOVED_ON
+                || operation.cancel.is_some();
             let Some(mut vm) = Context::vm(view, id) else {
                 return Next::Ended;
             };
@@ -417,6 +462,9 @@ async fn refused(
             if !over {
                 draft.put_vm(vm);
                 return Next::Again;
+            }
+            if restores {
+                vm.intent = PowerIntent::Stopped;
             }
             let message = format!("{} could not be started: {detail}", vm.name);
             draft.error(

@@ -100,7 +100,7 @@ pub(super) enum Outcome<R> {
 }
 
 /// Tells a host, then asks it until it is done. `watch` sees every report and may find a reason to fail.
-async fn follow<R, B, P>(
+pub(super) async fn follow<R, B, P>(
     context: &Context<'_>,
     host: HostId,
     begin: impl Fn(HostAddress) -> B,
@@ -148,7 +148,7 @@ where
 }
 
 /// For work whose reports need no watching.
-fn unwatched<R>(_: &R) -> Option<Problem> {
+pub(super) fn unwatched<R>(_: &R) -> Option<Problem> {
     None
 }
 
@@ -161,7 +161,7 @@ fn given_up(what: &str) -> Problem {
 }
 
 /// Erases what there is of something in a pool; an error is the host's refusal.
-async fn erase<F>(
+pub(super) async fn erase<F>(
     context: &Context<'_>,
     pool: PoolId,
     delete: impl Fn(HostAddress) -> F,
@@ -188,12 +188,12 @@ where
 }
 
 /// Why something was not made, as its record keeps it until it is erased.
-fn reason(problem: &Problem) -> String {
+pub(super) fn reason(problem: &Problem) -> String {
     problem.detail.clone()
 }
 
 /// Tells that something could not be made, or was not wanted any more.
-fn not_made(
+pub(super) fn not_made(
     draft: &mut Draft<'_>,
     operation: &Operation,
     kind: &str,
@@ -216,7 +216,7 @@ fn not_made(
     )
 }
 
-async fn note_deletion(context: &Context<'_>, pool: PoolId) -> Result<(), Ended> {
+pub(super) async fn note_deletion(context: &Context<'_>, pool: PoolId) -> Result<(), Ended> {
     context
         .change(|view, draft, operation| {
             let detail = format!("from {}", view.pool_name(pool));
@@ -225,7 +225,7 @@ async fn note_deletion(context: &Context<'_>, pool: PoolId) -> Result<(), Ended>
         .await
 }
 
-fn deleted(
+pub(super) fn deleted(
     draft: &mut Draft<'_>,
     operation: &Operation,
     what: &str,

@@ -1,7 +1,7 @@
 //! The pool as planners see it: small values that can be changed step by step while a plan is made.
 
 use crate::model::limits::VCPUS_PER_CORE;
-use crate::model::{HostState, Liveness, Vm};
+use crate::model::{HostState, Liveness, Snapshot, Vm};
 use crate::view::{Observed, View, attachments, vm_memory};
 use godwit_wire::host_api::MAX_VMS_PER_HOST;
 use godwit_wire::id::{HostId, PoolId, VmId};
@@ -148,6 +148,15 @@ pub fn booting(view: &View, vm: &Vm) -> Demand {
             .map(|attached| (attached.pool, view.pool_name(attached.pool)))
             .collect(),
     }
+}
+
+/// A VM that goes on from where it was saved: with the CPU it had, on a host that sees the snapshot.
+pub fn restoring(view: &View, vm: &Vm, snapshot: &Snapshot) -> Demand {
+    let mut demand = booting(view, vm);
+    demand.running_on = snapshot.booted_on.clone();
+    let pool = snapshot.pool;
+    demand.pools.insert(pool, view.pool_name(pool));
+    demand
 }
 
 /// A VM that moves while it runs.

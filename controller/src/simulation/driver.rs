@@ -8,11 +8,14 @@ use async_trait::async_trait;
 use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
+    VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage};
+use godwit_wire::storage::{
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
+};
 use godwit_wire::vmm_api::IncomingReady;
 use std::sync::Arc;
 use std::time::Duration;
@@ -117,6 +120,16 @@ impl HostDriver for SimDriver {
         command: &VmCommand,
     ) -> Result<VmReport, CallError> {
         self.call(to, "resume", |host| host.resume_vm(vm, command))
+            .await
+    }
+
+    async fn set_balloon(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &SetBalloon,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "balloon", |host| host.set_balloon(vm, command))
             .await
     }
 
@@ -242,6 +255,43 @@ impl HostDriver for SimDriver {
     ) -> Result<(), CallError> {
         self.call(to, "delete disk", |host| host.pool(pool)?.delete_disk(disk))
             .await
+    }
+
+    async fn take_snapshot(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        snapshot: SnapshotId,
+        command: &TakeSnapshot,
+    ) -> Result<SnapshotReport, CallError> {
+        self.call(to, "snapshot", |host| {
+            host.can_be_saved(vm, command.epoch)?;
+            Ok(host.pool(command.pool)?.take_snapshot(snapshot))
+        })
+        .await
+    }
+
+    async fn snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
+    ) -> Result<SnapshotReport, CallError> {
+        self.call(to, "snapshot", |host| host.pool(pool)?.snapshot(snapshot))
+            .await
+    }
+
+    async fn delete_snapshot(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        snapshot: SnapshotId,
+    ) -> Result<(), CallError> {
+        self.call(to, "delete snapshot", |host| {
+            host.pool(pool)?.delete_snapshot(snapshot);
+            Ok(())
+        })
+        .await
     }
 
     async fn serial(&self, to: HostAddress, vm: VmId) -> Result<Box<dyn Duplex>, CallError> {

@@ -11,8 +11,8 @@ use super::storage::SimPool;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, HostFacts, LeasePolicy, PrepareIncoming, StartOutgoing, StartVm, StopVm,
-    VmCommand, VmReport,
+    CancelMigration, HostFacts, LeasePolicy, PrepareIncoming, SetBalloon, StartOutgoing, StartVm,
+    StopVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, VmId};
 use godwit_wire::machine::MachineSpec;
@@ -240,6 +240,16 @@ impl SimHost {
         self.state().held_up = Some(Vec::new());
     }
 
+    /// Whether the VM is here under this epoch with a machine that has not stopped.
+    pub(super) fn can_be_saved(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
+        let state = self.state();
+        let here = state.vms.get(&vm).filter(|here| here.epoch == epoch);
+        match here.and_then(|here| here.state.as_ref()) {
+            Some(VmmState::Running | VmmState::Paused { .. }) => Ok(()),
+            _ => Err(refuse("not-running")),
+        }
+    }
+
     /// Whether a start is held up; if so it is kept for later.
     pub(super) fn holds_up(&self, vm: VmId, command: &StartVm) -> bool {
         let mut state = self.state();
@@ -398,6 +408,10 @@ impl SimHost {
             });
             Ok(())
         })
+    }
+
+    pub(super) fn set_balloon(&self, vm: VmId, command: &SetBalloon) -> Result<VmReport, Problem> {
+        self.set(vm, command.epoch, command.generation, |_, _| Ok(()))
     }
 
     pub(super) fn resume_vm(&self, vm: VmId, command: &VmCommand) -> Result<VmReport, Problem> {
@@ -631,6 +645,7 @@ impl State {
                 dirty_bytes_per_s: 0,
             },
             migration: vm.migration.clone(),
+            devices: None,
         })
     }
 }

@@ -2,11 +2,11 @@
 //! is shared by the hosts that share the pool.
 
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, ImageId, PoolId};
+use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, ImportImage, ImportSource,
-    PoolReport, WorkState,
+    PoolReport, SnapshotReport, WorkState,
 };
 use godwit_wire::unit::Bytes;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,6 +23,7 @@ pub(super) const IMAGE_BYTES: Bytes = Bytes(1 << 30);
 struct Content {
     images: BTreeMap<ImageId, (ImageReport, Instant)>,
     disks: BTreeMap<DiskId, (DiskReport, Instant)>,
+    snapshots: BTreeMap<SnapshotId, (SnapshotReport, Instant)>,
     /// Why new disks fail, from the second on.
     fails: Option<String>,
     trouble: Option<String>,
@@ -48,6 +49,7 @@ impl SimPool {
         let content = Content {
             images: BTreeMap::new(),
             disks: BTreeMap::new(),
+            snapshots: BTreeMap::new(),
             fails: None,
             trouble: None,
         };
@@ -70,6 +72,9 @@ impl SimPool {
             finish(&mut report.state, *at);
         }
         for (report, at) in content.disks.values_mut() {
+            finish(&mut report.state, *at);
+        }
+        for (report, at) in content.snapshots.values_mut() {
             finish(&mut report.state, *at);
         }
         content
@@ -100,6 +105,35 @@ impl SimPool {
 
     pub(super) fn disk_bytes(&self, disk: DiskId) -> Option<Bytes> {
         Some(self.content().disks.get(&disk)?.0.virtual_bytes)
+    }
+
+    pub(super) fn snapshots(&self) -> BTreeSet<SnapshotId> {
+        self.content().snapshots.keys().copied().collect()
+    }
+
+    pub(super) fn take_snapshot(&self, snapshot: SnapshotId) -> SnapshotReport {
+        let report = SnapshotReport {
+            snapshot,
+            state: working(),
+            bytes: Bytes(1 << 20),
+            pause_us: 700,
+        };
+        let entry = (report, Instant::now() + WORK_TIME);
+        let mut content = self.content();
+        let known = content.snapshots.entry(snapshot).or_insert(entry);
+        known.0.clone()
+    }
+
+    pub(super) fn snapshot(&self, snapshot: SnapshotId) -> Result<SnapshotReport, Problem> {
+        let content = self.content();
+        let known = content.snapshots.get(&snapshot);
+        known
+            .map(|(report, _)| report.clone())
+            .ok_or_else(|| Problem::not_found("snapshot", snapshot))
+    }
+
+    pub(super) fn delete_snapshot(&self, snapshot: SnapshotId) {
+        self.content().snapshots.remove(&snapshot);
     }
 
     pub(super) fn can_use(&self, disk: DiskId) -> bool {

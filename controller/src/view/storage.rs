@@ -1,9 +1,9 @@
 //! Pools, disks and networks as the records and the hosts' reports together show them.
 
 use super::View;
-use crate::model::{Disk, DisksOnDelete, Image, Network, Vm};
+use crate::model::{Disk, DisksOnDelete, Image, Network, Snapshot, Vm};
 use godwit_wire::devices::{DiskAccess, DiskSource, NicAttach};
-use godwit_wire::id::{DiskId, HostId, ImageId, NetworkId, PoolId, VmId};
+use godwit_wire::id::{DiskId, HostId, ImageId, NetworkId, PoolId, SnapshotId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::storage::PoolReport;
 use godwit_wire::unit::Bytes;
@@ -136,6 +136,20 @@ impl View {
             Err(_) => *self.index.names.disks.get(name_or_id)?,
         };
         self.disks.get(&id)
+    }
+
+    /// The snapshots of a VM, oldest first.
+    pub fn snapshots_of(&self, vm: VmId) -> impl Iterator<Item = &Arc<Snapshot>> {
+        self.snapshots
+            .values()
+            .filter(move |snapshot| snapshot.vm == vm)
+    }
+
+    /// The snapshot of a VM with this name or id.
+    pub fn find_snapshot(&self, vm: VmId, name_or_id: &str) -> Option<&Arc<Snapshot>> {
+        let id: Option<SnapshotId> = name_or_id.parse().ok();
+        self.snapshots_of(vm)
+            .find(|snapshot| Some(snapshot.id) == id || snapshot.name == name_or_id)
     }
 
     /// The network with this name or id.

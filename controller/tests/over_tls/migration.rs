@@ -55,6 +55,7 @@ fn report(vm: VmId, epoch: Epoch, generation: Generation, state: VmmState) -> Vm
         state: Some(state),
         usage: VmUsage::default(),
         migration: None,
+        devices: None,
     }
 }
 

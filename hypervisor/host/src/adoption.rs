@@ -139,6 +139,7 @@ mod tests {
                 model: "m".into(),
             },
             guest_resident_bytes: Bytes(0),
+            guest_expected_bytes: Bytes(0),
             counters: Counters::default(),
             vcpus: Vec::new(),
             devices: Vec::new(),

@@ -53,6 +53,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/v1/vms/{vm}/stop", hand_on(POST, Command::Stop))
         .route("/v1/vms/{vm}/pause", hand_on(POST, Command::Pause))
         .route("/v1/vms/{vm}/resume", hand_on(POST, Command::Resume))
+        .route("/v1/vms/{vm}/balloon", hand_on(POST, Command::Balloon))
         .route("/v1/vms/{vm}/incoming", hand_on(PUT, Command::Prepare))
         .route("/v1/vms/{vm}/outgoing", hand_on(POST, Command::Send))
         .route(

@@ -36,6 +36,11 @@ impl Board {
 
     /// Shows `report` until the server has heard it once.
     pub(crate) fn bid_farewell(&self, report: VmReport) {
+        // Its devices are gone, and a heartbeat without their counters must say the same.
+        let report = VmReport {
+            devices: None,
+            ..report
+        };
         self.put(report, Stay::UntilHeard);
     }
 
@@ -129,6 +134,7 @@ mod tests {
             state: Some(VmmState::Running),
             usage: VmUsage::default(),
             migration: None,
+            devices: None,
         }
     }
 

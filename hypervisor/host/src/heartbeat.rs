@@ -20,7 +20,7 @@ use crate::lease::LeasePage;
 use crate::vm::Command;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
-    HEARTBEAT_BUSY_MS, HEARTBEAT_MS, Heartbeat, HeartbeatReply, Order, VmReport,
+    COUNTERS_EVERY, HEARTBEAT_BUSY_MS, HEARTBEAT_MS, Heartbeat, HeartbeatReply, Order, VmReport,
 };
 use godwit_wire::id::{Epoch, HostId, VmId};
 use std::collections::BTreeMap;
@@ -97,12 +97,19 @@ impl Heartbeats {
         let mut contact = Contact::NeverHad;
         let mut pauses = Backoff::new(FIRST_FAILURE_PAUSE, LONGEST_PAUSE);
         for sequence in 0.. {
+            let mut report = self.agent.report();
+            if sequence % COUNTERS_EVERY != 0 {
+                // Figures that are only looked at now and then need not travel every second.
+                for vm in &mut report.vms {
+                    vm.devices = None;
+                }
+            }
             let heartbeat = Heartbeat {
                 obeyed: self.obeyed,
                 host: self.host,
                 incarnation,
                 sequence,
-                report: self.agent.report(),
+                report,
             };
             let sent_ns = boottime_ns();
             match self.control.heartbeat(&heartbeat).await {

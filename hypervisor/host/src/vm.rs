@@ -24,6 +24,7 @@ mod observe;
 mod receiving;
 mod registry;
 mod room;
+mod saving;
 mod sending;
 mod start;
 mod stop;
@@ -34,10 +35,12 @@ pub(crate) mod tests;
 pub(crate) use registry::{Adopted, Context, Registry, adopt};
 
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, StartOutgoing, StartVm, StopVm, VmCommand, VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
+    VmReport,
 };
-use godwit_wire::id::Epoch;
+use godwit_wire::id::{Epoch, SnapshotId};
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::{SnapshotReport, TakeSnapshot};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingReady;
 use tokio::sync::oneshot;
@@ -60,11 +63,14 @@ pub(crate) enum Command {
     Stop(StopVm, Reply<VmReport>),
     Pause(VmCommand, Reply<VmReport>),
     Resume(VmCommand, Reply<VmReport>),
+    Balloon(SetBalloon, Reply<VmReport>),
     Prepare(PrepareIncoming, Reply<IncomingReady>),
     Send(StartOutgoing, Reply<VmReport>),
     Cancel(CancelMigration, Reply<VmReport>),
     /// A disk of the machine shall be larger.
     Resize(Resize, Reply<()>),
+    /// The machine shall be saved.
+    Snapshot((SnapshotId, TakeSnapshot), Reply<SnapshotReport>),
     /// Kill what has at most this epoch and forget it.
     Destroy(Epoch, Reply<()>),
     /// The server's order after a lease had run out.

@@ -8,6 +8,7 @@
 //! | `PUT /v1/vms/{vm}` | [`StartVm`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/stop` | [`StopVm`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/pause`, `/resume` | [`VmCommand`] | [`VmReport`] |
+//! | `POST /v1/vms/{vm}/balloon` | [`SetBalloon`] | [`VmReport`] |
 //! | `PUT /v1/vms/{vm}/incoming` | [`PrepareIncoming`] | [`IncomingReady`](crate::vmm_api::IncomingReady) |
 //! | `POST /v1/vms/{vm}/outgoing` | [`StartOutgoing`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/migration/cancel` | [`CancelMigration`] | [`VmReport`] |
@@ -18,6 +19,8 @@
 //! | `POST /v1/pools/{pool}/disks/{disk}` | [`CreateDisk`](crate::storage::CreateDisk) | [`DiskReport`](crate::storage::DiskReport) |
 //! | `POST /v1/pools/{pool}/disks/{disk}/grow` | [`GrowDisk`](crate::storage::GrowDisk) | [`DiskReport`](crate::storage::DiskReport) |
 //! | `GET`, `DELETE /v1/pools/{pool}/disks/{disk}` | | [`DiskReport`](crate::storage::DiskReport); `204` |
+//! | `POST /v1/vms/{vm}/snapshots/{snapshot}` | [`TakeSnapshot`](crate::storage::TakeSnapshot) | [`SnapshotReport`](crate::storage::SnapshotReport) |
+//! | `GET`, `DELETE /v1/pools/{pool}/snapshots/{snapshot}` | | [`SnapshotReport`](crate::storage::SnapshotReport); `204` |
 //! | `GET /v1/vms/{vm}/serial` | `Upgrade: godwit-serial` | raw bytes both ways, first the ring's content |
 //!
 //! The server serves to agents:
@@ -38,11 +41,12 @@ use crate::migration::{
     MigrationIdentity, MigrationPolicy, MigrationRole, MigrationStatus, MigrationToken,
 };
 use crate::network::{Network, Peers};
-use crate::storage::PoolReport;
+use crate::storage::{PoolReport, RestoreFrom};
 use crate::unit::Mib;
 use crate::usage::{HostUsage, VmUsage};
 use crate::vmm_api::VmmState;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use uuid::Uuid;
 
@@ -97,6 +101,25 @@ pub struct VmReport {
     /// Its latest migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationStatus>,
+    /// Counters of its devices, in every [`COUNTERS_EVERY`]th heartbeat; absent means as last told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<DeviceCounters>>,
+}
+
+/// Heartbeats from one with the counters of devices to the next.
+pub const COUNTERS_EVERY: u64 = 10;
+/// Most devices of a VM, and most counters of one, that are told of.
+pub const MAX_COUNTED: usize = 64;
+
+/// Counters of one device of a VM, since its machine was built.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceCounters {
+    /// Name in the spec, or `rng`, `balloon`, `console`, `vsock`, `seed`.
+    pub name: String,
+    /// `block`, `net`, …
+    pub kind: String,
+    /// By name: `a`-`z` and `_`.
+    pub counters: BTreeMap<String, u64>,
 }
 
 /// Everything an agent knows.
@@ -129,6 +152,9 @@ pub struct StartVm {
     /// The networks its cards are plugged into.
     #[serde(default)]
     pub networks: Vec<Network>,
+    /// What it goes on from; it boots when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restore: Option<RestoreFrom>,
 }
 
 /// What a VM does when its host loses contact with the control plane.
@@ -173,6 +199,17 @@ pub struct VmCommand {
     pub epoch: Epoch,
     /// Order of commands.
     pub generation: Generation,
+}
+
+/// Asks a VM's guest to live with so much memory and give the rest back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetBalloon {
+    /// Epoch under which this host owns it.
+    pub epoch: Epoch,
+    /// Order of commands.
+    pub generation: Generation,
+    /// Memory the guest keeps; its full size gives everything back to it.
+    pub keep_mib: Mib,
 }
 
 /// Makes this host ready to receive a VM.

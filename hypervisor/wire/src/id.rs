@@ -57,6 +57,10 @@ id!(
 );
 
 id!(
+    /// A saved machine in a storage pool.
+    SnapshotId
+);
+id!(
     /// A storage pool, the same on every host that sees its directory.
     PoolId
 );

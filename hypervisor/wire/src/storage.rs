@@ -7,10 +7,11 @@
 //! godwit-pool.json             PoolMark
 //! images/<image>.qcow2|raw     read-only bases; <image>.json beside holds their ImageReport
 //! disks/<disk>.qcow2|raw       disks, thin copies of images; <disk>.json: DiskReport; <disk>.lock: the epoch lock
+//! snapshots/<snapshot>/        saved machines, as their VMMs write them; <snapshot>.json: SnapshotReport
 //! ```
 
 use crate::devices::DiskFormat;
-use crate::id::{DiskId, ImageId, PoolId};
+use crate::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
 use crate::unit::Bytes;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -160,3 +161,41 @@ pub struct GrowDisk {
     /// The new size; never smaller than the present one.
     pub bytes: Bytes,
 }
+
+/// A saved machine in a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Which.
+    pub snapshot: SnapshotId,
+    /// Whether it can be used.
+    #[serde(flatten)]
+    pub state: WorkState,
+    /// Room it takes.
+    pub bytes: Bytes,
+    /// How long the guest stood still for it.
+    pub pause_us: u64,
+}
+
+/// Saves a machine that is here to a pool; it goes on as it was. Repeating it answers with the present report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakeSnapshot {
+    /// Epoch under which this host owns the VM.
+    pub epoch: Epoch,
+    /// Where to keep it.
+    pub pool: PoolId,
+}
+
+/// The saved machine that a VM goes on from instead of booting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreFrom {
+    /// Where it is.
+    pub pool: PoolId,
+    /// Which.
+    pub snapshot: SnapshotId,
+    /// The epoch under which it was taken: whoever claimed one of its writable disks since, under this epoch or
+    /// another VM's, has made it useless.
+    pub epoch: Epoch,
+}
+
+/// Kind of the problem with which a restore is refused because a disk was claimed since.
+pub const DISKS_MOVED_ON: &str = "disks-moved-on";

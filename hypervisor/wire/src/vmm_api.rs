@@ -152,6 +152,21 @@ pub struct RestoreRequest {
     pub attachments: Attachments,
     /// The snapshot.
     pub directory: PathBuf,
+    /// How much of it is read before the machine can run.
+    #[serde(default)]
+    pub verify: VerifyMemory,
+}
+
+/// What is checked of a snapshot's memory before the machine can run. Each part of it is checked when it is brought
+/// in, too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VerifyMemory {
+    /// All of it, unless the file is the one that was written and was never changed or copied: then nothing.
+    #[default]
+    Changed,
+    /// All of it.
+    Full,
 }
 
 /// Makes a disk larger, or tells the guest that it has become larger.
@@ -352,6 +367,9 @@ pub struct VmmInfo {
     pub cpu: CpuFacts,
     /// Resident guest memory.
     pub guest_resident_bytes: Bytes,
+    /// Guest memory that is still to be brought in from a snapshot.
+    #[serde(default)]
+    pub guest_expected_bytes: Bytes,
     /// Counters.
     pub counters: Counters,
     /// Its vCPUs.

@@ -1,9 +1,9 @@
 //! Pools, images, disks and networks as text.
 
 use super::super::table::{Sheet, Table};
-use super::super::words::{age, bytes, name, or_dash};
+use super::super::words::{age, bytes, milliseconds_of_us, name, or_dash};
 use super::short;
-use crate::resource::{Disk, Image, Network, Pool, Transport};
+use crate::resource::{Disk, Image, Network, Pool, Snapshot, SnapshotState, Transport};
 use jiff::Timestamp;
 use std::fmt::Write;
 
@@ -114,6 +114,30 @@ pub(in crate::cli) fn disk(disk: &Disk, now: Timestamp) -> String {
         .maybe("Operation", disk.operation.map(|id| id.to_string()))
         .line("Created", format!("{} ago", age(disk.created_at, now)))
         .to_string()
+}
+
+pub(in crate::cli) fn snapshots(snapshots: &[Snapshot], now: Timestamp) -> String {
+    let mut table = Table::new(&[
+        "NAME", "STATE", "POOL", ">SIZE", ">PAUSE", ">AGE", "DISKS", "NOTE",
+    ]);
+    for snapshot in snapshots {
+        let ready = snapshot.state == SnapshotState::Ready;
+        let disks = match snapshot.needs_disks {
+            true => "until claimed again",
+            false => "none",
+        };
+        table.row([
+            snapshot.name.clone(),
+            name(snapshot.state),
+            snapshot.pool_name.clone(),
+            or_dash(ready.then(|| bytes(snapshot.bytes))),
+            or_dash(ready.then(|| milliseconds_of_us(snapshot.pause_us))),
+            age(snapshot.created_at, now),
+            disks.to_owned(),
+            short(snapshot.reason.as_deref().unwrap_or_default()),
+        ]);
+    }
+    table.to_string()
 }
 
 fn transport(transport: &Transport) -> String {

@@ -187,6 +187,36 @@ pub(in crate::rest) fn disk(view: &View, disk: &model::Disk) -> api::Disk {
     }
 }
 
+/// A snapshot as the API shows it.
+pub(in crate::rest) fn snapshot(view: &View, snapshot: &model::Snapshot) -> api::Snapshot {
+    let (state, reason) = match &snapshot.state {
+        model::SnapshotState::Creating => (api::SnapshotState::Creating, None),
+        model::SnapshotState::Ready => (api::SnapshotState::Ready, None),
+        model::SnapshotState::Failed { reason } => {
+            (api::SnapshotState::Failed, Some(reason.clone()))
+        }
+    };
+    api::Snapshot {
+        id: snapshot.id.0,
+        name: snapshot.name.clone(),
+        vm: snapshot.vm.0,
+        vm_name: view
+            .vms
+            .get(&snapshot.vm)
+            .map_or_else(|| snapshot.vm.to_string(), |vm| vm.name.clone()),
+        pool: snapshot.pool.0,
+        pool_name: view.pool_name(snapshot.pool),
+        state,
+        reason,
+        needs_disks: model::writable_disk(&snapshot.spec).is_some(),
+        bytes: snapshot.bytes.0,
+        pause_us: snapshot.pause_us,
+        operation: snapshot.operation.map(|id| id.0),
+        created_at: snapshot.created_at,
+        changed_at: snapshot.changed_at,
+    }
+}
+
 /// A network as the API shows it.
 pub(in crate::rest) fn network(view: &View, network: &model::Network) -> api::Network {
     let told = &network.network;

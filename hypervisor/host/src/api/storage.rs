@@ -5,14 +5,17 @@ use crate::storage::{MAX_UPLOAD_PIECES_WAITING, Storage, StorageError};
 use crate::vm::{Command, Resize};
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
-use axum::routing::{post, put};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::StreamExt;
 use godwit_channel::problem::{Answer, JsonBody, PathArgs, Refusal};
 use godwit_wire::devices::DiskSource;
-use godwit_wire::id::{DiskId, ImageId, PoolId, VmId};
+use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::storage::{CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, WorkState};
+use godwit_wire::storage::{
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
+    WorkState,
+};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -22,6 +25,7 @@ const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 
 type ImagePath = PathArgs<(PoolId, ImageId)>;
 type DiskPath = PathArgs<(PoolId, DiskId)>;
+type SnapshotPath = PathArgs<(PoolId, SnapshotId)>;
 
 pub(super) fn routes() -> Router<Arc<Agent>> {
     Router::new()
@@ -35,6 +39,11 @@ pub(super) fn routes() -> Router<Arc<Agent>> {
             post(create).get(disk).delete(delete_disk),
         )
         .route("/v1/pools/{pool}/disks/{disk}/grow", post(grow))
+        .route(
+            "/v1/pools/{pool}/snapshots/{snapshot}",
+            get(snapshot).delete(delete_snapshot),
+        )
+        .route("/v1/vms/{vm}/snapshots/{snapshot}", post(take_snapshot))
 }
 
 /// Does something that may block as long as a pool's file system does.
@@ -149,6 +158,39 @@ async fn grow(
         .ask(vm, |reply| Command::Resize(resize, reply))
         .await?;
     answer(blocking(&agent, move |storage| storage.disk_has_grown(pool, disk)).await?)
+}
+
+/// Begins to save a VM; its driver says whether that may be.
+async fn take_snapshot(
+    State(agent): Shared,
+    PathArgs((vm, snapshot)): PathArgs<(VmId, SnapshotId)>,
+    JsonBody(ask): JsonBody<TakeSnapshot>,
+) -> Answer<SnapshotReport> {
+    let taken = agent
+        .registry
+        .ask(vm, |reply| Command::Snapshot((snapshot, ask), reply))
+        .await?;
+    Ok(Json(taken))
+}
+
+async fn snapshot(
+    State(agent): Shared,
+    PathArgs((pool, snapshot)): SnapshotPath,
+) -> Answer<SnapshotReport> {
+    answer(blocking(&agent, move |storage| storage.snapshot(pool, snapshot)).await?)
+}
+
+async fn delete_snapshot(
+    State(agent): Shared,
+    PathArgs((pool, snapshot)): SnapshotPath,
+) -> Result<StatusCode, Refusal> {
+    let Json(()) = answer(
+        blocking(&agent, move |storage| {
+            storage.delete_snapshot(pool, snapshot)
+        })
+        .await?,
+    )?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// The VM of this host that has the disk, and what it calls it.

@@ -222,22 +222,25 @@ fn a_vlan_comes_with_a_vm_and_goes_with_it() {
     in_own_network("a_vlan_comes_with_a_vm_and_goes_with_it", || async {
         run("ip link add up0 type veth peer name up1");
         run("ip link set up0 up");
-        let vlans = "ip link add link up0 name probe type vlan id 1";
-        if !Command::new("sh")
-            .args(["-c", vlans])
-            .status()
-            .unwrap()
-            .success()
-        {
+        if !vlans_work() {
             return eprintln!("SKIPPED: this kernel has no VLANs (module 8021q)");
         }
-        run("ip link del probe");
         let transport = Transport::Vlan {
             uplink: "up0".into(),
             tag: 33,
         };
         come_and_go(transport).await;
     });
+}
+
+/// Whether the link `up0` can carry VLANs.
+fn vlans_work() -> bool {
+    let probe = "ip link add link up0 name probe type vlan id 1 && ip link del probe";
+    Command::new("sh")
+        .args(["-c", probe])
+        .status()
+        .unwrap()
+        .success()
 }
 
 async fn come_and_go(transport: Transport) {
@@ -491,5 +494,56 @@ fn two_hosts_are_one_network_over_a_vxlan() {
         let left = near.reconcile().await.unwrap().observed;
         assert!(!left.links.contains_key(&names::uplink(vxlan.network)));
         assert!(!left.links.contains_key(&names::bridge(vxlan.network)));
+    });
+}
+
+#[test]
+fn two_hosts_are_one_network_over_a_vlan_and_another_tag_is_another_network() {
+    let name = "two_hosts_are_one_network_over_a_vlan_and_another_tag_is_another_network";
+    in_own_network(name, || async {
+        let there = Namespace::new();
+        let enter = there.enter();
+        let pid = there.0.id();
+        // The uplink has one name on every host.
+        run(&format!(
+            "ip link add up0 type veth peer name up0 netns {pid}"
+        ));
+        if !vlans_work() {
+            return eprintln!("SKIPPED: this kernel has no VLANs (module 8021q)");
+        }
+        run("ip link set up0 up");
+        run(&format!("{enter} ip link set up0 up"));
+        let near = Networks::new(HostId::fresh(), [192, 0, 2, 1].into());
+        let through = System {
+            through: enter.split(' ').map(str::to_owned).collect(),
+        };
+        let far = Networks::through(through, HostId::fresh(), [192, 0, 2, 2].into());
+        let vlan = |tag| Network {
+            subnet: None,
+            ..network(Transport::Vlan {
+                uplink: "up0".into(),
+                tag,
+            })
+        };
+        let (ours, others) = (vlan(100), vlan(200));
+        let (_, near_tap) = attach(&near, &ours, 5).await;
+        let (_, far_tap) = attach(&far, &ours, 6).await;
+        let (_, stranger_tap) = attach(&far, &others, 7).await;
+        let near_guest = Guest::on(&near_tap.tap);
+        let far_guest = Guest::with(there.open_tap(&far_tap.tap));
+        let stranger = Guest::with(there.open_tap(&stranger_tap.tap));
+        let is_text = |frame: &[u8]| text_of(frame).is_some();
+        let hello = frame(mac(5), 0x0806, &arp(mac(5), address(5)), "from near");
+        let seen = near_guest.ask(&hello, &far_guest, is_text).await;
+        assert_eq!(text_of(&seen).as_deref(), Some("from near"));
+        let hello = frame(mac(6), 0x0806, &arp(mac(6), address(6)), "from far");
+        let seen = far_guest.ask(&hello, &near_guest, is_text).await;
+        assert_eq!(text_of(&seen).as_deref(), Some("from far"));
+        // Had the broadcasts above reached the other network, they would come first there.
+        let (_, own_tap) = attach(&near, &others, 8).await;
+        let own = Guest::on(&own_tap.tap);
+        let hello = frame(mac(8), 0x0806, &arp(mac(8), address(8)), "among strangers");
+        let seen = own.ask(&hello, &stranger, is_text).await;
+        assert_eq!(text_of(&seen).as_deref(), Some("among strangers"));
     });
 }

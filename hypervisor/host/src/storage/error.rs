@@ -1,7 +1,7 @@
 //! Why something cannot be done in a pool.
 
 use godwit_channel::file::FileError;
-use godwit_wire::id::{DiskId, ImageId, PoolId};
+use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId};
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::unit::Bytes;
 use std::io;
@@ -22,6 +22,12 @@ pub(crate) enum StorageError {
     /// Never made, or deleted.
     #[error("there is no disk {0} in the pool")]
     NoSuchDisk(DiskId),
+    /// Never taken, or deleted.
+    #[error("there is no snapshot {0} in the pool")]
+    NoSuchSnapshot(SnapshotId),
+    /// The machine could not be saved.
+    #[error("the machine was not saved: {0}")]
+    NotSaved(String),
     /// Another piece of work has it.
     #[error("{what} {id} is being worked on")]
     Busy { what: &'static str, id: String },
@@ -92,6 +98,8 @@ impl StorageError {
             Self::NoSuchPool(pool) => Problem::not_found("storage pool", pool),
             Self::NoSuchImage(image) => Problem::not_found("image", image),
             Self::NoSuchDisk(disk) => Problem::not_found("disk", disk),
+            Self::NoSuchSnapshot(snapshot) => Problem::not_found("snapshot", snapshot),
+            Self::NotSaved(_) => Problem::conflict("not-saved", detail),
             Self::PoolUnusable { .. } => Problem::conflict("pool-unusable", detail)
                 .with_remedy("mount or repair the directory given with --storage"),
             Self::Busy { .. } => {

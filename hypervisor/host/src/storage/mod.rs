@@ -14,6 +14,7 @@ mod pool;
 mod qcow2;
 mod report;
 mod room;
+mod snapshot;
 mod work;
 
 #[cfg(test)]

@@ -64,6 +64,7 @@ pub(crate) struct PoolPlace {
 pub(crate) enum Kind {
     Image,
     Disk,
+    Snapshot,
 }
 
 impl Kind {
@@ -71,6 +72,7 @@ impl Kind {
         match self {
             Self::Image => "image",
             Self::Disk => "disk",
+            Self::Snapshot => "snapshot",
         }
     }
 
@@ -78,6 +80,7 @@ impl Kind {
         match self {
             Self::Image => "images",
             Self::Disk => "disks",
+            Self::Snapshot => "snapshots",
         }
     }
 }
@@ -163,7 +166,7 @@ impl Pool {
             return Err(self.unusable(format!("{} is no directory", root.display())));
         }
         let mark = self.mark()?;
-        for kind in [Kind::Image, Kind::Disk] {
+        for kind in [Kind::Image, Kind::Disk, Kind::Snapshot] {
             let path = self.directory(kind);
             self.make_directory(&path)?;
             if !self.is_plain_directory(&path, "use")? {
@@ -272,6 +275,29 @@ impl Pool {
         self.directory(kind).join(format!("{id}.json"))
     }
 
+    /// The directory of a saved machine, and the one it is while it is being written.
+    pub(crate) fn snapshot(&self, id: Uuid) -> [PathBuf; 2] {
+        let directory = self.directory(Kind::Snapshot);
+        [
+            directory.join(id.to_string()),
+            directory.join(format!("{id}.partial")),
+        ]
+    }
+
+    /// Removes a saved machine, or what there is of it.
+    pub(crate) fn remove_snapshot(&self, id: Uuid) -> Result<(), StorageError> {
+        for path in self.snapshot(id) {
+            // A symbolic link is removed, not followed.
+            match fs::remove_dir_all(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(self.io("remove", &path, error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     /// The lock of a disk.
     pub(crate) fn disk_lock(&self, id: Uuid) -> PathBuf {
         self.directory(Kind::Disk).join(format!("{id}.lock"))
@@ -352,6 +378,9 @@ impl Pool {
     ) -> Result<(), StorageError> {
         self.remove_file(&self.record(kind, id))?;
         self.sync_directory(&self.directory(kind))?;
+        if kind == Kind::Snapshot {
+            return self.remove_snapshot(id);
+        }
         for format in [DiskFormat::Raw, DiskFormat::Qcow2] {
             self.remove_file(&self.data(kind, id, format))?;
         }

@@ -13,12 +13,12 @@ use crate::record::{End, Purpose, VmDirectory, VmRecord};
 use crate::storage::Room;
 use godwit_channel::CallError;
 use godwit_channel::uds::UdsClient;
-use godwit_wire::host_api::{CommitReply, Resolution, VmReport};
+use godwit_wire::host_api::{CommitReply, DeviceCounters, Resolution, VmReport};
 use godwit_wire::id::{Epoch, Generation, VmId};
 use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::Problem;
 use godwit_wire::usage::VmUsage;
-use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
+use godwit_wire::vmm_api::{DeviceInfo, IncomingReady, PauseReason, StopReason, VmmState};
 use std::future::Future;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
@@ -49,6 +49,8 @@ pub(super) struct Holding {
     /// The latest migration's last status.
     pub(super) migration: Option<MigrationStatus>,
     pub(super) usage: VmUsage,
+    /// Counters of its devices, as last seen.
+    pub(super) devices: Option<Vec<DeviceCounters>>,
 }
 
 /// A machine with its process.
@@ -190,10 +192,12 @@ impl Driver {
             Command::Stop(ask, reply) => self.stop(ask, reply).await,
             Command::Pause(ask, reply) => drop(reply.send(self.pause(ask).await)),
             Command::Resume(ask, reply) => drop(reply.send(self.resume(ask).await)),
+            Command::Balloon(ask, reply) => drop(reply.send(self.balloon(ask).await)),
             Command::Prepare(ask, reply) => drop(reply.send(self.prepare(ask).await)),
             Command::Send(ask, reply) => drop(reply.send(self.send(ask).await)),
             Command::Cancel(ask, reply) => drop(reply.send(self.cancel(ask).await)),
             Command::Resize(ask, reply) => drop(reply.send(self.resize(ask).await)),
+            Command::Snapshot(ask, reply) => drop(reply.send(self.save(ask).await)),
             Command::Destroy(epoch, reply) => drop(reply.send(self.destroy(epoch).await)),
             Command::ResumeAfterLease(epoch) => self.resume_after_lease(epoch).await,
             Command::KillProcess(reply) => drop(reply.send(self.kill_process().await)),
@@ -276,6 +280,7 @@ impl Driver {
             state,
             usage: holding.usage,
             migration: holding.migration.clone(),
+            devices: holding.live.as_ref().and(holding.devices.clone()),
         })
     }
 
@@ -351,6 +356,7 @@ impl Driver {
             return;
         }
         holding.usage = observation.usage;
+        holding.devices = Some(counters(&observation.info.devices));
         if live.state != observation.info.state {
             tracing::info!(vm = %self.vm, from = ?live.state, to = ?observation.info.state, "the VM's state changed");
             live.state = observation.info.state.clone();
@@ -387,6 +393,7 @@ impl Driver {
             handover: None,
             migration: None,
             usage: VmUsage::default(),
+            devices: None,
         });
         let Some(process) = process else { return };
         let silent = || VmmState::Paused {
@@ -428,6 +435,18 @@ impl Driver {
             observer,
         }
     }
+}
+
+/// What the server is told of the devices.
+fn counters(devices: &[DeviceInfo]) -> Vec<DeviceCounters> {
+    devices
+        .iter()
+        .map(|device| DeviceCounters {
+            name: device.name.clone(),
+            kind: device.kind.clone(),
+            counters: device.counters.clone(),
+        })
+        .collect()
 }
 
 fn stop_reason(state: &VmmState) -> StopReason {

@@ -14,10 +14,11 @@ use godwit_wire::id::{Epoch, Generation};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::{MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::RestoreFrom;
 use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{
-    Command as VmmCommand, CreateRequest, IncomingReady, IncomingRequest, StopReason, VmmInfo,
-    VmmState,
+    Command as VmmCommand, CreateRequest, IncomingReady, IncomingRequest, RestoreRequest,
+    StopReason, VerifyMemory, VmmInfo, VmmState,
 };
 use http::Method;
 use std::net::SocketAddr;
@@ -28,6 +29,8 @@ use std::time::Duration;
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a VMM may take to build a machine: it prefaults all of its memory.
 const BUILD_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long it may take to restore one: it may have to read all of the snapshot first.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(600);
 /// First and longest pause between two looks for the API of a new VMM. A socket that appears announces itself to
 /// nobody who could wait for it.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
@@ -66,7 +69,7 @@ impl Driver {
             purpose: Purpose::Owned,
             boot_id: self.context.boot_id,
         });
-        match self.run_machine(record).await {
+        match self.run_machine(record, ask.restore).await {
             Ok(()) => self.answer(),
             Err(problem) => self.abandon(ask.epoch, ask.generation, problem).await,
         }
@@ -100,27 +103,53 @@ impl Driver {
         Ok(true)
     }
 
-    async fn run_machine(&mut self, record: VmRecord) -> Result<(), Problem> {
-        let request = CreateRequest {
-            attachments: Attachments::default(),
-            vm: self.vm,
-            epoch: record.epoch,
-            spec: record.spec.clone(),
-            lease: self.lease_page(record.lease),
-        };
+    async fn run_machine(
+        &mut self,
+        record: VmRecord,
+        restore: Option<RestoreFrom>,
+    ) -> Result<(), Problem> {
+        let (spec, lease) = (record.spec.clone(), self.lease_page(record.lease));
         let command = VmmCommand {
             epoch: record.epoch,
         };
         let (vmm, attachments) = self.spawn_vmm(record).await?;
-        let request = CreateRequest {
-            attachments,
-            ..request
+        let go = match restore {
+            None => {
+                let request = CreateRequest {
+                    vm: self.vm,
+                    epoch: command.epoch,
+                    spec,
+                    lease,
+                    attachments,
+                };
+                let built =
+                    vmm.request_within(BUILD_TIMEOUT, Method::PUT, "/v1/machine", Some(&request));
+                let _: VmmInfo = self.vmm_answer(built).await?;
+                "/v1/boot"
+            }
+            Some(from) => {
+                let request = RestoreRequest {
+                    vm: self.vm,
+                    epoch: command.epoch,
+                    lease,
+                    directory: self.saved_machine(from, &attachments).await?,
+                    attachments,
+                    verify: VerifyMemory::default(),
+                };
+                let built =
+                    vmm.request_within(RESTORE_TIMEOUT, Method::PUT, "/v1/restore", Some(&request));
+                let info: VmmInfo = self.vmm_answer(built).await?;
+                if info.spec.as_ref() != Some(&spec) {
+                    let detail = format!("snapshot {} is of another machine", from.snapshot);
+                    return Err(Problem::conflict("machine-changed", detail)
+                        .with_remedy("give the VM back the machine it had, or start it"));
+                }
+                "/v1/resume"
+            }
         };
-        let built = vmm.request_within(BUILD_TIMEOUT, Method::PUT, "/v1/machine", Some(&request));
-        let _: VmmInfo = self.vmm_answer(built).await?;
-        let info: VmmInfo = self.vmm_answer(vmm.post("/v1/boot", &command)).await?;
+        let info: VmmInfo = self.vmm_answer(vmm.post(go, &command)).await?;
         self.has_started(info.state)?;
-        tracing::info!(vm = %self.vm, epoch = %command.epoch, "the VM is started");
+        tracing::info!(vm = %self.vm, epoch = %command.epoch, ?restore, "the VM is started");
         Ok(())
     }
 
@@ -271,6 +300,7 @@ impl Driver {
             handover: None,
             migration: None,
             usage: VmUsage::default(),
+            devices: None,
         });
         written.map_err(|error| unwritable(&error))?;
         self.wait_until_ready(&vmm, &process).await?;

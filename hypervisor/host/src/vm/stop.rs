@@ -1,5 +1,5 @@
 //! Ways for a machine to end: stopped as asked, killed, destroyed because it belongs elsewhere, moved away; and the
-//! two that it comes back from: pause and resume.
+//! two that it comes back from: pause and resume. And the balloon, which is one command of the same sort.
 
 use super::Reply;
 use super::driver::{Driver, FenceKept};
@@ -8,11 +8,14 @@ use super::ledger::unwritable;
 use crate::admission::{Admission, Stale};
 use crate::process;
 use crate::record::End;
-use godwit_wire::host_api::{StopMode, StopVm, VmCommand, VmReport};
+use godwit_wire::host_api::{SetBalloon, StopMode, StopVm, VmCommand, VmReport};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{Command as VmmCommand, PauseReason, StopReason, VmmInfo, VmmState};
+use godwit_wire::vmm_api::{
+    BalloonRequest, Command as VmmCommand, PauseReason, StopReason, VmmInfo, VmmState,
+};
 use http::Method;
+use serde::Serialize;
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -128,6 +131,25 @@ impl Driver {
         self.command_vmm(ask, "/v1/resume").await
     }
 
+    /// `POST /v1/vms/{vm}/balloon`.
+    pub(super) async fn balloon(&mut self, ask: SetBalloon) -> Result<VmReport, Problem> {
+        if self.admit_here(ask.epoch, ask.generation)? == Admission::Repeat {
+            return self.repeat(ask.epoch, ask.generation);
+        }
+        let request = BalloonRequest {
+            epoch: ask.epoch,
+            keep_mib: ask.keep_mib,
+        };
+        let asked = match self.nothing_moves() {
+            Ok(()) => self.post_to_vmm("/v1/balloon", &request).await,
+            Err(problem) => Err(problem),
+        };
+        match asked {
+            Ok(()) => self.answer(),
+            Err(problem) => self.refuse(ask.epoch, ask.generation, problem),
+        }
+    }
+
     async fn command_vmm(&mut self, ask: VmCommand, path: &str) -> Result<VmReport, Problem> {
         if self.admit_here(ask.epoch, ask.generation)? == Admission::Repeat {
             return self.repeat(ask.epoch, ask.generation);
@@ -143,12 +165,18 @@ impl Driver {
     }
 
     pub(super) async fn post_command(&mut self, epoch: Epoch, path: &str) -> Result<(), Problem> {
+        self.post_to_vmm(path, &VmmCommand { epoch }).await
+    }
+
+    async fn post_to_vmm(
+        &mut self,
+        path: &str,
+        body: &(impl Serialize + Sync),
+    ) -> Result<(), Problem> {
         let live = self.live().ok_or_else(|| not_running(self.vm))?;
         live.observer.command_sent();
         let vmm = live.vmm.clone();
-        let info: VmmInfo = self
-            .vmm_answer(vmm.post(path, &VmmCommand { epoch }))
-            .await?;
+        let info: VmmInfo = self.vmm_answer(vmm.post(path, body)).await?;
         if let Some(live) = self.live_mut() {
             // Should a look have begun while the VMM was obeying, it may have seen either state.
             live.observer.command_sent();

@@ -312,6 +312,14 @@ impl Machine {
         answers.into_iter().try_for_each(super::vcpu::Answer::wait)
     }
 
+    /// Tells all vCPUs to stop and lets go of the machine as it is: some of its threads wait in the kernel for what
+    /// never comes, so nobody may wait for them. Only the end of the process ends it.
+    pub fn abandon(self) {
+        self.gate.stop.store(true, Ordering::SeqCst);
+        self.vcpus.iter().for_each(Vcpu::interrupt);
+        std::mem::forget(self);
+    }
+
     /// Saves everything but memory, and when guest time was sampled. The machine must be paused. Devices may write
     /// guest memory up to the end of this.
     pub fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {

@@ -76,7 +76,7 @@ impl Absent {
         });
         Ok(Self {
             ram: ram.clone(),
-            fault: UserFault::new().map_err(AbsentError::Unavailable)?,
+            fault: UserFault::new(ram.backing()).map_err(AbsentError::Unavailable)?,
             expected: expected.collect(),
             left: AtomicU64::new(0),
             armed: AtomicBool::new(false),

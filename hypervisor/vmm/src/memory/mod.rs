@@ -2,12 +2,16 @@
 
 mod absent;
 mod lease_page;
+mod pending;
 mod populate;
 mod program;
 mod ram;
 mod userfault;
+mod watched;
 
 pub use absent::{Absent, AbsentError};
 pub use lease_page::{LeasePage, LeasePageError, boot_time_ns};
+pub use pending::{Claim, Pending};
 pub use program::release_start_pages;
 pub use ram::{GuestRam, RamError, Segment};
+pub use watched::Watched;

@@ -1,5 +1,6 @@
 //! Guest RAM: one memfd, mapped shared, below and above the hole under 4 GiB.
 
+use super::pending::Pending;
 use crate::kvm::{self, DirtyBitmap, DirtyLogging, KvmError, VmFd};
 use godwit_devices::memory::GuestMemory;
 use godwit_wire::devices::MemoryBacking;
@@ -9,8 +10,8 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use vm_memory::bitmap::{AtomicBitmap, BS};
 use vm_memory::{
     Address, Bytes as _, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion,
@@ -89,6 +90,8 @@ pub struct GuestRam {
     backing: MemoryBacking,
     /// Whether pages of 4 KiB are wanted where huge ones could be had.
     pub(super) small_pages: Arc<AtomicBool>,
+    /// What is brought in on demand and has not arrived; nothing ever for most machines.
+    pending: Arc<OnceLock<Arc<Pending>>>,
 }
 
 /// Splits `bytes` of RAM around the hole.
@@ -166,6 +169,7 @@ impl GuestRam {
             segments,
             backing,
             small_pages: Arc::default(),
+            pending: Arc::default(),
         })
     }
 
@@ -192,6 +196,27 @@ impl GuestRam {
     /// Host memory that guest pages take now.
     pub fn resident(&self) -> Bytes {
         rustix::fs::fstat(&*self.file).map_or(Bytes(0), |stat| Bytes(stat.st_blocks as u64 * 512))
+    }
+
+    /// Bytes of the pages it is made of.
+    pub const fn page_bytes(&self) -> u64 {
+        match self.backing {
+            MemoryBacking::Standard => PAGE_BYTES,
+            MemoryBacking::Huge2M => HUGE_PAGE_BYTES,
+        }
+    }
+
+    /// From now on what `pending` waits for counts as touched, because it is not zero. Once in a lifetime, before
+    /// anything touches the memory.
+    pub fn expect(&self, pending: Arc<Pending>) {
+        let first = self.pending.set(pending).is_ok();
+        assert!(first, "memory is filled once");
+    }
+
+    /// Guest memory that is still to be brought in.
+    pub fn expected(&self) -> Bytes {
+        let left = |pending: &Arc<Pending>| pending.left() * pending.unit_bytes();
+        Bytes(self.pending.get().map_or(0, left))
     }
 
     /// Gives the memory to a VM, one slot per segment.
@@ -292,6 +317,7 @@ impl GuestRam {
         let segment = self
             .segment_of(address, bytes)
             .ok_or(RamError::OutOfRange { address, bytes })?;
+        self.bring_in(segment.file_offset + (address - segment.start), bytes)?;
         let (mut address, mut bytes) = (address, bytes);
         if self.backing == MemoryBacking::Huge2M {
             // A part of a huge page cannot be given back, and older kernels leave it as it was.
@@ -317,6 +343,32 @@ impl GuestRam {
         })
     }
 
+    /// Waits until everything in the range is there: what is brought in later would undo a discard.
+    fn bring_in(&self, file_offset: u64, bytes: u64) -> Result<(), RamError> {
+        let Some(pending) = self.pending.get() else {
+            return Ok(());
+        };
+        let end = file_offset + bytes;
+        while let Some(waiting) = pending.next(file_offset..end) {
+            // Its page may be there while others of its unit are still to come.
+            self.read_at(waiting.start, &mut [0])?;
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// Copies what is at a place in the file behind the memory into `buffer`. Within one segment.
+    fn read_at(&self, file_offset: u64, buffer: &mut [u8]) -> Result<(), RamError> {
+        let segment = self.segments.iter().find(|segment| {
+            (segment.file_offset..segment.file_offset + segment.bytes).contains(&file_offset)
+        });
+        let segment = segment.ok_or(RamError::OutOfRange {
+            address: file_offset,
+            bytes: buffer.len() as u64,
+        })?;
+        self.read(segment.start + (file_offset - segment.file_offset), buffer)
+    }
+
     fn clear(&self, address: u64, bytes: u64) -> Result<(), RamError> {
         const ZEROS: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
         (0..bytes)
@@ -324,9 +376,9 @@ impl GuestRam {
             .try_for_each(|offset| self.write(address + offset, &ZEROS))
     }
 
-    /// The first stretch of memory at or behind `address` that was ever touched, within `address`'s segment. What
-    /// lies between was never touched, which means that it is zero *now*; touched memory stays touched until it is
-    /// discarded. Asking costs time in proportion to the stretch.
+    /// The first stretch of memory at or behind `address` that was ever touched or is still to be brought in, within
+    /// `address`'s segment. What lies between was never touched, which means that it is zero *now*; touched memory
+    /// stays touched until it is discarded. Asking costs time in proportion to the stretch.
     pub fn next_touched(&self, address: u64) -> Result<Option<Range<u64>>, RamError> {
         let segment = self
             .segment_of(address, 1)
@@ -335,20 +387,29 @@ impl GuestRam {
             address,
             source: error.into(),
         };
+        let file_start = segment.file_offset + (address - segment.start);
         let file_end = segment.file_offset + segment.bytes;
-        let data = match rustix::fs::seek(
-            &*self.file,
-            SeekFrom::Data(segment.file_offset + (address - segment.start)),
-        ) {
+        let guest = |file: Range<u64>| {
+            let at = |offset: u64| segment.start + (offset - segment.file_offset);
+            at(file.start)..at(file.end)
+        };
+        // Asked first: what arrives meanwhile is found in the file.
+        let pending = self.pending.get();
+        let pending = pending.and_then(|pending| pending.next(file_start..file_end));
+        let data = match rustix::fs::seek(&*self.file, SeekFrom::Data(file_start)) {
             Ok(data) if data < file_end => data,
-            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(pending.map(guest)),
             Err(error) => return Err(access(error)),
         };
+        if let Some(pending) = pending
+            && pending.start <= data
+        {
+            return Ok(Some(guest(pending)));
+        }
         let hole = rustix::fs::seek(&*self.file, SeekFrom::Hole(data))
             .map_err(access)?
             .min(file_end);
-        let guest = |offset: u64| segment.start + (offset - segment.file_offset);
-        Ok(Some(guest(data)..guest(hole)))
+        Ok(Some(guest(data..hole)))
     }
 
     /// All memory that was ever touched, at most `limit` stretches of it.

@@ -1,6 +1,7 @@
 //! userfaultfd: the kernel asks this process for pages of its own memory that are not there
 //! (Documentation/admin-guide/mm/userfaultfd.rst). Only what guest memory needs.
 
+use godwit_wire::devices::MemoryBacking;
 use godwit_wire::unit::PAGE_BYTES;
 use rustix::fd::OwnedFd;
 use rustix::mm::UserfaultfdFlags;
@@ -15,8 +16,10 @@ const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const UFFD_API: u64 = 0xaa;
+const UFFD_FEATURE_MISSING_HUGETLBFS: u64 = 1 << 4;
 const UFFD_FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+const UFFDIO_COPY_MODE_DONTWAKE: u64 = 1;
 const UFFD_EVENT_PAGEFAULT: u8 = 0x12;
 /// struct uffd_msg: the event first, the address of a page fault behind its flags.
 const MESSAGE_BYTES: usize = 32;
@@ -85,8 +88,9 @@ pub(super) enum Filled {
 }
 
 impl UserFault {
-    /// One that also hears of the kernel's own accesses, KVM's above all; that takes the right to trace processes.
-    pub(super) fn new() -> io::Result<Self> {
+    /// One for such memory that also hears of the kernel's own accesses, KVM's above all; that takes the right to
+    /// trace processes.
+    pub(super) fn new(backing: MemoryBacking) -> io::Result<Self> {
         // SAFETY: a userfaultfd that nothing is registered with changes nothing about this process's memory.
         let fd = unsafe {
             rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK)
@@ -94,7 +98,10 @@ impl UserFault {
         let fault = Self { fd };
         let mut api = Api {
             api: UFFD_API,
-            features: UFFD_FEATURE_MISSING_SHMEM,
+            features: match backing {
+                MemoryBacking::Standard => UFFD_FEATURE_MISSING_SHMEM,
+                MemoryBacking::Huge2M => UFFD_FEATURE_MISSING_HUGETLBFS,
+            },
             ioctls: 0,
         };
         fault.call(UFFDIO_API, &mut api)?;
@@ -124,11 +131,20 @@ impl UserFault {
 
     /// Fills absent pages from `start` on with `content`, up to the first one that is there, and wakes who waits.
     pub(super) fn copy(&self, start: u64, content: &[u8]) -> io::Result<Filled> {
+        self.copy_with(start, content, 0)
+    }
+
+    /// The same, but whoever waits goes on waiting, for [`Self::wake`].
+    pub(super) fn copy_quietly(&self, start: u64, content: &[u8]) -> io::Result<Filled> {
+        self.copy_with(start, content, UFFDIO_COPY_MODE_DONTWAKE)
+    }
+
+    fn copy_with(&self, start: u64, content: &[u8], mode: u64) -> io::Result<Filled> {
         let mut copy = Copy {
             dst: start,
             src: content.as_ptr() as u64,
             len: content.len() as u64,
-            mode: 0,
+            mode,
             copied: 0,
         };
         self.fill(UFFDIO_COPY, &mut copy, |copy| copy.copied)

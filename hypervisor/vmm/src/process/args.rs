@@ -37,6 +37,9 @@ pub struct VmmArgs {
     /// Restore the machine that was saved to this directory and let it run.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "pilot"])]
     pub restore: Option<PathBuf>,
+    /// Check all of the snapshot's memory before the machine runs, also if its file was left alone since.
+    #[arg(long, requires = "restore")]
+    pub verify: bool,
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub vcpus: u8,

@@ -13,12 +13,13 @@ use crate::migration::{
     Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine,
     send_machine,
 };
+use crate::snapshot::Filler;
 use godwit_wire::devices::Attachments;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
 use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
 use godwit_wire::problem::{FieldProblem, Problem};
-use godwit_wire::unit::Bytes;
+use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::vmm_api::{
     Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand,
     OutgoingRequest, PauseReason, StopReason, VmmInfo, VmmState,
@@ -91,6 +92,8 @@ impl DriverHandle {
             lease: None,
             attachments: Attachments::default(),
             machine: None,
+            filler: None,
+            keep_memory: None,
             machine_number: 0,
             resets: 0,
             state: state_sender,
@@ -216,7 +219,11 @@ pub(super) struct Driver {
     lease: Option<PathBuf>,
     attachments: Attachments,
     machine: Option<Machine>,
+    /// Brings in the memory of a machine that was restored.
+    filler: Option<Filler>,
     machine_number: u64,
+    /// What the operator has asked the guest to live with; also after it restarts itself.
+    keep_memory: Option<Mib>,
     resets: u64,
     state: watch::Sender<VmmState>,
     migration: Migration,
@@ -250,12 +257,12 @@ impl Driver {
         };
         let mut vcpus = Vec::new();
         let mut devices = Vec::new();
-        let mut resident = Bytes(0);
+        let (mut resident, mut expected) = (Bytes(0), Bytes(0));
         if let Some(machine) = &self.machine {
             (vcpus, counters.io_exits, counters.mmio_exits) = machine.vcpu_info();
             counters.exits = vcpus.iter().map(|vcpu| vcpu.exits).sum();
             counters.serial_rx_bytes = machine.serial().received();
-            resident = machine.ram().resident();
+            (resident, expected) = (machine.ram().resident(), machine.ram().expected());
             devices = machine.devices();
         }
         let cpu = self.cpu()?;
@@ -269,6 +276,7 @@ impl Driver {
             uptime_ms: self.started.elapsed().as_millis() as u64,
             cpu,
             guest_resident_bytes: resident,
+            guest_expected_bytes: expected,
             counters,
             vcpus,
             devices,
@@ -405,6 +413,7 @@ impl Driver {
         );
         (self.vm, self.epoch, self.spec, self.lease) = (Some(vm), epoch, Some(spec), lease);
         self.attachments = attachments;
+        self.keep_memory = None;
         self.publish_input();
         Ok(())
     }
@@ -491,6 +500,9 @@ impl Driver {
         let booted = self
             .build_machine(vm, &spec, lease.as_deref(), &attachments)
             .and_then(|machine| {
+                if let Some(memory) = self.keep_memory {
+                    machine.keep_memory(memory);
+                }
                 machine.claim(self.epoch)?;
                 machine.load(self.builtin)?;
                 match before {
@@ -556,6 +568,8 @@ impl Driver {
             .write()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         self.machine = None;
+        // Last: until then a vCPU may wait for what it brings.
+        self.filler = None;
         // Events of the machine that is gone may still be queued; they mean nothing any more.
         self.machine_number += 1;
     }

@@ -22,7 +22,7 @@ use driver::{Driver, DriverHandle, Outcome};
 use godwit_channel::uds;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{Command, CreateRequest, RestoreRequest, StopReason};
+use godwit_wire::vmm_api::{Command, CreateRequest, RestoreRequest, StopReason, VerifyMemory};
 use std::io;
 
 /// The process ends with an error.
@@ -129,6 +129,11 @@ async fn run_alone(args: &VmmArgs, driver: &DriverHandle) -> Result<Outcome, Vmm
                 lease: None,
                 attachments: Default::default(),
                 directory: std::path::absolute(directory).unwrap_or_else(|_| directory.clone()),
+                verify: if args.verify {
+                    VerifyMemory::Full
+                } else {
+                    VerifyMemory::Changed
+                },
             };
             let driver = driver.clone();
             tokio::task::spawn_blocking(move || driver.restore(request))

@@ -2,8 +2,8 @@
 //! has no bound.
 
 use super::manifest::{
-    CHECKSUM_BYTES, FileSeal, MANIFEST, MAX_MANIFEST_BYTES, MEMORY, Manifest, PIECE_BYTES, PIECES,
-    STATE, SnapshotError, checksum,
+    CHECKSUM_BYTES, FileIdentity, FileSeal, MANIFEST, MAX_MANIFEST_BYTES, MEMORY, Manifest,
+    PIECE_BYTES, PIECES, STATE, SnapshotError, checksum,
 };
 use super::save::piece_checksum;
 use crate::machine::SavedMachine;
@@ -12,16 +12,17 @@ use godwit_wire::migration::MAX_STATE_BYTES;
 use std::fs::File;
 use std::io::{self, Read};
 use std::num::NonZero;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 /// More threads than this only fight over the page cache.
 const MAX_LOADERS: usize = 8;
 
-/// A snapshot whose files are all there, of the right size, and sound but for guest memory, which is checked as it is
-/// loaded.
+/// A snapshot whose files are all there, of the right size, and sound but for guest memory, which is checked piece by
+/// piece.
 #[derive(Debug)]
 pub struct Snapshot {
     manifest: Manifest,
@@ -113,20 +114,46 @@ impl Snapshot {
             .saturating_sub(Duration::from_nanos(self.manifest.saved_at_unix_ns))
     }
 
+    /// Whether the file with guest memory is the very one that was written, and was left alone since.
+    pub(super) fn memory_is_untouched(&self) -> bool {
+        let present = self.memory.metadata();
+        let present = present.map(|metadata| FileIdentity::of(&metadata)).ok();
+        present.is_some() && present == self.manifest.memory_file
+    }
+
+    /// Reads all of memory once, on several CPUs, and takes no guest memory for it.
+    pub(super) fn verify_memory(&self) -> Result<(), SnapshotError> {
+        self.each_piece(|_, _| Ok(()))
+    }
+
     /// Fills `ram`, which is all zeros, on several CPUs at once. Every piece is checked before it is used.
     pub fn load_memory(&self, ram: &GuestRam) -> Result<(), SnapshotError> {
-        let pieces = (self.pieces.len() / CHECKSUM_BYTES) as u64;
-        let next = AtomicU64::new(0);
+        // What is all zeros is so already, and stays untouched.
+        self.each_piece(|offset, content| Ok(ram.write_at(offset, content)?))
+    }
+
+    /// Gives every sound piece that is not all zeros to `take`, with its offset; the first damaged one ends it.
+    fn each_piece(
+        &self,
+        take: impl Fn(u64, &[u8]) -> Result<(), SnapshotError> + Sync,
+    ) -> Result<(), SnapshotError> {
+        let next = AtomicUsize::new(0);
         let work = || {
-            let mut buffer = vec![0; PIECE_BYTES as usize];
+            let mut buffer = Vec::new();
             loop {
                 let piece = next.fetch_add(1, Ordering::Relaxed);
-                if piece >= pieces {
+                if piece >= self.pieces() {
                     return Ok(());
                 }
-                if let Err(error) = self.load_piece(ram, piece, &mut buffer) {
+                let done = self
+                    .read_pieces(piece..piece + 1, &mut buffer)
+                    .and_then(|offset| match self.is_zero(piece) {
+                        true => Ok(()),
+                        false => take(offset, &buffer),
+                    });
+                if let Err(error) = done {
                     // The others need not go on.
-                    next.store(pieces, Ordering::Relaxed);
+                    next.store(self.pieces(), Ordering::Relaxed);
                     return Err(error);
                 }
             }
@@ -147,28 +174,80 @@ impl Snapshot {
         })
     }
 
-    fn load_piece(
+    /// Number of pieces.
+    pub(super) const fn pieces(&self) -> usize {
+        self.pieces.len() / CHECKSUM_BYTES
+    }
+
+    fn expected(&self, piece: usize) -> &[u8] {
+        &self.pieces[piece * CHECKSUM_BYTES..(piece + 1) * CHECKSUM_BYTES]
+    }
+
+    /// Whether a piece is said to be nothing but zeros.
+    pub(super) fn is_zero(&self, piece: usize) -> bool {
+        self.expected(piece).iter().all(|byte| *byte == 0)
+    }
+
+    /// Reads `range` of the pieces into `buffer` and checks each. Gives the offset of the first.
+    pub(super) fn read_pieces(
         &self,
-        ram: &GuestRam,
-        piece: u64,
-        buffer: &mut [u8],
-    ) -> Result<(), SnapshotError> {
-        let offset = piece * PIECE_BYTES;
-        let length = (self.manifest.memory_bytes - offset).min(PIECE_BYTES);
-        let buffer = &mut buffer[..length as usize];
-        let at = piece as usize * CHECKSUM_BYTES;
-        let expected = &self.pieces[at..at + CHECKSUM_BYTES];
+        range: Range<usize>,
+        buffer: &mut Vec<u8>,
+    ) -> Result<u64, SnapshotError> {
+        let offset = range.start as u64 * PIECE_BYTES;
+        let end = (range.end as u64 * PIECE_BYTES).min(self.manifest.memory_bytes);
+        buffer.resize((end - offset) as usize, 0);
         self.memory
             .read_exact_at(buffer, offset)
             .map_err(unreadable(&self.memory_path))?;
-        if piece_checksum(buffer) != *expected {
-            return Err(SnapshotError::DamagedMemory { offset });
+        for (piece, content) in range.zip(buffer.chunks(PIECE_BYTES as usize)) {
+            if piece_checksum(content) != *self.expected(piece) {
+                return Err(SnapshotError::DamagedMemory {
+                    offset: piece as u64 * PIECE_BYTES,
+                });
+            }
         }
-        // What is all zeros is so already, and stays untouched.
-        if expected.iter().any(|byte| *byte != 0) {
-            ram.write_at(offset, buffer)?;
+        Ok(offset)
+    }
+}
+
+#[cfg(test)]
+impl Snapshot {
+    /// Memory alone, in a file at `path`.
+    pub(super) fn of_memory(path: &Path, content: &[u8]) -> Self {
+        std::fs::write(path, content).unwrap();
+        let memory = File::open(path).unwrap();
+        let pieces: Vec<u8> = content
+            .chunks(PIECE_BYTES as usize)
+            .flat_map(piece_checksum)
+            .collect();
+        let spec = serde_json::json!({
+            "vcpus": 1, "memory_mib": content.len() >> 20, "boot": { "kind": "pilot" }
+        });
+        let cpu = serde_json::json!({ "level": "x86-64-v2", "signature": "s", "model": "m" });
+        let manifest = Manifest {
+            version: super::manifest::VERSION,
+            spec: serde_json::from_value(spec).unwrap(),
+            cpu: serde_json::from_value(cpu).unwrap(),
+            guest_cpu: Default::default(),
+            saved_at_unix_ns: 0,
+            state: FileSeal::of(&[]),
+            memory_bytes: content.len() as u64,
+            pieces: FileSeal::of(&pieces),
+            memory_file: Some(FileIdentity::of(&memory.metadata().unwrap())),
+        };
+        Self {
+            manifest,
+            state: Vec::new(),
+            pieces,
+            memory,
+            memory_path: path.to_owned(),
         }
-        Ok(())
+    }
+
+    /// As if nobody had noticed what happened to the file.
+    pub(super) fn trust_memory_file(&mut self) {
+        self.manifest.memory_file = Some(FileIdentity::of(&self.memory.metadata().unwrap()));
     }
 }
 

@@ -7,7 +7,10 @@ use godwit_wire::cpu::GuestCpu;
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::problem::{FieldProblem, Problem};
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 /// Version of the format.
@@ -42,6 +45,19 @@ pub struct Manifest {
     pub memory_bytes: u64,
     /// Checksums of the pieces.
     pub pieces: FileSeal,
+    /// The file with guest memory as it was left. A later addition: without it the file is not known again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_file: Option<FileIdentity>,
+}
+
+/// What changes when a file is written, replaced or copied. The kernel sets the change time; no call sets it to a
+/// time of the caller's choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileIdentity {
+    /// Number on its file system.
+    pub inode: u64,
+    /// Time of the last change of content or attributes: nanoseconds since 1970.
+    pub changed_unix_ns: u64,
 }
 
 /// Size and XXH3-128 of a file.
@@ -53,19 +69,15 @@ pub struct FileSeal {
     pub xxh3: String,
 }
 
-/// The manifest as it is in its file.
+/// The manifest as it is in its file. The seal is of its text, so that fields which a later version adds are covered
+/// and yet no obstacle.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Sealed {
-    pub(super) manifest: Manifest,
-    pub(super) seal: String,
+struct Sealed {
+    manifest: Box<RawValue>,
+    seal: String,
 }
 
 /// Only what tells versions apart, which every version has.
-#[derive(Deserialize)]
-struct Versioned {
-    manifest: VersionOnly,
-}
-
 #[derive(Deserialize)]
 struct VersionOnly {
     version: u32,
@@ -84,16 +96,23 @@ impl FileSeal {
     }
 }
 
+impl FileIdentity {
+    pub(super) fn of(metadata: &Metadata) -> Self {
+        let (seconds, nanoseconds) = (metadata.ctime() as u64, metadata.ctime_nsec() as u64);
+        Self {
+            inode: metadata.ino(),
+            changed_unix_ns: seconds.saturating_mul(1_000_000_000) + nanoseconds,
+        }
+    }
+}
+
 impl Manifest {
     /// The manifest's file.
     pub(super) fn encode(self) -> Result<Vec<u8>, SnapshotError> {
         let unreadable = |error: serde_json::Error| SnapshotError::Encode(error.to_string());
-        let seal = checksum(&serde_json::to_vec(&self).map_err(unreadable)?);
-        serde_json::to_vec(&Sealed {
-            manifest: self,
-            seal,
-        })
-        .map_err(unreadable)
+        let manifest = serde_json::value::to_raw_value(&self).map_err(unreadable)?;
+        let seal = checksum(manifest.get().as_bytes());
+        serde_json::to_vec(&Sealed { manifest, seal }).map_err(unreadable)
     }
 
     /// Reads a manifest's file and believes nothing in it that its seal does not cover.
@@ -103,18 +122,16 @@ impl Manifest {
             detail,
         };
         let unreadable = |error: serde_json::Error| damaged(error.to_string());
-        let found: Versioned = serde_json::from_slice(bytes).map_err(unreadable)?;
-        if found.manifest.version != VERSION {
-            return Err(SnapshotError::Version {
-                found: found.manifest.version,
-            });
-        }
         let sealed: Sealed = serde_json::from_slice(bytes).map_err(unreadable)?;
-        let again = serde_json::to_vec(&sealed.manifest).map_err(unreadable)?;
-        if checksum(&again) != sealed.seal {
+        let text = sealed.manifest.get();
+        let VersionOnly { version } = serde_json::from_str(text).map_err(unreadable)?;
+        if version != VERSION {
+            return Err(SnapshotError::Version { found: version });
+        }
+        if checksum(text.as_bytes()) != sealed.seal {
             return Err(damaged("it is not what was written".into()));
         }
-        Ok(sealed.manifest)
+        serde_json::from_str(text).map_err(unreadable)
     }
 }
 
@@ -158,6 +175,15 @@ pub enum SnapshotError {
         /// Where in the file.
         offset: u64,
     },
+    /// Guest memory cannot be brought in.
+    #[error("{what}")]
+    Fill {
+        /// What is in the way.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Something cannot be written down.
     #[error("the machine cannot be encoded: {0}")]
     Encode(String),
@@ -173,14 +199,20 @@ pub enum SnapshotError {
 }
 
 impl SnapshotError {
-    /// The same as an API problem.
-    pub fn problem(&self) -> Problem {
+    /// What is wrong, and everything that led to it.
+    pub(crate) fn chain(&self) -> String {
         let mut chain = self.to_string();
         let mut source = std::error::Error::source(self);
         while let Some(error) = source {
             chain = format!("{chain}: {error}");
             source = error.source();
         }
+        chain
+    }
+
+    /// The same as an API problem.
+    pub fn problem(&self) -> Problem {
+        let chain = self.chain();
         let directory = |remedy: &str| {
             Problem::invalid(vec![FieldProblem::new("directory", chain.clone(), remedy)])
         };
@@ -195,7 +227,9 @@ impl SnapshotError {
                 directory("restore from a sound copy")
             }
             Self::Machine(error) => error.problem("spec"),
-            Self::Encode(_) | Self::Ram(_) | Self::Kvm(_) => Problem::internal(chain),
+            Self::Fill { .. } | Self::Encode(_) | Self::Ram(_) | Self::Kvm(_) => {
+                Problem::internal(chain)
+            }
         }
     }
 }

@@ -9,12 +9,20 @@
 //!
 //! A directory is written under another name, flushed to the disk and renamed when it is complete, so one without a
 //! manifest is one that was never finished. Checksums find damage and careless edits; they are no defence against
-//! someone who can recompute them. Disks are not part of a snapshot: they must be as they were when it was taken.
+//! someone who can recompute them.
+//!
+//! A machine goes on before its memory has been read: what it touches is brought in first, the rest behind it (see
+//! [`Filler`]). Disks are not part of a snapshot: they must be as they were when it was taken.
 
+mod fill;
 mod load;
 mod manifest;
 mod save;
 
+#[cfg(test)]
+mod golden;
+
+pub use fill::{Filler, OnLoss, bring_memory};
 pub use load::Snapshot;
 pub use manifest::{Manifest, SnapshotError};
 pub use save::Writer;

@@ -4,7 +4,7 @@
 //! and everything else is saved. Checksums and flushing come after it runs again.
 
 use super::manifest::{
-    CHECKSUM_BYTES, FileSeal, MANIFEST, MEMORY, Manifest, PIECE_BYTES, PIECES, STATE,
+    CHECKSUM_BYTES, FileIdentity, FileSeal, MANIFEST, MEMORY, Manifest, PIECE_BYTES, PIECES, STATE,
     SnapshotError, VERSION,
 };
 use crate::kvm::{DirtyBitmap, DirtyLog};
@@ -15,13 +15,16 @@ use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Pages that are cleared in the dirty log and copied in one go; a multiple of 64.
 const SLICE_PAGES: u64 = 256;
 /// Added to the name of a directory that is not complete yet.
 const PARTIAL: &str = ".partial";
+/// Modes of a snapshot's directory and files: what a guest keeps in memory is nobody else's.
+const PRIVATE_DIRECTORY: u32 = 0o700;
+const PRIVATE: u32 = 0o600;
 const ZERO_PAGE: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
 
 /// A snapshot being written. What is not finished is removed.
@@ -62,12 +65,16 @@ impl Writer {
             }
             _ => {}
         }
-        fs::create_dir(&partial).map_err(failed("the directory cannot be made:", &partial))?;
+        fs::DirBuilder::new()
+            .mode(PRIVATE_DIRECTORY)
+            .create(&partial)
+            .map_err(failed("the directory cannot be made:", &partial))?;
         let path = partial.join(MEMORY);
         let memory = File::options()
             .read(true)
             .write(true)
             .create_new(true)
+            .mode(PRIVATE)
             .open(&path)
             .and_then(|memory| memory.set_len(ram.size().0).map(|()| memory))
             .map_err(failed("the file cannot be made:", &path))?;
@@ -165,6 +172,11 @@ impl Writer {
         ciborium::into_writer(saved, &mut state)
             .map_err(|error| SnapshotError::Encode(error.to_string()))?;
         let pieces = self.checksums()?;
+        let flushed = self.memory.sync_all().and_then(|()| self.memory.metadata());
+        let memory = flushed.map_err(failed(
+            "guest memory cannot be flushed below",
+            &self.partial,
+        ))?;
         let manifest = Manifest {
             version: VERSION,
             spec,
@@ -174,26 +186,23 @@ impl Writer {
             state: FileSeal::of(&state),
             memory_bytes: self.ram.size().0,
             pieces: FileSeal::of(&pieces),
+            memory_file: Some(FileIdentity::of(&memory)),
         }
         .encode()?;
         for (name, content) in [(STATE, &state), (PIECES, &pieces), (MANIFEST, &manifest)] {
             let path = self.partial.join(name);
-            File::create_new(&path)
+            File::options()
+                .write(true)
+                .create_new(true)
+                .mode(PRIVATE)
+                .open(&path)
                 .and_then(|file| {
                     file.write_all_at(content, 0)?;
                     file.sync_all()
                 })
                 .map_err(failed("the file cannot be written:", &path))?;
         }
-        self.memory.sync_all().map_err(failed(
-            "guest memory cannot be flushed below",
-            &self.partial,
-        ))?;
-        let room = self
-            .memory
-            .metadata()
-            .map_or(0, |metadata| metadata.blocks() * 512)
-            + (state.len() + pieces.len() + manifest.len()) as u64;
+        let room = memory.blocks() * 512 + (state.len() + pieces.len() + manifest.len()) as u64;
         flush_directory(&self.partial)?;
         fs::rename(&self.partial, &self.directory).map_err(failed(
             "the snapshot cannot be given its name",

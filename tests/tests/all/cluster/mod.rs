@@ -1,13 +1,18 @@
 //! A server, host agents and VMMs as real processes, driven through REST.
 
 mod fail_over;
+mod figures;
+mod full_pool;
 mod kills;
 mod maintenance;
 mod restarts;
+mod snapshots;
 
-use godwit_tests::cluster::Cluster;
+use godwit_tests::cluster::{Cluster, OPERATION_PATIENCE};
+use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
 use godwit_tests::serial::Serial;
-use serde_json::Value;
+use godwit_tests::vmm::BOOT_PATIENCE;
+use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 /// Room for a few pilots on each host.
@@ -23,6 +28,36 @@ async fn create_busy_pilot(cluster: &Cluster, name: &str, host: &str) -> Value {
     shell.command("fill 256").await.expect("fill");
     shell.command("dirty 10 8").await.expect("dirty");
     vm
+}
+
+/// A Linux VM on `host-1` with a disk named `data`; gives its shell.
+async fn create_linux(cluster: &Cluster, guest: &LinuxGuest, name: &str, disk_mib: u64) -> Serial {
+    let boot = json!({
+        "kind": "linux",
+        "kernel": guest.kernel,
+        "initrd": guest.initrd,
+        "cmdline": AGENT_CMDLINE,
+    });
+    let vm = json!({
+        "name": name,
+        "spec": { "vcpus": 1, "memory_mib": 192, "boot": boot, "cpu": "host" },
+        "disks": [{ "name": "data", "bytes": disk_mib << 20, "format": "raw" }],
+        "host": "host-1",
+    });
+    let _: Value = cluster.api.post("/v1/vms", &vm).await.expect("accepted");
+    let vm = cluster
+        .wait_for_vm(name, OPERATION_PATIENCE, |vm| vm["state"] == "running")
+        .await
+        .expect("it runs");
+    let socket = cluster
+        .vm_dir("host-1", text(&vm, "id"))
+        .join("serial.sock");
+    let mut console = Serial::attach(&socket).await.expect("its console");
+    console
+        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("init is up");
+    cluster.shell(name).await.expect("its shell")
 }
 
 /// The text of a field that is always there.

@@ -15,8 +15,11 @@ use godwit_wire::vmm_api::{
 };
 use std::fs::File;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 const DISK_BYTES: u64 = 64 << 20;
+/// Linux reports free pages some seconds after they have become free.
+const REPORT_PATIENCE: Duration = Duration::from_secs(60);
 
 fn blank_disk(dir: &TestDir) -> Disk {
     let path = dir.join("disk.img");
@@ -225,6 +228,49 @@ async fn a_disk_grows_and_the_balloon_takes_memory_while_linux_runs() {
             break;
         }
     }
+}
+
+/// Resident memory of a process.
+fn resident_mib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the VMM lives");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok());
+    kib.expect("a size") / 1024
+}
+
+/// Free-page reporting: nobody asked for it, and the balloon stays empty.
+#[tokio::test]
+async fn memory_that_linux_frees_goes_back_to_the_host_by_itself() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let request = with_disk(&guest, blank_disk(&dir), 1);
+    let vmm = boot(&dir, "vmm", &request).await;
+    let mut shell = vmm.shell().await.expect("shell");
+    shell.command("fill 128").await.expect("fill");
+    let full = resident_mib(vmm.process.pid());
+    assert!(full >= 128, "{full} MiB hold what the guest filled");
+    // What it filled before is free now.
+    shell.command("fill 8").await.expect("fill");
+    let deadline = Instant::now() + REPORT_PATIENCE;
+    loop {
+        shell.command("uptime").await.expect("the guest lives");
+        let now = resident_mib(vmm.process.pid());
+        if now + 96 <= full {
+            break;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{full} MiB before and {now} MiB now"
+        );
+    }
+    let info = vmm.info().await.expect("info");
+    let balloon = &info.devices[1].counters;
+    assert_eq!(balloon["actual_bytes"], 0);
+    assert!(balloon["reported_bytes"] >= 96 << 20, "{balloon:?}");
+    shell
+        .command("verify")
+        .await
+        .expect("what it keeps is whole");
 }
 
 #[tokio::test]

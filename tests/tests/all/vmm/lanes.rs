@@ -128,14 +128,14 @@ async fn a_guest_that_outruns_a_slow_link_is_slowed_down_and_lands() {
     let (source, request) = boot_pilot(&dir, "source", 2, Mib(128)).await;
     let mut shell = source.shell().await.expect("shell");
     shell.command("fill 64").await.expect("fill");
-    shell.command("dirty 90 48").await.expect("dirty");
+    shell.command("dirty 64 48").await.expect("dirty");
     drop(shell);
     let target = Vmm::start(&dir, "target").await.expect("a target");
     let policy = MigrationPolicy {
         lanes: 2,
         downtime_limit_ms: 100,
         max_bandwidth_bytes_per_s: Some(32 << 20),
-        max_throttle_percent: 95,
+        max_throttle_percent: 99,
         ..verifying()
     };
     let landed = fly(&source, &target, &request, policy).await;

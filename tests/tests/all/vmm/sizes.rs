@@ -8,10 +8,11 @@ use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::MemoryBacking;
 use godwit_wire::unit::Mib;
+use std::fs;
 
 const HUGE_GUEST: Mib = Mib(32);
 const HUGE_PAGE_MIB: u64 = 2;
-const FREE_HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
 #[tokio::test]
 async fn a_pilot_with_64_vcpus_boots_and_moves() {
@@ -29,23 +30,63 @@ async fn a_pilot_with_64_vcpus_boots_and_moves() {
     verify_guest(&target).await;
 }
 
-/// The pool must have room for the machine at both ends.
-fn huge_pages() -> Result<(), String> {
-    skip::kvm()?;
-    let needed = 2 * HUGE_GUEST.0 / HUGE_PAGE_MIB;
-    let free = std::fs::read_to_string(FREE_HUGE_PAGES).unwrap_or_default();
-    match free.trim().parse::<u64>() {
-        Ok(free) if free >= needed => Ok(()),
-        Ok(free) => Err(format!(
-            "{free} huge pages are free and {needed} are needed; reserve them with sysctl vm.nr_hugepages"
-        )),
-        Err(_) => Err(format!("{FREE_HUGE_PAGES} cannot be read")),
+/// Huge pages that were added to the host's pool for a test, and go again with it.
+struct HugePages {
+    added: u64,
+}
+
+fn pool_count(name: &str) -> Result<u64, String> {
+    let path = format!("{POOL}/{name}");
+    let text = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    let count = text.trim().parse();
+    count.map_err(|_| format!("{path} holds no number"))
+}
+
+fn set_pool_size(pages: u64) -> Result<(), String> {
+    let path = format!("{POOL}/nr_hugepages");
+    fs::write(&path, pages.to_string()).map_err(|error| format!("{path}: {error}"))
+}
+
+impl HugePages {
+    /// Sees to it that the pool has room for the machine at both ends; root may add what is missing.
+    fn reserve() -> Result<Self, String> {
+        skip::kvm()?;
+        let needed = 2 * HUGE_GUEST.0 / HUGE_PAGE_MIB;
+        let free = pool_count("free_hugepages")?.saturating_sub(pool_count("resv_hugepages")?);
+        let missing = needed.saturating_sub(free);
+        let pages = Self { added: missing };
+        if missing == 0 {
+            return Ok(pages);
+        }
+        skip::root().map_err(|_| {
+            format!("{free} huge pages are free and {needed} are needed; reserve them with sysctl vm.nr_hugepages")
+        })?;
+        let before = pool_count("nr_hugepages")?;
+        set_pool_size(before + missing)?;
+        let got = pool_count("nr_hugepages")?.saturating_sub(before);
+        if got < missing {
+            return Err(format!(
+                "the host found {got} huge pages of {missing}: its memory is in too many pieces"
+            ));
+        }
+        Ok(pages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if self.added > 0
+            && let Ok(present) = pool_count("nr_hugepages")
+            && let Err(error) = set_pool_size(present.saturating_sub(self.added))
+        {
+            eprintln!("{} huge pages stay reserved: {error}", self.added);
+        }
     }
 }
 
 #[tokio::test]
 async fn a_guest_on_huge_pages_boots_and_moves() {
-    require!(huge_pages());
+    let _pages = require!(HugePages::reserve());
     let dir = TestDir::new();
     let mut spec = vmm::pilot(2, HUGE_GUEST);
     spec.devices.memory_backing = MemoryBacking::Huge2M;

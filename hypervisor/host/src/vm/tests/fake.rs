@@ -48,6 +48,7 @@ pub(crate) fn start(epoch: u64, generation: u64) -> StartVm {
         generation: Generation(generation),
         spec: spec(),
         lease: Default::default(),
+        restore: None,
     }
 }
 
@@ -437,6 +438,7 @@ impl Machine {
                 model: "m".into(),
             },
             guest_resident_bytes: Bytes(0),
+            guest_expected_bytes: Bytes(0),
             counters: Counters::default(),
             vcpus: Vec::new(),
             devices: Vec::new(),

@@ -42,6 +42,7 @@ impl Driver {
             )
             .with_remedy("use godwit-2"));
         }
+        self.keep_memory = Some(request.keep_mib);
         self.info()
     }
 

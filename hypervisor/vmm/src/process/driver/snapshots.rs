@@ -3,15 +3,26 @@
 
 use super::*;
 use crate::machine::SavedMachine;
-use crate::snapshot::{Snapshot, SnapshotError, Writer};
+use crate::snapshot::{Filler, OnLoss, Snapshot, SnapshotError, Writer, bring_memory};
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::vmm_api::{RestoreRequest, SnapshotInfo, SnapshotRequest};
 use std::time::{Duration, SystemTime};
+
+/// How long the driver may take to stop a machine whose memory cannot be had.
+const LOSS_PATIENCE: Duration = Duration::from_secs(10);
+/// What the process ends with when it takes longer.
+const EXIT_LOST: i32 = 70;
 
 /// What a snapshot needs of the machine before anything stops.
 struct Subject {
     writer: Writer,
     log: DirtyLogSource,
+}
+
+/// A machine that was read.
+struct Brought {
+    state: SavedMachine,
+    filler: Option<Filler>,
 }
 
 /// What the guest stood still for.
@@ -66,15 +77,36 @@ impl DriverHandle {
         let ending = || Problem::internal("this VMM is ending");
         let snapshot = Snapshot::open(&request.directory).map_err(|error| error.problem())?;
         let manifest = snapshot.manifest().clone();
+        let verify = request.verify;
         let ram = self
             .call_blocking(move |driver| driver.begin_restore(request, &manifest))
             .ok_or_else(ending)??;
-        let loaded = snapshot
-            .load_memory(&ram)
-            .and_then(|()| snapshot.state())
-            .map(|state| (state, snapshot.age(), Instant::now()));
-        self.call_blocking(move |driver| driver.finish_restore(loaded))
+        let (age, since) = (snapshot.age(), Instant::now());
+        let brought = snapshot.state().and_then(|state| {
+            let filler = bring_memory(snapshot, &ram, verify, self.on_loss())?;
+            Ok(Brought { state, filler })
+        });
+        self.call_blocking(move |driver| driver.finish_restore(brought, age + since.elapsed()))
             .ok_or_else(ending)?
+    }
+
+    /// Stops the guest for good when its memory cannot be brought in. Nobody may wait for that without end, least of
+    /// all a driver that itself waits for the memory: then the process ends.
+    fn on_loss(&self) -> OnLoss {
+        let handle = self.clone();
+        Box::new(move |error| {
+            let detail = error.chain();
+            let (done, stopped) = std::sync::mpsc::sync_channel(1);
+            let lost = detail.clone();
+            handle.post(move |driver| {
+                driver.lose_memory(lost);
+                let _ = done.send(());
+            });
+            if stopped.recv_timeout(LOSS_PATIENCE).is_err() {
+                tracing::error!(%detail, "guest memory is lost: the process ends");
+                std::process::exit(EXIT_LOST);
+            }
+        })
     }
 }
 
@@ -198,20 +230,28 @@ impl Driver {
 
     fn finish_restore(
         &mut self,
-        loaded: Result<(SavedMachine, Duration, Instant), SnapshotError>,
+        brought: Result<Brought, SnapshotError>,
+        age: Duration,
     ) -> Result<VmmInfo, Problem> {
-        if *self.state.borrow() != VmmState::Incoming {
-            return Err(Problem::conflict(
-                "wrong-state",
-                "the machine was ended while its memory was loaded",
-            ));
+        match &*self.state.borrow() {
+            VmmState::Incoming => {}
+            VmmState::Paused {
+                reason: PauseReason::Fault { detail },
+            } => return Err(Problem::conflict("damaged", detail.clone())),
+            _ => {
+                return Err(Problem::conflict(
+                    "wrong-state",
+                    "the machine was ended while its memory was loaded",
+                ));
+            }
         }
-        let restored = loaded.and_then(|(state, age, since)| {
+        let restored = brought.and_then(|Brought { state, filler }| {
+            self.filler = filler;
             let machine = self
                 .machine
                 .as_ref()
                 .ok_or_else(|| MachineError::BadState("the machine is gone".into()))?;
-            Ok(machine.restore(state, age + since.elapsed())?)
+            Ok(machine.restore(state, age)?)
         });
         if let Err(error) = restored {
             self.void_restore();
@@ -222,6 +262,21 @@ impl Driver {
         });
         release_start_pages();
         self.info()
+    }
+
+    /// The guest misses memory that cannot be had. vCPUs and devices that touched it wait for it in the kernel, so the
+    /// machine cannot be taken apart: it is left as it is, with its disk locks, until the process ends.
+    fn lose_memory(&mut self, detail: String) {
+        let Some(machine) = self.machine.take() else {
+            return;
+        };
+        tracing::error!(%detail, "guest memory is lost: the guest cannot go on");
+        machine.abandon();
+        self.drop_machine();
+        self.cancel_migration("the guest's memory is lost");
+        self.enter(VmmState::Paused {
+            reason: PauseReason::Fault { detail },
+        });
     }
 
     /// Nothing of a machine that could not be restored stays; another attempt may follow.
