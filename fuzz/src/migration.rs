@@ -3,22 +3,41 @@
 use crate::input::Input;
 use crate::vmm_api::read;
 use godwit_wire::migration::{
-    Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, MAX_CONTROL_BYTES, MAX_FRAME_PAGES,
-    MAX_MAPPED_PAGES, MAX_STATE_BYTES, ToSource, ToTarget,
+    Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, HeldPages, MAX_COMPARED_PAGES,
+    MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_MAPPED_PAGES, MAX_STATE_BYTES, PAGE_HASH_BYTES,
+    ToSource, ToTarget,
 };
 use godwit_wire::unit::PAGE_BYTES;
 
 /// The first byte chooses: a header, or a message in one direction.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.u8() % 3 {
+    match input.u8() % 4 {
         0 => header(&input.array()),
         1 => {
             if let Some(ToTarget::Hello { spec, .. }) = read(input.rest()) {
                 let _ = spec.problems("spec");
             }
         }
-        _ => drop(read::<ToSource>(input.rest())),
+        2 => drop(read::<ToSource>(input.rest())),
+        _ => {
+            let pages = u32::from(input.u8()) + 1;
+            held(pages, input.rest());
+        }
+    }
+}
+
+/// What a target says that it holds: read or refused, and never of pages that were not asked for.
+fn held(pages: u32, payload: &[u8]) {
+    let asked = FrameHeader::compare(0, pages);
+    let header = FrameHeader::held(0, pages, payload.len() as u32);
+    if let Ok(held) = HeldPages::decode(&asked, &header, payload) {
+        let hashes = (0..pages).filter_map(|page| held.hash(page)).count();
+        assert!(held.hash(pages).is_none());
+        assert_eq!(
+            payload.len(),
+            pages.div_ceil(64) as usize * 8 + hashes * PAGE_HASH_BYTES
+        );
     }
 }
 
@@ -43,6 +62,16 @@ fn header(bytes: &[u8; FRAME_HEADER_BYTES]) {
         FrameKind::Missing => {
             assert!((1..=MAX_MAPPED_PAGES).contains(&header.pages));
             assert_eq!(header.length, header.pages.div_ceil(64) * 8);
+        }
+        FrameKind::Held => {
+            assert!((1..=MAX_COMPARED_PAGES).contains(&header.pages));
+            let map = header.pages.div_ceil(64) * 8;
+            let hashes = header.pages * PAGE_HASH_BYTES as u32;
+            assert!((map..=map + hashes).contains(&header.length));
+        }
+        FrameKind::Compare => {
+            assert!((1..=MAX_COMPARED_PAGES).contains(&header.pages));
+            assert_eq!(header.length, 0);
         }
         FrameKind::Zero | FrameKind::Want | FrameKind::Served => assert_eq!(header.length, 0),
     }

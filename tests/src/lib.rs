@@ -26,6 +26,8 @@ pub mod linux;
 
 pub mod vmm;
 
+pub mod kept;
+
 pub mod migration;
 
 pub mod soak;

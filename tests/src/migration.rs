@@ -9,7 +9,7 @@ use godwit_wire::migration::{
     MigrationToken,
 };
 use godwit_wire::vmm_api::{
-    CreateRequest, IncomingReady, IncomingRequest, MigrationCommand, OutgoingRequest,
+    CreateRequest, IncomingReady, IncomingRequest, KeptMemory, MigrationCommand, OutgoingRequest,
 };
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -56,12 +56,21 @@ impl<'a> Flight<'a> {
         target: &'a Vmm,
         request: &CreateRequest,
     ) -> anyhow::Result<Self> {
-        let (authority, migration) = (Authority::create()?, MigrationId::fresh());
-        let identities = (
-            authority.issue_migration(migration, MigrationRole::Source)?,
-            authority.issue_migration(migration, MigrationRole::Target)?,
-        );
+        let migration = MigrationId::fresh();
+        let identities = fresh_identities(migration)?;
         Self::prepare_with(source, target, request, migration, Some(identities)).await
+    }
+
+    /// The same for a VM that comes home to memory that was kept of it.
+    pub async fn prepare_home(
+        source: &'a Vmm,
+        target: &'a Vmm,
+        request: &CreateRequest,
+        kept: KeptMemory,
+    ) -> anyhow::Result<Self> {
+        let migration = MigrationId::fresh();
+        let identities = Some(fresh_identities(migration)?);
+        Self::prepare_all(source, target, request, (migration, identities, Some(kept))).await
     }
 
     /// Both ends' identities are given, source first, or none.
@@ -70,7 +79,16 @@ impl<'a> Flight<'a> {
         target: &'a Vmm,
         request: &CreateRequest,
         migration: MigrationId,
-        identities: Option<(MigrationIdentity, MigrationIdentity)>,
+        identities: Option<Identities>,
+    ) -> anyhow::Result<Self> {
+        Self::prepare_all(source, target, request, (migration, identities, None)).await
+    }
+
+    async fn prepare_all(
+        source: &'a Vmm,
+        target: &'a Vmm,
+        request: &CreateRequest,
+        (migration, identities, kept): (MigrationId, Option<Identities>, Option<KeptMemory>),
     ) -> anyhow::Result<Self> {
         let incoming = IncomingRequest {
             attachments: request.attachments.clone(),
@@ -80,6 +98,7 @@ impl<'a> Flight<'a> {
             lease: request.lease.clone(),
             migration,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            kept,
             identity: identities.as_ref().map(|(_, target)| target.clone()),
         };
         let ready: IncomingReady = target
@@ -184,6 +203,17 @@ impl<'a> Flight<'a> {
             .await
             .with_context(|| verb.to_owned())
     }
+}
+
+/// What both ends prove themselves with, the source's first.
+type Identities = (MigrationIdentity, MigrationIdentity);
+
+fn fresh_identities(migration: MigrationId) -> anyhow::Result<Identities> {
+    let authority = Authority::create()?;
+    Ok((
+        authority.issue_migration(migration, MigrationRole::Source)?,
+        authority.issue_migration(migration, MigrationRole::Target)?,
+    ))
 }
 
 /// Moves the VM of `request` and counts its epoch up, as the store would.

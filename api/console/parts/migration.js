@@ -33,6 +33,7 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
     ['Predicted blackout', milliseconds(told(p.predicted_blackout_ms))],
     ['Lanes', told(p.lanes) || '–'],
     p.throttle_percent > 0 && ['Guest slowed by', percent(p.throttle_percent)],
+    p.kept_pages > 0 && ['Kept at the target', `${inMib(p.kept_pages * 4096)} MiB`],
     p.saved_bytes > 0 && ['Compression saved', bytes(p.saved_bytes)],
     p.prefault_ms > 0 && ['Prefault', milliseconds(p.prefault_ms)],
   ].filter(Boolean);

@@ -298,6 +298,7 @@ fn migrations_show_how_far_they_are() {
     ended["progress"]["downtime_us"] = json!(8_312);
     ended["progress"]["lanes"] = json!(4);
     ended["progress"]["throttle_percent"] = json!(40);
+    ended["progress"]["kept_pages"] = json!(1_024);
     ended["progress"]["saved_bytes"] = json!(104_857_600);
     ended["progress"]["prefault_ms"] = json!(120);
     ended["progress"]["blackout"] = json!({
@@ -321,6 +322,7 @@ fn migrations_show_how_far_they_are() {
             State:     committed (completed)
             Round:     2
             Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+            Kept:      1024 pages that the target still had
             Saved:     100.0 MiB by compression
             Remaining: 12.0 MiB
             Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s

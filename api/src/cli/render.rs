@@ -200,6 +200,11 @@ pub(super) fn host(host: &Host, now: Timestamp) -> String {
                 bytes(host.usage.memory_used_bytes)
             ),
         )
+        .maybe(
+            "Kept",
+            nonzero(host.usage.kept_memory_bytes)
+                .map(|kept| format!("{} memory of VMs that may come home", bytes(kept))),
+        )
         .line(
             "Pressure",
             format!(
@@ -370,6 +375,11 @@ pub(super) fn migration(migration: &Migration) -> String {
                 progress.content_pages,
                 progress.zero_pages
             ),
+        )
+        .maybe(
+            "Kept",
+            nonzero(progress.kept_pages)
+                .map(|pages| format!("{pages} pages that the target still had")),
         )
         .maybe(
             "Saved",

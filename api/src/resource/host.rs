@@ -98,6 +98,9 @@ pub struct HostUsage {
     pub cpu_percent: f64,
     /// Memory that is not available to new work.
     pub memory_used_bytes: u64,
+    /// Memory of VMs that have moved away, kept for their return and given up when it is needed.
+    #[serde(default)]
+    pub kept_memory_bytes: u64,
     /// Stalls.
     pub pressure: Pressure,
 }

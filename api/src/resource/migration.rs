@@ -84,6 +84,9 @@ pub struct MigrationProgress {
     pub content_pages: u64,
     /// Pages sent as all zero.
     pub zero_pages: u64,
+    /// Pages not sent, because the target had kept them from an earlier stay.
+    #[serde(default)]
+    pub kept_pages: u64,
     /// Still to be sent in this round.
     pub remaining_bytes: u64,
     /// Transfer rate.

@@ -233,6 +233,7 @@ fn host_usage(usage: HostUsage) -> api::HostUsage {
     api::HostUsage {
         cpu_percent: tenths(usage.cpu_percent),
         memory_used_bytes: usage.memory_used_bytes.0,
+        kept_memory_bytes: usage.kept_memory_bytes.0,
         pressure: api::Pressure {
             cpu_percent: usage.pressure.cpu_percent,
             memory_percent: usage.pressure.memory_percent,
@@ -282,6 +283,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
         transferred_bytes: progress.transferred_bytes.0,
         content_pages: progress.content_pages,
         zero_pages: progress.zero_pages,
+        kept_pages: progress.kept_pages,
         remaining_bytes: progress.remaining_bytes.0,
         rate_bytes_per_s: progress.rate_bytes_per_s,
         dirty_bytes_per_s: progress.dirty_bytes_per_s,

@@ -122,6 +122,7 @@ impl Metrics {
         devices::register(&mut registry, view);
         let cpu = Family::<HostLabel, Gauge<f64, AtomicU64>>::default();
         let memory = Family::<HostLabel, Gauge>::default();
+        let kept = Family::<HostLabel, Gauge>::default();
         let committed = Family::<HostLabel, Gauge>::default();
         for record in view.hosts.values() {
             let host = convert::host(view, record);
@@ -130,6 +131,8 @@ impl Metrics {
             memory
                 .get_or_create(&label)
                 .set(signed(host.usage.memory_used_bytes));
+            kept.get_or_create(&label)
+                .set(signed(host.usage.kept_memory_bytes));
             committed
                 .get_or_create(&label)
                 .set(signed(host.committed.memory_mib.saturating_mul(1 << 20)));
@@ -139,6 +142,11 @@ impl Metrics {
             "host_memory_used_bytes",
             "Memory of a host that is not available to new work",
             memory,
+        );
+        registry.register(
+            "host_memory_kept_bytes",
+            "Memory of VMs that have moved away, kept on a host for their return",
+            kept,
         );
         registry.register(
             "host_memory_committed_bytes",

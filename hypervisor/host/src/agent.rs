@@ -16,6 +16,7 @@ use crate::error::HostError;
 use crate::facts::{self, HostSampler};
 use crate::heartbeat::Heartbeats;
 use crate::join;
+use crate::kept::{KeepPolicy, KeptMemories};
 use crate::lease::LeasePage;
 use crate::network::Networks;
 use crate::process::{self, VmmProcess};
@@ -153,10 +154,15 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
         board: Board::default(),
         storage: Storage::new(pool_places(&args, &ground.state)?, host),
         networks: Networks::new(host, address.ip()),
+        kept: Arc::new(KeptMemories::new(keep_policy(
+            &args,
+            facts.guest_memory_mib,
+        ))),
         runtime: tokio::runtime::Handle::current(),
     }));
     adopt_all(&registry).await?;
     let _sampling = registry.context().storage.keep_sampling();
+    let _keeping = registry.context().kept.watch();
     // Only now is it known what the VMs found here need.
     let networking = registry.context().networks.keep();
     let agent = Arc::new(Agent {
@@ -236,6 +242,14 @@ fn prepare(args: &HostArgs) -> Result<Ground, HostError> {
         authority,
         _lock: lock,
     })
+}
+
+fn keep_policy(args: &HostArgs, guest_memory: Mib) -> KeepPolicy {
+    KeepPolicy {
+        keep: Duration::from_secs(args.keep_memory_minutes.saturating_mul(60)),
+        most: args.keep_memory_mib.map(|most| Mib(most).bytes()),
+        guest_memory: guest_memory.bytes(),
+    }
 }
 
 /// The pools of the command line, or the default one.

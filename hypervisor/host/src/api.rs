@@ -14,6 +14,8 @@ use godwit_channel::{tls, upgrade};
 use godwit_wire::host_api::{HostFacts, HostReport, SERIAL_UPGRADE};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
+use godwit_wire::unit::Bytes;
+use godwit_wire::usage::HostUsage;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -31,11 +33,22 @@ pub(crate) struct Agent {
 }
 
 impl Agent {
+    /// What is kept for VMs that may come home is given up when it is needed: it is not in use.
+    fn usage(&self) -> HostUsage {
+        let usage = self.sampler.usage();
+        let kept = self.registry.context().kept.bytes();
+        HostUsage {
+            memory_used_bytes: Bytes(usage.memory_used_bytes.0.saturating_sub(kept.0)),
+            kept_memory_bytes: kept,
+            ..usage
+        }
+    }
+
     pub(crate) fn report(&self) -> HostReport {
         HostReport {
             pools: self.registry.context().storage.reports(),
             facts: self.facts.clone(),
-            usage: self.sampler.usage(),
+            usage: self.usage(),
             vms: self.registry.context().board.reports(),
         }
     }

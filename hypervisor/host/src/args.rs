@@ -43,6 +43,14 @@ pub struct HostArgs {
     /// Memory that guests may use; all but a tenth (at least 512 MiB) if not given.
     #[arg(long, value_name = "MIB")]
     pub guest_memory_mib: Option<u64>,
+    /// For how long the memory of a VM that has moved away is kept, so that only what has changed is sent when it comes
+    /// home; 0 keeps none.
+    #[arg(long, value_name = "MINUTES", default_value_t = 60)]
+    pub keep_memory_minutes: u64,
+    /// How much of it at most. In any case it takes only memory that no VM here has been promised, and makes way for
+    /// VMs that start or arrive.
+    #[arg(long, value_name = "MIB")]
+    pub keep_memory_mib: Option<u64>,
     /// A storage pool: a name and a directory that exists, on this host or shared with others; may be repeated. If none
     /// is given, a pool `default` is kept in the state directory.
     #[arg(long, value_name = "NAME=DIR", value_parser = storage_pool)]

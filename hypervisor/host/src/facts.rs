@@ -172,6 +172,7 @@ fn measured(cpu_percent: f64) -> HostUsage {
     HostUsage {
         cpu_percent,
         memory_used_bytes,
+        kept_memory_bytes: Bytes(0),
         pressure: procfs::pressure(),
     }
 }

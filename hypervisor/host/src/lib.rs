@@ -5,7 +5,7 @@
 //! deciders (pure)   admission  handover  adoption  backoff
 //! on disk           record  lease
 //! for VMs           seed  storage  network
-//! one VM            vm: the driver task; process: its VMM
+//! one VM            vm: the driver task; process: its VMM; kept: its memory after it has moved away
 //! the host          facts  api  heartbeat  join  agent
 //! ```
 //!
@@ -39,6 +39,8 @@ mod network;
 mod lease;
 
 mod process;
+
+mod kept;
 
 mod control;
 

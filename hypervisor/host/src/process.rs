@@ -150,6 +150,12 @@ impl VmmProcess {
         self.id
     }
 
+    /// Whether the process with this number is still this one.
+    pub(crate) fn is_itself(&self) -> bool {
+        procfs::process_stat(self.id.pid)
+            .is_some_and(|stat| stat.start_ticks == self.id.start_ticks && stat.alive == Alive::Yes)
+    }
+
     /// Completes when the process has ended.
     pub(crate) async fn exited(&self) -> Exit {
         let mut exit = self.exit.clone();

@@ -40,14 +40,27 @@
 //! When connections break after `Done`, the source connects again with `Resume`; the target answers with `Missing`
 //! frames and `Resumed`, lanes join, and it goes on.
 //!
+//! A target that still has memory of this VM from an earlier stay says so in `Accept`, if the source offered to compare.
+//! In the first round each lane then asks for what the target holds before it sends:
+//!
+//! ```text
+//!   Compare on a lane                    →                   (a slice of memory)
+//!                                        ←  Held on that lane (which of its pages are there, and their hashes)
+//!   Pages* Zero* on that lane            →                   (those that are not there as they are here)
+//! ```
+//!
+//! A lane asks for its next slice before it sends the one before, so that neither end waits for the other.
+//!
 //! A round ends on every lane before the next begins on any, so that no older copy of a page can overtake a newer
 //! one. Either side may send `Abort` before `Done`; from `Done` on only the store's answer decides.
 
 mod frame;
+mod held;
 mod identity;
 mod policy;
 
 pub use frame::{Codec, FrameError, FrameHeader, FrameKind, checksum};
+pub use held::{HeldError, HeldPages, PAGE_HASH_BYTES};
 pub use identity::{MigrationIdentity, MigrationToken};
 pub use policy::{Compression, MAX_LANES, MigrationPolicy, PostCopy, Verify};
 
@@ -72,6 +85,9 @@ pub const MAX_TOUCHED_STRETCHES: usize = 1024;
 pub const MAX_FRAME_PAGES: u32 = 256;
 /// Most pages that one map of missing pages covers (1 GiB; 32 KiB on the wire).
 pub const MAX_MAPPED_PAGES: u32 = 1 << 18;
+/// Most pages that are compared at a time (4 MiB; at most 16.1 KiB of hashes). Two such answers fit what a connection
+/// holds on the way, so an answer never waits for an end that is itself sending.
+pub const MAX_COMPARED_PAGES: u32 = 1024;
 /// Bytes in an encoded [`FrameHeader`].
 pub const FRAME_HEADER_BYTES: usize = 32;
 /// First four bytes of every frame.
@@ -131,6 +147,8 @@ pub struct MigrationProgress {
     pub content_pages: u64,
     /// Pages sent as "all zero".
     pub zero_pages: u64,
+    /// Pages not sent, because the target still had them as they are from an earlier stay; known at the source.
+    pub kept_pages: u64,
     /// Memory still to be sent in this round.
     pub remaining_bytes: Bytes,
     /// Measured transfer rate.
@@ -238,6 +256,17 @@ pub enum LaneKind {
     Urgent,
 }
 
+/// What the target's memory holds before anything is sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetMemory {
+    /// Zeros.
+    #[default]
+    Fresh,
+    /// What the VM had when it left that host, or anything else: it is to be compared page by page.
+    Kept,
+}
+
 /// What a guest does after it has moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -313,6 +342,10 @@ pub enum ToTarget {
         /// the transfer does not wait for page faults. At most [`MAX_TOUCHED_STRETCHES`]; a hint, never trusted.
         #[serde(default)]
         touched: Vec<Stretch>,
+        /// The source can compare pages with what the target has kept; their hashes begin from this number, drawn at
+        /// random for this migration. Absent from sources that cannot.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        compare_seed: Option<u64>,
     },
     /// Opens a lane.
     Join {
@@ -384,6 +417,9 @@ pub enum ToSource {
         /// Urgent lanes it takes: as many as asked for, or 0 where post-copy cannot be had.
         #[serde(default)]
         urgent_lanes: u8,
+        /// What its memory holds; anything but zeros only if the source can compare.
+        #[serde(default)]
+        memory: TargetMemory,
     },
     /// The lane is open.
     Joined,

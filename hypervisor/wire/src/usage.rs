@@ -21,8 +21,10 @@ pub struct Pressure {
 pub struct HostUsage {
     /// Busy share of all cores together, 0 to 100.
     pub cpu_percent: f64,
-    /// Memory that is not available to new work (`MemTotal − MemAvailable`).
+    /// Memory that is not available to new work (`MemTotal − MemAvailable`, less what is kept).
     pub memory_used_bytes: Bytes,
+    /// Memory of VMs that have moved away, kept for their return and given up when it is needed.
+    pub kept_memory_bytes: Bytes,
     /// Stalls.
     pub pressure: Pressure,
 }

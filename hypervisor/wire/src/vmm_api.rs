@@ -31,6 +31,9 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+/// Name of the memfd that is a guest's memory, as `/proc/<pid>/fd` shows it.
+pub const GUEST_MEMORY_NAME: &str = "godwit-guest-ram";
+
 /// Builds the machine (it does not run yet).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CreateRequest {
@@ -67,10 +70,23 @@ pub struct IncomingRequest {
     pub migration: MigrationId,
     /// Where to listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Memory to begin with; what cannot be used makes way for fresh memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<KeptMemory>,
     /// What this end proves itself with; without it the connections are not encrypted and the token alone tells
     /// the source from a stranger.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,
+}
+
+/// Memory that a VM had on this host before it moved away. Only its content is of use: whether that is what the VM has
+/// now is found out page by page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptMemory {
+    /// Where the memfd can be opened, in `/proc`.
+    pub path: PathBuf,
+    /// Its inode, which tells it from whatever else may be there by now.
+    pub inode: u64,
 }
 
 /// The target waits.

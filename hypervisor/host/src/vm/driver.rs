@@ -258,6 +258,10 @@ impl Driver {
     }
 
     fn publish(&self) {
+        let holding = self.holding.as_ref();
+        let machine = holding.filter(|holding| holding.live.is_some());
+        let memory = machine.map(|holding| holding.record.spec.memory_mib);
+        self.context.kept.promise(self.vm, memory);
         if let Some(report) = self.report() {
             self.context.board.publish(report);
         }

@@ -7,6 +7,7 @@ use super::driver::Driver;
 use super::observe::watch_migration;
 use crate::backoff::{Backoff, random};
 use crate::handover::{Verdict, source_step, target_step};
+use crate::kept::HeldMemory;
 use godwit_wire::host_api::{CancelMigration, CommitReply, Resolution, ResolveRequest, VmReport};
 use godwit_wire::id::{Epoch, MigrationId};
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
@@ -46,6 +47,8 @@ pub(super) struct Handover {
     pub(super) _watcher: AbortOnDropHandle<()>,
     pub(super) courier: Option<AbortOnDropHandle<()>>,
     pub(super) _dirty_log: Option<OwnedMutexGuard<()>>,
+    /// The memory of a VM that leaves, should it be kept for its return.
+    pub(super) memory: Option<HeldMemory>,
 }
 
 /// Whether a connection to the server has been opened for the commit, which falls into the guest's blackout.
@@ -130,6 +133,11 @@ impl Driver {
         };
         let Some(live) = &holding.live else { return };
         let watcher = watch_migration(live.vmm.clone(), news);
+        let memory = match role {
+            // Only now is it certain to be there: the VMM lets go of it as soon as the VM runs elsewhere.
+            MigrationRole::Source => self.context.kept.hold(&live.process, &holding.record.spec),
+            MigrationRole::Target => None,
+        };
         holding.handover = Some(Handover {
             migration,
             role,
@@ -143,6 +151,7 @@ impl Driver {
             _watcher: watcher,
             courier: None,
             _dirty_log: dirty_log,
+            memory,
         });
     }
 

@@ -5,6 +5,7 @@ use super::ledger::unwritable;
 use super::{Command, Reply};
 use crate::board::Board;
 use crate::control::ControlPlane;
+use crate::kept::KeptMemories;
 use crate::network::Networks;
 use crate::process::VmmProcess;
 use crate::record::{StateDirectory, VmRecord};
@@ -39,6 +40,7 @@ pub(crate) struct Context {
     pub(crate) board: Board,
     pub(crate) storage: Arc<Storage>,
     pub(crate) networks: Arc<Networks>,
+    pub(crate) kept: Arc<KeptMemories>,
     /// Where drivers run.
     pub(crate) runtime: tokio::runtime::Handle,
 }

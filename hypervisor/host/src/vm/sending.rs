@@ -5,6 +5,7 @@ use super::handover::{OBEY_TIMEOUT, not_running, pauses};
 use crate::admission::Admission;
 use crate::backoff::random;
 use crate::handover::{SOURCE_PATIENCE, SourceStep};
+use crate::kept::Kept;
 use godwit_wire::host_api::{Resolution, StartOutgoing, VmReport};
 use godwit_wire::id::Epoch;
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
@@ -192,6 +193,7 @@ impl Driver {
             return;
         };
         let migration = handover.migration;
+        let mut kept = None;
         if let Some(live) = &holding.live {
             let vmm = live.vmm.clone();
             let command = MigrationCommand {
@@ -206,11 +208,14 @@ impl Driver {
             );
             match self.vmm_answer::<MigrationStatus>(told).await {
                 Ok(status) => {
-                    let needed = status.phase == MigrationPhase::PostCopy;
+                    let phase = status.phase;
                     if let Some(holding) = &mut self.holding {
                         holding.migration = Some(status);
                     }
-                    if needed {
+                    if phase == MigrationPhase::Completed {
+                        kept = self.memory_left();
+                    }
+                    if phase == MigrationPhase::PostCopy {
                         tracing::info!(vm = %self.vm, %migration, "the VM has moved away ahead of its memory, which is kept until all of it has followed");
                         return;
                     }
@@ -221,6 +226,24 @@ impl Driver {
             }
         }
         tracing::info!(vm = %self.vm, %migration, "the VM has moved away");
-        self.depart(StopReason::MigratedAway).await;
+        let departed = self.depart(StopReason::MigratedAway).await.is_some();
+        match (kept, departed) {
+            (Some(kept), true) => self.context.kept.keep(self.vm, kept),
+            // It is tried again.
+            (Some(kept), false) => {
+                if let Some(handover) = self.handover_mut() {
+                    handover.memory = Some(kept.into_memory());
+                }
+            }
+            (None, _) => {}
+        }
+    }
+
+    /// The memory that the VM leaves behind, if it shall be kept.
+    fn memory_left(&mut self) -> Option<Kept> {
+        let holding = self.holding.as_mut()?;
+        let (former, record) = (holding.live.as_ref()?.process.clone(), &holding.record);
+        let memory = holding.handover.as_mut()?.memory.take()?;
+        Some(Kept::new(memory, record.epoch, &record.spec, former))
     }
 }

@@ -3,6 +3,7 @@
 use super::driver::{Driver, Holding};
 use super::ledger::unwritable;
 use crate::admission::Admission;
+use crate::kept::Kept;
 use crate::process::{self, VmmProcess};
 use crate::record::{NewRecord, Purpose, Started, VmRecord};
 use godwit_channel::CallError;
@@ -15,6 +16,7 @@ use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::{MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::RestoreFrom;
+use godwit_wire::unit::Bytes;
 use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{
     Command as VmmCommand, CreateRequest, IncomingReady, IncomingRequest, RestoreRequest,
@@ -112,7 +114,9 @@ impl Driver {
         let command = VmmCommand {
             epoch: record.epoch,
         };
-        let (vmm, attachments) = self.spawn_vmm(record).await?;
+        // It begins afresh: nothing of an earlier stay is of use.
+        self.context.kept.forget(self.vm);
+        let (vmm, attachments) = self.spawn_vmm(record, Bytes(0)).await?;
         let go = match restore {
             None => {
                 let request = CreateRequest {
@@ -229,15 +233,21 @@ impl Driver {
             lease: self.lease_page(ask.lease),
             migration: ask.migration,
             listen: SocketAddr::new(self.context.migration_address, 0),
+            kept: None,
             identity: ask.identity.clone(),
         };
-        let (vmm, attachments) = self.spawn_vmm(record).await?;
+        // Held until its new VMM has it.
+        let kept = self.memory_from_before(&record).await;
+        let already = kept.as_ref().map_or(Bytes(0), Kept::bytes);
+        let (vmm, attachments) = self.spawn_vmm(record, already).await?;
         let request = IncomingRequest {
             attachments,
+            kept: kept.as_ref().and_then(Kept::place),
             ..request
         };
         let built = vmm.request_within(BUILD_TIMEOUT, Method::PUT, "/v1/incoming", Some(&request));
         let ready: IncomingReady = self.vmm_answer(built).await?;
+        drop(kept);
         self.has_started(VmmState::Incoming)?;
         let status: MigrationStatus = self
             .vmm_answer(vmm.get("/v1/migration?after=0&wait_ms=0"))
@@ -245,6 +255,29 @@ impl Driver {
         self.begin_handover(status, MigrationRole::Target, ask.epoch, None);
         tracing::info!(vm = %self.vm, migration = %ask.migration, address = %ready.address, "ready to receive the VM");
         Ok(ready)
+    }
+
+    /// What is kept of an earlier stay of a VM that comes home, once nobody else can touch it.
+    async fn memory_from_before(&mut self, record: &VmRecord) -> Option<Kept> {
+        let kept = self
+            .context
+            .kept
+            .take(self.vm, record.epoch, &record.spec)?;
+        let former = kept.former().clone();
+        let gone = async move {
+            let gone = former.until_gone().await;
+            gone.map_err(|error| Problem::internal(error.to_string()))
+        };
+        match self.unless_doomed(gone).await {
+            Ok(_) => {
+                tracing::info!(vm = %self.vm, bytes = %kept.bytes(), "the VM comes home to memory that was kept");
+                Some(kept)
+            }
+            Err(problem) => {
+                tracing::warn!(vm = %self.vm, %problem, "memory that was kept cannot be used");
+                None
+            }
+        }
     }
 
     fn check_spec(&self, spec: &MachineSpec) -> Result<(), Problem> {
@@ -267,13 +300,16 @@ impl Driver {
     }
 
     /// Writes the record, gets disks and networks ready, starts a VMM process and waits for its API. Whatever process
-    /// there was for this VM is gone before.
+    /// there was for this VM is gone before, and memory is free for it, of which it has `already` some.
     async fn spawn_vmm(
         &mut self,
         mut record: VmRecord,
+        already: Bytes,
     ) -> Result<(UdsClient, Attachments), Problem> {
         self.end_process().await?;
         self.wait_for_former(record.epoch).await?;
+        let memory = record.spec.memory_mib;
+        self.context.kept.make_room(self.vm, memory, already).await;
         let prepared = self
             .directory
             .create()

@@ -230,6 +230,7 @@ impl Driver {
             None => {}
         }
         self.fence.close(epoch);
+        self.context.kept.forget_before(self.vm, epoch);
         self.leave().await?;
         self.context.board.retract(self.vm);
         match self.fence_kept {

@@ -533,3 +533,47 @@ async fn while_a_migration_is_under_way_nobody_stops_or_pauses_the_vm() {
     );
     stopped.await.unwrap().unwrap();
 }
+
+/// A VMM that is no more.
+async fn former(host: &mut Host) -> crate::process::VmmProcess {
+    let vm = VmId::fresh();
+    host.start(vm, 1, 1).await.unwrap();
+    let process = host.fakes.process(vm);
+    host.destroy(vm, 1).await.unwrap();
+    process.exited().await;
+    process
+}
+
+#[tokio::test]
+async fn a_vm_that_comes_home_is_handed_the_memory_that_was_kept_of_it() {
+    let mut host = Host::new().await;
+    let former = former(&mut host).await;
+    let (home, elsewhere) = (VmId::fresh(), VmId::fresh());
+    let kept = crate::kept::tests::kept(2, 3, former);
+    let place = kept.place().unwrap();
+    host.registry.context().kept.keep(home, kept);
+    receiving(&mut host, elsewhere).await;
+    assert_eq!(
+        host.fakes.handover(elsewhere)["kept"],
+        serde_json::Value::Null
+    );
+    receiving(&mut host, home).await;
+    let handed = host.fakes.handover(home)["kept"].clone();
+    assert_eq!(handed, serde_json::to_value(place).unwrap());
+    // It is the new VMM's alone now.
+    assert_eq!(host.registry.context().kept.bytes().0, 0);
+}
+
+#[tokio::test]
+async fn a_vm_that_starts_afresh_or_is_destroyed_leaves_nothing_kept() {
+    let mut host = Host::new().await;
+    let former = former(&mut host).await;
+    let kept = |epoch| crate::kept::tests::kept(1, epoch, former.clone());
+    let vm = VmId::fresh();
+    host.registry.context().kept.keep(vm, kept(1));
+    host.start(vm, 2, 1).await.unwrap();
+    assert_eq!(host.registry.context().kept.bytes().0, 0);
+    host.registry.context().kept.keep(vm, kept(1));
+    host.destroy(vm, 2).await.unwrap();
+    assert_eq!(host.registry.context().kept.bytes().0, 0);
+}

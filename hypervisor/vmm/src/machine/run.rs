@@ -46,6 +46,8 @@ pub struct MachineParts {
     pub vm: VmId,
     /// Where this host has what the spec names.
     pub attachments: Attachments,
+    /// Memory to use instead of fresh memory; what is in it is of no account.
+    pub memory: Option<GuestRam>,
     /// Where its serial output goes; outlives the machine.
     pub console: Console,
     /// Where it reports what the guest and its devices do by themselves.
@@ -104,7 +106,10 @@ impl Machine {
         boot::check(spec)?;
         let lease = lease.map(LeasePage::open).transpose()?;
         let kvm = Arc::new(kvm::open()?);
-        let ram = GuestRam::with_backing(spec.memory_mib, spec.devices.memory_backing)?;
+        let ram = match &parts.memory {
+            Some(memory) => memory.clone(),
+            None => GuestRam::with_backing(spec.memory_mib, spec.devices.memory_backing)?,
+        };
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         let dirty_log = DirtyLogSource::new(vm.clone(), ram.slots());
         ram.give_to(&vm)?;

@@ -6,6 +6,7 @@ use godwit_devices::memory::GuestMemory;
 use godwit_wire::devices::MemoryBacking;
 use godwit_wire::migration::Stretch;
 use godwit_wire::unit::{Bytes, Mib, PAGE_BYTES};
+use godwit_wire::vmm_api::GUEST_MEMORY_NAME;
 use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::io;
@@ -47,6 +48,15 @@ pub enum RamError {
         needed: Mib,
         /// Free and not reserved.
         available: Mib,
+    },
+    /// What was kept of an earlier stay is not what it should be.
+    #[error("the memory kept at {path} cannot be used")]
+    Kept {
+        /// Where it should be.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: io::Error,
     },
     /// Mapping failed.
     #[error("guest memory cannot be mapped")]
@@ -146,13 +156,22 @@ impl GuestRam {
         let setup = |error: rustix::io::Errno| RamError::Setup(size, error.into());
         let file = File::from(
             rustix::fs::memfd_create(
-                "godwit-guest-ram",
+                GUEST_MEMORY_NAME,
                 MemfdFlags::CLOEXEC | MemfdFlags::NOEXEC_SEAL | pages,
             )
-            .or_else(|_| rustix::fs::memfd_create("godwit-guest-ram", MemfdFlags::CLOEXEC | pages))
+            .or_else(|_| rustix::fs::memfd_create(GUEST_MEMORY_NAME, MemfdFlags::CLOEXEC | pages))
             .map_err(setup)?,
         );
         rustix::fs::ftruncate(&file, size.bytes().0).map_err(setup)?;
+        Self::map_file(file, size, backing)
+    }
+
+    /// Guest memory of `size` in a memfd that is there already, with whatever it holds.
+    pub(super) fn map_file(
+        file: File,
+        size: Mib,
+        backing: MemoryBacking,
+    ) -> Result<Self, RamError> {
         let file = Arc::new(file);
         let segments: Arc<[Segment]> = layout(size.bytes().0).into();
         let ranges = segments.iter().map(|segment| {
@@ -369,6 +388,13 @@ impl GuestRam {
         self.read(segment.start + (file_offset - segment.file_offset), buffer)
     }
 
+    /// Makes all memory read as zeros and gives it back to the host.
+    pub fn discard_all(&self) -> Result<(), RamError> {
+        self.segments
+            .iter()
+            .try_for_each(|segment| self.discard(segment.start, segment.bytes / PAGE_BYTES))
+    }
+
     fn clear(&self, address: u64, bytes: u64) -> Result<(), RamError> {
         const ZEROS: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
         (0..bytes)
@@ -514,7 +540,7 @@ fn free_huge_pages() -> Mib {
 }
 
 /// `MemAvailable` of this host; `None` where /proc does not tell.
-fn available_memory() -> Option<Mib> {
+pub(super) fn available_memory() -> Option<Mib> {
     let meminfo = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo
         .lines()

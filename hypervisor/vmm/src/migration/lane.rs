@@ -1,13 +1,16 @@
 //! One connection that carries pages to the target: content as it is or compressed, zeros as a count.
 
 use super::claims::Claims;
+use super::compare::{Fate, Seed, Theirs};
 use super::pace::Pace;
-use super::round::{Guest, Round, Tally};
+use super::round::{Guest, Round, Slice, Tally};
 use super::squeeze::Squeeze;
 use super::stream::{FrameStream, StreamError};
 use crate::kvm::{DirtyLog, KvmError};
 use crate::memory::{GuestRam, RamError};
-use godwit_wire::migration::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, ToTarget};
+use godwit_wire::migration::{
+    FRAME_HEADER_BYTES, FrameHeader, FrameKind, HeldError, HeldPages, ToTarget,
+};
 use godwit_wire::unit::PAGE_BYTES;
 use std::ops::Range;
 use std::time::Instant;
@@ -31,6 +34,9 @@ pub(super) enum PagesError {
     /// No memory is there.
     #[error("the target wants a page at {0:#x}, where the guest has no memory")]
     NoSuchPage(u64),
+    /// The target contradicts itself.
+    #[error("the target says what it has kept, and that cannot be: {0}")]
+    Held(#[from] HeldError),
     /// The round was called off.
     #[error("cancelled")]
     Stopped,
@@ -51,6 +57,8 @@ pub(super) struct Lane<'a> {
     touched: Range<u64>,
     /// Zero run that may still grow: (address, pages).
     zeros: Option<(u64, u64)>,
+    /// What the target holds of the slice that is being sent, where that is compared.
+    theirs: Option<Theirs>,
     pages: u64,
 }
 
@@ -74,30 +82,82 @@ impl<'a> Lane<'a> {
             squeeze,
             touched: 0..0,
             zeros: None,
+            theirs: None,
             pages: 0,
         }
     }
 
     /// Sends slices of `round` until none is left, and that this was all.
     pub(super) fn send(&mut self, round: &Round) -> Result<(), PagesError> {
-        while let Some(slice) = round.take() {
-            let bitmap = &round.dirty[slice.slot];
-            if round.guest == Guest::Runs {
-                self.log.clear(slice.slot, bitmap, slice.pages.clone())?;
-            }
-            let start = self.log.slots()[slice.slot].guest_address;
-            for (first, pages) in bitmap.runs(slice.pages.clone()) {
-                match &round.claims {
-                    None => self.send_run(round, start + first * PAGE_BYTES, pages)?,
-                    Some(claims) => {
-                        self.send_claimed(round, claims, slice.slot, first..first + pages)?
-                    }
+        match round.seed {
+            None => {
+                while let Some(slice) = round.take() {
+                    self.send_slice(round, &slice)?;
                 }
             }
+            Some(seed) => self.compare_and_send(round, seed)?,
         }
         self.flush_zeros(round.number)?;
         let (round, pages) = (round.number, self.pages);
         Ok(self.out.send(&ToTarget::EndOfRound { round, pages })?)
+    }
+
+    /// Asks what the target holds of each slice of `round` and sends what differs. It is asked about the next slice
+    /// before this one is sent, so that it hashes while this end compares.
+    fn compare_and_send(&mut self, round: &Round, seed: Seed) -> Result<(), PagesError> {
+        let mut next = self.take_and_ask(round)?;
+        while let Some((slice, asked)) = next {
+            next = self.take_and_ask(round)?;
+            let held = self.hear_what_is_held(&asked)?;
+            self.theirs = Some(Theirs::new(seed, asked.address, held));
+            self.send_slice(round, &slice)?;
+            self.theirs = None;
+        }
+        Ok(())
+    }
+
+    fn take_and_ask(&mut self, round: &Round) -> Result<Option<(Slice, FrameHeader)>, PagesError> {
+        if round.is_stopped() {
+            return Err(PagesError::Stopped);
+        }
+        let Some(slice) = round.take() else {
+            return Ok(None);
+        };
+        let start = self.log.slots()[slice.slot].guest_address;
+        let pages = (slice.pages.end - slice.pages.start) as u32;
+        let asked = FrameHeader::compare(start + slice.pages.start * PAGE_BYTES, pages);
+        self.out.send_frame(asked, &[])?;
+        Ok(Some((slice, asked)))
+    }
+
+    fn hear_what_is_held(&mut self, asked: &FrameHeader) -> Result<HeldPages, PagesError> {
+        let announced = self.out.announced()?;
+        if announced.header.kind != FrameKind::Held {
+            return Err(PagesError::Stream(StreamError::Unexpected {
+                got: announced.header.kind,
+                expected: "what the target holds",
+            }));
+        }
+        let payload = self.out.payload(&announced)?;
+        self.tally.compared(payload.len());
+        Ok(HeldPages::decode(asked, &announced.header, &payload)?)
+    }
+
+    fn send_slice(&mut self, round: &Round, slice: &Slice) -> Result<(), PagesError> {
+        let bitmap = &round.dirty[slice.slot];
+        if round.guest == Guest::Runs {
+            self.log.clear(slice.slot, bitmap, slice.pages.clone())?;
+        }
+        let start = self.log.slots()[slice.slot].guest_address;
+        for (first, pages) in bitmap.runs(slice.pages.clone()) {
+            match &round.claims {
+                None => self.send_run(round, start + first * PAGE_BYTES, pages)?,
+                Some(claims) => {
+                    self.send_claimed(round, claims, slice.slot, first..first + pages)?
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Sends each page of `round` that the guest at the target waits for, and after it its neighbours, until the
@@ -163,7 +223,7 @@ impl<'a> Lane<'a> {
                 self.touched = self.ram.next_touched(next)?.unwrap_or(end..end);
                 let untouched = self.touched.start.min(end) - next;
                 if untouched > 0 {
-                    self.note_zeros(round.number, next, untouched / PAGE_BYTES)?;
+                    self.note_untouched(round.number, next, untouched / PAGE_BYTES)?;
                     next += untouched;
                     continue;
                 }
@@ -177,36 +237,72 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    /// Sends up to a chunk of touched pages, zero pages apart. They are copied first, so that a checksum is of what
+    /// Sends that pages are zero which were never touched here, where the target does not know that.
+    fn note_untouched(&mut self, round: u32, address: u64, pages: u64) -> Result<(), PagesError> {
+        let Some(theirs) = self.theirs.take() else {
+            return self.note_zeros(round, address, pages);
+        };
+        for page in 0..pages {
+            let address = address + page * PAGE_BYTES;
+            match theirs.fate_of_untouched(address) {
+                Fate::Kept => self.tally.kept(1),
+                Fate::Zero | Fate::Content => self.note_zeros(round, address, 1)?,
+            }
+        }
+        self.theirs = Some(theirs);
+        Ok(())
+    }
+
+    /// Sends up to a chunk of touched pages, zero pages apart and without those that the target has. They are copied first, so that a checksum is of what
     /// is sent even if the guest writes meanwhile; the page is dirty again then and its next copy settles it.
     fn send_chunk(&mut self, round: &Round, address: u64, bytes: usize) -> Result<(), PagesError> {
         let chunk = FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + bytes;
         self.ram.read(address, &mut self.buffer[chunk.clone()])?;
-        let mut at = chunk.start;
-        while at < chunk.end {
-            let first = address + (at - chunk.start) as u64;
-            if self.is_zero(at) {
-                self.note_zeros(round.number, first, 1)?;
-                at += PAGE;
+        let guest_address = |at: usize| address + (at - chunk.start) as u64;
+        let mut content = chunk.start..chunk.start;
+        for at in chunk.clone().step_by(PAGE) {
+            let fate = self.fate(guest_address(at), at);
+            if fate == Fate::Content {
+                content.end = at + PAGE;
                 continue;
             }
-            let mut stop = at + PAGE;
-            while stop < chunk.end && !self.is_zero(stop) {
-                stop += PAGE;
+            self.send_content(round, guest_address(content.start), content)?;
+            content = at + PAGE..at + PAGE;
+            match fate {
+                Fate::Kept => self.tally.kept(1),
+                Fate::Zero | Fate::Content => {
+                    self.note_zeros(round.number, guest_address(at), 1)?
+                }
             }
-            self.flush_zeros(round.number)?;
-            self.send_pages(round, first, at..stop)?;
-            at = stop;
         }
-        Ok(())
+        self.send_content(round, guest_address(content.start), content)
     }
 
-    fn is_zero(&self, at: usize) -> bool {
-        self.buffer[at..at + PAGE] == ZERO_PAGE
+    /// What is to be done with the page at this place in the buffer.
+    fn fate(&self, address: u64, at: usize) -> Fate {
+        let page = &self.buffer[at..at + PAGE];
+        match (&self.theirs, *page == ZERO_PAGE) {
+            (Some(theirs), zero) => theirs.fate(address, page, zero),
+            (None, true) => Fate::Zero,
+            (None, false) => Fate::Content,
+        }
     }
 
-    /// Sends the pages in `range` of the buffer. What stood before them there has been sent and gives room for the
-    /// header.
+    fn send_content(
+        &mut self,
+        round: &Round,
+        address: u64,
+        range: Range<usize>,
+    ) -> Result<(), PagesError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.flush_zeros(round.number)?;
+        self.send_pages(round, address, range)
+    }
+
+    /// Sends the pages in `range` of the buffer. What stood before them there has been dealt with and gives room for
+    /// the header.
     fn send_pages(
         &mut self,
         round: &Round,

@@ -9,6 +9,7 @@
 //! round        one pass over dirty memory, shared out among the lanes
 //! claims       pages that a guest which runs at the target already still lacks, each sent once
 //! maps         sets of missing pages on the wire
+//! compare      which pages need not be sent, because the target has kept them
 //! connection   TCP, or TLS on it
 //! stream       frames on a connection
 //! sockets      all connections, for whoever calls the migration off
@@ -25,6 +26,7 @@
 //! the target has everything.
 
 mod claims;
+mod compare;
 mod connection;
 mod convergence;
 mod crew;

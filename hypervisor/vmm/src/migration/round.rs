@@ -1,8 +1,9 @@
 //! One pass over dirty memory, shared out among the lanes.
 
 use super::claims::Claims;
+use super::compare::Seed;
 use crate::kvm::DirtyBitmap;
-use godwit_wire::migration::{FRAME_HEADER_BYTES, MigrationProgress};
+use godwit_wire::migration::{FRAME_HEADER_BYTES, MAX_COMPARED_PAGES, MigrationProgress};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::ops::Range;
 use std::sync::Arc;
@@ -42,6 +43,8 @@ pub(super) struct Round {
     pub(super) dirty: Vec<DirtyBitmap>,
     /// Where pages have to be claimed before they are sent: others send them too.
     pub(super) claims: Option<Arc<Claims>>,
+    /// Where pages are compared before they are sent: the target may have them.
+    pub(super) seed: Option<Seed>,
     slices: Vec<Slice>,
     next: AtomicUsize,
     stopped: AtomicBool,
@@ -49,12 +52,32 @@ pub(super) struct Round {
 
 impl Round {
     pub(super) fn new(number: u32, guest: Guest, dirty: Vec<DirtyBitmap>, lanes: usize) -> Self {
-        let slices = slices(&dirty, guest, lanes as u64);
+        Self::cut(number, guest, dirty, lanes, MAX_SLICE_PAGES)
+    }
+
+    /// The first round to a target that has kept memory from an earlier stay.
+    pub(super) fn comparing(seed: Seed, dirty: Vec<DirtyBitmap>, lanes: usize) -> Self {
+        let most = u64::from(MAX_COMPARED_PAGES);
+        Self {
+            seed: Some(seed),
+            ..Self::cut(1, Guest::Runs, dirty, lanes, most)
+        }
+    }
+
+    fn cut(
+        number: u32,
+        guest: Guest,
+        dirty: Vec<DirtyBitmap>,
+        lanes: usize,
+        most_pages: u64,
+    ) -> Self {
+        let slices = slices(&dirty, guest, lanes as u64, most_pages);
         Self {
             number,
             guest,
             dirty,
             claims: None,
+            seed: None,
             slices,
             next: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
@@ -101,13 +124,13 @@ pub(super) fn bytes_of(dirty: &[DirtyBitmap]) -> u64 {
     dirty.iter().map(DirtyBitmap::count).sum::<u64>() * PAGE_BYTES
 }
 
-fn slices(dirty: &[DirtyBitmap], guest: Guest, lanes: u64) -> Vec<Slice> {
+fn slices(dirty: &[DirtyBitmap], guest: Guest, lanes: u64, most_pages: u64) -> Vec<Slice> {
     let total = bytes_of(dirty) / PAGE_BYTES;
     let least = match guest {
         Guest::Runs => MIN_RUNNING_SLICE_PAGES,
         Guest::Paused => WORD_PAGES,
     };
-    let wanted = (total / (lanes.max(1) * SLICES_PER_LANE)).clamp(least, MAX_SLICE_PAGES);
+    let wanted = (total / (lanes.max(1) * SLICES_PER_LANE)).clamp(least, most_pages);
     let step = wanted.next_multiple_of(WORD_PAGES);
     let mut slices = Vec::new();
     for (slot, bitmap) in dirty.iter().enumerate() {
@@ -126,6 +149,7 @@ fn slices(dirty: &[DirtyBitmap], guest: Guest, lanes: u64) -> Vec<Slice> {
 pub(super) struct Tally {
     content_pages: AtomicU64,
     zero_pages: AtomicU64,
+    kept_pages: AtomicU64,
     bytes: AtomicU64,
     saved_bytes: AtomicU64,
     wanted_pages: AtomicU64,
@@ -136,6 +160,7 @@ pub(super) struct Tally {
 pub(super) struct Sent {
     pub(super) content_pages: u64,
     pub(super) zero_pages: u64,
+    pub(super) kept_pages: u64,
     pub(super) bytes: u64,
     pub(super) saved_bytes: u64,
     pub(super) wanted_pages: u64,
@@ -148,11 +173,17 @@ impl Sent {
         progress.saved_bytes = Bytes(self.saved_bytes);
         progress.content_pages = self.content_pages;
         progress.zero_pages = self.zero_pages;
+        progress.kept_pages = self.kept_pages;
     }
 
-    /// Pages of both kinds.
+    /// Pages sent, of both kinds.
     pub(super) const fn pages(&self) -> u64 {
         self.content_pages + self.zero_pages
+    }
+
+    /// Pages dealt with, sent or not.
+    pub(super) const fn settled_pages(&self) -> u64 {
+        self.pages() + self.kept_pages
     }
 }
 
@@ -172,6 +203,17 @@ impl Tally {
             .fetch_add(FRAME_HEADER_BYTES as u64, Ordering::Relaxed);
     }
 
+    /// Pages need not go.
+    pub(super) fn kept(&self, pages: u64) {
+        self.kept_pages.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// A question and its answer of `payload` bytes went over the wire.
+    pub(super) fn compared(&self, payload: usize) {
+        let bytes = 2 * FRAME_HEADER_BYTES + payload;
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     /// A page went because the guest waited for it.
     pub(super) fn wanted(&self) {
         self.wanted_pages.fetch_add(1, Ordering::Relaxed);
@@ -181,6 +223,7 @@ impl Tally {
         Sent {
             content_pages: self.content_pages.load(Ordering::Relaxed),
             zero_pages: self.zero_pages.load(Ordering::Relaxed),
+            kept_pages: self.kept_pages.load(Ordering::Relaxed),
             bytes: self.bytes.load(Ordering::Relaxed),
             saved_bytes: self.saved_bytes.load(Ordering::Relaxed),
             wanted_pages: self.wanted_pages.load(Ordering::Relaxed),
@@ -200,14 +243,20 @@ mod tests {
             cut in 0u64..64,
             lanes in 1usize..16,
             runs in any::<bool>(),
+            compares in any::<bool>(),
         ) {
             let pages = words.len() as u64 * 64 - cut;
             let bitmap = DirtyBitmap::new(words, pages);
             let guest = if runs { Guest::Runs } else { Guest::Paused };
-            let round = Round::new(1, guest, vec![bitmap.clone()], lanes);
+            let round = match compares {
+                true => Round::comparing(Seed(1), vec![bitmap.clone()], lanes),
+                false => Round::new(1, guest, vec![bitmap.clone()], lanes),
+            };
             let mut sent = vec![0u8; pages as usize];
             while let Some(slice) = round.take() {
                 prop_assert!(slice.pages.start.is_multiple_of(WORD_PAGES));
+                let pages = slice.pages.end - slice.pages.start;
+                prop_assert!(!compares || pages <= u64::from(MAX_COMPARED_PAGES));
                 for (first, number) in bitmap.runs(slice.pages.clone()) {
                     (first..first + number).for_each(|page| sent[page as usize] += 1);
                 }

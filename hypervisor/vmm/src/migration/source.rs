@@ -22,6 +22,7 @@ use super::stream::{FrameStream, StreamError, brief};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::{MachineError, SavedMachine, Throttle, Throttling};
 use crate::memory::GuestRam;
+use connect::Agreed;
 use error::SourceError;
 use godwit_channel::tls::MigrationTls;
 use godwit_wire::cpu::GuestCpu;
@@ -136,13 +137,13 @@ pub fn send_machine(
             .map(|identity| MigrationTls::new(request.migration, identity)),
         started: Instant::now(),
     };
-    let (mut control, urgent_lanes) = match session.connect(identity) {
+    let (mut control, agreed) = match session.connect(identity) {
         Ok(connected) => connected,
         Err(error) => return session.stay(None, &error, machine),
     };
     let copied = start_log()
         .map_err(SourceError::from)
-        .and_then(|log| session.copy(&mut control, urgent_lanes, &log, machine));
+        .and_then(|log| session.copy(&mut control, &agreed, &log, machine));
     match copied {
         Ok(Some(dark)) => session.await_running(control, dark, machine),
         Ok(None) => {}
@@ -227,7 +228,7 @@ impl Session<'_> {
     fn copy(
         &self,
         control: &mut FrameStream,
-        urgent_lanes: u8,
+        agreed: &Agreed,
         log: &DirtyLog,
         machine: &dyn SourceMachine,
     ) -> Result<Option<Dark>, SourceError> {
@@ -237,7 +238,7 @@ impl Session<'_> {
             at_once: Pace::new(None),
             tally: Tally::default(),
         };
-        let lanes = self.open_lanes(self.lane_count(), urgent_lanes, &shared)?;
+        let lanes = self.open_lanes(self.lane_count(), agreed.urgent_lanes, &shared)?;
         let memory_bytes = self.ram.size();
         self.ledger
             .progress(|progress| progress.memory_bytes = memory_bytes);
@@ -248,7 +249,7 @@ impl Session<'_> {
             let crew = Crew::start(scope, lanes.bulk);
             let counted = (&crew, &shared.tally);
             let mut slowed = machine.throttle().map(Throttling::start);
-            let rest = self.pre_copy(log, counted, control, slowed.as_mut(), urgent_lanes)?;
+            let rest = self.pre_copy(log, counted, control, slowed.as_mut(), agreed)?;
             if !rest.ahead {
                 return Ok(Some(self.black_out(log, counted, control, machine, rest)?));
             }

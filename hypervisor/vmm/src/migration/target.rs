@@ -7,6 +7,7 @@ mod lanes;
 mod pull;
 mod urgent;
 
+use super::compare::{Holder, Seed};
 use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
 use super::maps::{MAX_MAPS, read_map};
@@ -20,7 +21,8 @@ use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::CpuFacts;
 use godwit_wire::migration::{
-    Arrival, Done, FrameKind, MigrationPhase, MigrationToken, ToSource, ToTarget, Verify,
+    Arrival, Done, FrameKind, MigrationPhase, MigrationToken, TargetMemory, ToSource, ToTarget,
+    Verify,
 };
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
@@ -226,6 +228,8 @@ enum TargetError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Absent(#[from] AbsentError),
+    #[error("the source asks for more pages than the guest has")]
+    ComparesTooMuch,
     #[error("{named} missing pages were named and the source spoke of {told}")]
     OtherPagesMissing { named: u64, told: u64 },
     #[error("{0} pages arrived and the source sent {1}")]
@@ -254,12 +258,13 @@ enum TargetError {
     Listen(#[source] io::Error),
 }
 
-/// Waits for the source, fills the machine and reports it whole. Runs on a thread of its own.
+/// Waits for the source, fills the machine and reports it whole. Runs on a thread of its own. `memory` says what is in
+/// the guest's memory before.
 pub fn receive_machine(
     incoming: &Incoming,
     request: &IncomingRequest,
     cpu: &ThisCpu,
-    ram: &GuestRam,
+    (ram, memory): (&GuestRam, TargetMemory),
     machine: &dyn TargetMachine,
 ) {
     let session = Session {
@@ -267,6 +272,7 @@ pub fn receive_machine(
         request,
         cpu,
         ram,
+        memory,
         tls: request
             .identity
             .as_ref()
@@ -294,6 +300,8 @@ struct Session<'a> {
     request: &'a IncomingRequest,
     cpu: &'a ThisCpu,
     ram: &'a GuestRam,
+    /// What was in it before the source came.
+    memory: TargetMemory,
     tls: Option<MigrationTls>,
 }
 
@@ -305,6 +313,8 @@ struct Greeting {
     urgent_lanes: u8,
     /// Where post-copy is allowed and can be had.
     absent: Option<Absent>,
+    /// Where there is memory from before that the source compares.
+    seed: Option<Seed>,
 }
 
 /// What arrives before `Done`, apart from pages.
@@ -331,8 +341,10 @@ impl Session<'_> {
             lanes,
             urgent_lanes,
             absent,
+            seed,
         } = greeting;
         let arrivals = Arc::new(Arrivals::new(usize::from(lanes)));
+        let holder = || seed.map(Holder::new);
         std::thread::scope(|scope| {
             let filled = self
                 .join_lanes((lanes, urgent_lanes), doorway::JOIN_TIMEOUT)
@@ -340,7 +352,7 @@ impl Session<'_> {
                     if urgent.is_empty() {
                         self.incoming.listener.close();
                     }
-                    self.take_in(scope, (bulk, FIRST_ROUND), &arrivals, &control)?;
+                    self.take_in(scope, (bulk, FIRST_ROUND), holder, &arrivals, &control)?;
                     let content = Content {
                         verify,
                         state: None,

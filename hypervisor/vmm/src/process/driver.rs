@@ -8,7 +8,7 @@ use super::admission::{Admission, Request, admit, admit_epoch};
 use crate::devices::{Console, GuestInput, PowerEvent};
 use crate::kvm::{self, DirtyLogSource};
 use crate::machine::{Machine, MachineError, MachineEvent, MachineParts};
-use crate::memory::release_start_pages;
+use crate::memory::{GuestRam, release_start_pages};
 use crate::migration::{
     Incoming, Ledger, MigrationListener, Outgoing, SourceHandOver, TargetHandOver, receive_machine,
     send_machine,
@@ -291,7 +291,7 @@ impl Driver {
             request.epoch,
             request.spec,
             request.lease,
-            request.attachments,
+            (request.attachments, None),
         )?;
         self.enter(VmmState::Created);
         self.info()
@@ -393,7 +393,7 @@ impl Driver {
         epoch: Epoch,
         spec: MachineSpec,
         lease: Option<PathBuf>,
-        attachments: Attachments,
+        (attachments, memory): (Attachments, Option<GuestRam>),
     ) -> Result<(), Problem> {
         admit(Request::Build, &self.state.borrow())?;
         let problems = spec.problems("spec");
@@ -408,7 +408,7 @@ impl Driver {
             )]));
         }
         self.machine = Some(
-            self.build_machine(vm, &spec, lease.as_deref(), &attachments)
+            self.build_machine(vm, &spec, lease.as_deref(), (&attachments, memory))
                 .map_err(|error| error.problem("spec"))?,
         );
         (self.vm, self.epoch, self.spec, self.lease) = (Some(vm), epoch, Some(spec), lease);
@@ -423,7 +423,7 @@ impl Driver {
         vm: VmId,
         spec: &MachineSpec,
         lease: Option<&std::path::Path>,
-        attachments: &Attachments,
+        (attachments, memory): (&Attachments, Option<GuestRam>),
     ) -> Result<Machine, MachineError> {
         kvm::install_kick_handler()?;
         self.machine_number += 1;
@@ -432,6 +432,7 @@ impl Driver {
             spec: spec.clone(),
             vm,
             attachments: attachments.clone(),
+            memory,
             console: self.handle.console.clone(),
             events: Arc::new(move |event| {
                 let _ = inbox.send(Message::Event(number, event));
@@ -498,7 +499,7 @@ impl Driver {
         };
         let (lease, attachments) = (self.lease.clone(), self.attachments.clone());
         let booted = self
-            .build_machine(vm, &spec, lease.as_deref(), &attachments)
+            .build_machine(vm, &spec, lease.as_deref(), (&attachments, None))
             .and_then(|machine| {
                 if let Some(memory) = self.keep_memory {
                     machine.keep_memory(memory);

@@ -1,8 +1,8 @@
 //! The fixed header of every frame, and its checksum.
 
 use super::{
-    FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_MAPPED_PAGES,
-    MAX_STATE_BYTES,
+    FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_COMPARED_PAGES, MAX_CONTROL_BYTES, MAX_FRAME_PAGES,
+    MAX_MAPPED_PAGES, MAX_STATE_BYTES, PAGE_HASH_BYTES,
 };
 use crate::unit::PAGE_BYTES;
 
@@ -24,6 +24,10 @@ pub enum FrameKind {
     Want = 6,
     /// What was wanted has been sent, here or on another lane; no payload.
     Served = 7,
+    /// Asks what the target holds of the `pages` pages from `address` on; no payload.
+    Compare = 8,
+    /// Answers that: one bit per page that is there, in words of 64, and a hash of each of these in order.
+    Held = 9,
 }
 
 /// How a page frame's payload is written.
@@ -107,7 +111,7 @@ pub fn checksum(header: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> u32 {
 const CHECKSUM_AT: usize = FRAME_HEADER_BYTES - 4;
 
 /// Bytes of a map of `pages` pages.
-const fn map_bytes(pages: u32) -> u32 {
+pub(super) const fn map_bytes(pages: u32) -> u32 {
     pages.div_ceil(64) * 8
 }
 
@@ -189,6 +193,24 @@ impl FrameHeader {
         Self::plain(FrameKind::Served, 0)
     }
 
+    /// Header that asks what the target holds of the `pages` pages from `address` on.
+    pub const fn compare(address: u64, pages: u32) -> Self {
+        Self {
+            pages,
+            address,
+            ..Self::plain(FrameKind::Compare, 0)
+        }
+    }
+
+    /// Header of the answer to a [`Self::compare`] about the same pages, `length` bytes long.
+    pub const fn held(address: u64, pages: u32, length: u32) -> Self {
+        Self {
+            pages,
+            address,
+            ..Self::plain(FrameKind::Held, length)
+        }
+    }
+
     /// The bytes on the wire in front of `payload`.
     pub fn encode(&self, payload: &[u8]) -> [u8; FRAME_HEADER_BYTES] {
         let mut out = [0; FRAME_HEADER_BYTES];
@@ -233,6 +255,8 @@ impl FrameHeader {
             (5, 0) => (FrameKind::Missing, Codec::Raw),
             (6, 0) => (FrameKind::Want, Codec::Raw),
             (7, 0) => (FrameKind::Served, Codec::Raw),
+            (8, 0) => (FrameKind::Compare, Codec::Raw),
+            (9, 0) => (FrameKind::Held, Codec::Raw),
             (kind, codec) => return Err(FrameError::Unknown { kind, codec }),
         };
         let (pages, length, round) = (u32_at(8), u32_at(12), u32_at(24));
@@ -253,6 +277,13 @@ impl FrameHeader {
             }
             (FrameKind::Want, _) => pages == 1 && length == 0,
             (FrameKind::Served, _) => pages == 0 && length == 0,
+            (FrameKind::Compare, _) => (1..=MAX_COMPARED_PAGES).contains(&pages) && length == 0,
+            // How many hashes follow the map, only the map tells.
+            (FrameKind::Held, _) => {
+                (1..=MAX_COMPARED_PAGES).contains(&pages)
+                    && length >= map_bytes(pages)
+                    && length - map_bytes(pages) <= pages * PAGE_HASH_BYTES as u32
+            }
         };
         if !fits {
             return Err(FrameError::BadLength {
@@ -295,6 +326,8 @@ mod tests {
             FrameHeader::missing(0x4000, 65),
             FrameHeader::want(0x5000),
             FrameHeader::served(),
+            FrameHeader::compare(0x6000, 1024),
+            FrameHeader::held(0x6000, 65, 16 + 3 * 16),
         ] {
             assert_eq!(FrameHeader::decode(&header.encode(&[])), Ok(header));
         }
@@ -335,7 +368,7 @@ mod tests {
 
         #[test]
         fn no_header_with_the_magic_allows_an_unbounded_payload(
-            kind in 0u16..9, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
+            kind in 0u16..11, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
         ) {
             let mut bytes = [0; FRAME_HEADER_BYTES];
             bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());

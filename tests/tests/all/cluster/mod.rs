@@ -6,6 +6,7 @@ mod full_pool;
 mod kills;
 mod maintenance;
 mod restarts;
+mod returning;
 mod snapshots;
 
 use godwit_tests::cluster::{Cluster, OPERATION_PATIENCE};

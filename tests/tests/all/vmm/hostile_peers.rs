@@ -35,6 +35,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         lease: None,
         migration,
         listen,
+        kept: None,
         identity: None,
     };
     let ready: IncomingReady = target
@@ -58,6 +59,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         guest_cpu: None,
         verify: Verify::Frames,
         touched: Vec::new(),
+        compare_seed: None,
     };
     (target, ready.address, hello)
 }

@@ -11,6 +11,7 @@ mod migration;
 mod network_card;
 mod post_copy;
 mod refusals;
+mod returning;
 mod serial_console;
 mod sizes;
 mod snapshots;

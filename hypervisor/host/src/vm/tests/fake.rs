@@ -3,6 +3,7 @@
 use crate::agent::adopt_all;
 use crate::board::Board;
 use crate::control::ControlPlane;
+use crate::kept::KeptMemories;
 use crate::network::Networks;
 use crate::process::VmmProcess;
 use crate::procfs;
@@ -104,6 +105,7 @@ impl Host {
                 server.host,
             ),
             networks: Networks::new(server.host, [127, 0, 0, 1].into()),
+            kept: Arc::new(KeptMemories::new(crate::kept::tests::policy())),
             runtime: tokio::runtime::Handle::current(),
         }));
         adopt_all(&registry).await.unwrap();

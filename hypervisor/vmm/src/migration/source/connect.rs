@@ -4,6 +4,7 @@ use super::error::{SourceError, out_of_turn};
 use super::{Session, Shared};
 use crate::kvm::{DirtyBitmap, LoggedSlot};
 use crate::machine::MachineError;
+use crate::migration::compare::Seed;
 use crate::migration::connection::Connection;
 use crate::migration::lane::{Lane, PagesError};
 use crate::migration::maps::{MAX_MAPS, read_map};
@@ -14,7 +15,7 @@ use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
     Compression, FrameHeader, FrameKind, LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES,
-    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PostCopy, ToSource, ToTarget, Verify,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PostCopy, TargetMemory, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::PAGE_BYTES;
 use std::net::TcpStream;
@@ -23,6 +24,14 @@ use std::time::Instant;
 
 /// Lanes where the operator leaves their number to the source: one for each CPU, but no more than a link needs.
 const MAX_CHOSEN_LANES: usize = 8;
+
+/// What a target has agreed to.
+pub(super) struct Agreed {
+    /// Urgent lanes that it takes.
+    pub(super) urgent_lanes: u8,
+    /// Where it has kept memory that is to be compared.
+    pub(super) seed: Option<Seed>,
+}
 
 /// All lanes of one set of connections.
 pub(super) struct Lanes<'a> {
@@ -50,12 +59,13 @@ impl Session<'_> {
         Ok(stream)
     }
 
-    /// Finds the target and shakes hands; the control connection, and how many urgent lanes the target takes.
+    /// Finds the target and shakes hands; the control connection, and what the target agrees to.
     pub(super) fn connect(
         &self,
         (vm, spec, cpu, guest_cpu): (VmId, &MachineSpec, &CpuFacts, &GuestCpu),
-    ) -> Result<(FrameStream, u8), SourceError> {
+    ) -> Result<(FrameStream, Agreed), SourceError> {
         let mut stream = self.dial()?;
+        let seed = fresh_seed()?;
         let lanes = self.lane_count();
         let urgent_lanes = self.urgent_lane_count(lanes);
         stream.send(&ToTarget::Hello {
@@ -76,6 +86,7 @@ impl Session<'_> {
                 .ram
                 .touched(MAX_TOUCHED_STRETCHES)
                 .map_err(MachineError::from)?,
+            compare_seed: Some(seed.0),
         })?;
         // The target populates that memory first, which takes as long as there is memory.
         let asked = Instant::now();
@@ -90,11 +101,23 @@ impl Session<'_> {
             ToSource::Accept {
                 version: PROTOCOL_VERSION,
                 urgent_lanes: taken,
+                memory,
             } => {
                 if taken < urgent_lanes {
                     tracing::warn!(migration = %self.request.migration, "the target cannot do post-copy; going on without");
                 }
-                Ok((stream, taken.min(urgent_lanes)))
+                let seed = match memory {
+                    TargetMemory::Fresh => None,
+                    TargetMemory::Kept => Some(seed),
+                };
+                if seed.is_some() {
+                    tracing::info!(migration = %self.request.migration, "the target has kept memory of this VM: only what differs is sent");
+                }
+                let agreed = Agreed {
+                    urgent_lanes: taken.min(urgent_lanes),
+                    seed,
+                };
+                Ok((stream, agreed))
             }
             ToSource::Accept { version, .. } => Err(SourceError::Refused(format!(
                 "it wants protocol version {version}, which this end does not speak"
@@ -249,4 +272,10 @@ impl Session<'_> {
             _ => Err(PagesError::NoSuchPage(header.address).into()),
         }
     }
+}
+
+/// A number nobody can have known before this migration.
+fn fresh_seed() -> Result<Seed, SourceError> {
+    let secret = godwit_channel::pki::fresh_secret().map_err(|_| SourceError::NoRandomness)?;
+    Ok(Seed(xxhash_rust::xxh3::xxh3_64(secret.as_bytes())))
 }

@@ -59,6 +59,8 @@ pub(super) enum SourceError {
     OtherPages { named: u64, told: u64 },
     #[error(transparent)]
     HandOver(#[from] HandOverError),
+    #[error("the system gives no random numbers")]
+    NoRandomness,
     #[error("cancelled")]
     Cancelled,
 }

@@ -1,5 +1,6 @@
 //! Rounds over dirty memory while the guest runs here.
 
+use super::connect::Agreed;
 use super::error::{SourceError, out_of_turn};
 use super::{Rest, Session, per_second};
 use crate::kvm::{DirtyBitmap, DirtyLog};
@@ -28,10 +29,10 @@ impl Session<'_> {
         (crew, tally): (&Crew, &Tally),
         control: &mut FrameStream,
         mut slowed: Option<&mut Throttling>,
-        urgent_lanes: u8,
+        agreed: &Agreed,
     ) -> Result<Rest, SourceError> {
         let policy = &self.request.policy;
-        let post_copy = match urgent_lanes {
+        let post_copy = match agreed.urgent_lanes {
             0 => PostCopy::Forbidden,
             _ => policy.post_copy,
         };
@@ -39,7 +40,10 @@ impl Session<'_> {
         let (mut rest_bytes, mut rate, mut throttle_percent) = (bytes_of(&dirty), 0, 0);
         for number in 1.. {
             let (began, before) = (Instant::now(), tally.read());
-            let round = Round::new(number, Guest::Runs, dirty, crew.lanes());
+            let round = match agreed.seed.filter(|_| number == 1) {
+                Some(seed) => Round::comparing(seed, dirty, crew.lanes()),
+                None => Round::new(number, Guest::Runs, dirty, crew.lanes()),
+            };
             let deadline = policy.deadline_s.map(Duration::from_secs);
             let deadline = deadline.and_then(|limit| self.started.checked_add(limit));
             self.send_round((crew, tally), round, deadline)?;
@@ -57,7 +61,8 @@ impl Session<'_> {
                 (sent.content_pages - before.content_pages) * PAGE_BYTES,
                 duration,
             );
-            // A short round says little, and one over untouched memory sends little; but what was seen can be done.
+            // A short round says little, and one over untouched or kept memory sends little; but what was seen can
+            // be done.
             if duration >= TELLING_ROUND && measured * 2 > rate || measured > rate {
                 rate = measured;
             }
@@ -154,7 +159,7 @@ impl Session<'_> {
         let (began, before) = (Instant::now(), tally.read());
         let (number, guest, planned) = (round.number, round.guest, round.bytes());
         let note = |sent: Sent| {
-            let done = (sent.pages() - before.pages()) * PAGE_BYTES;
+            let done = (sent.settled_pages() - before.settled_pages()) * PAGE_BYTES;
             self.ledger.progress(|progress| {
                 progress.round = number;
                 sent.show(progress);

@@ -1,14 +1,15 @@
 //! Who is let in: connections are taken one after another and judged before anything they send is believed.
 
 use super::{Greeting, Session, TargetError};
-use crate::memory::Absent;
+use crate::memory::{Absent, RamError};
+use crate::migration::compare::Seed;
 use crate::migration::connection::Connection;
 use crate::migration::stream::{FrameStream, StreamError, brief};
 use godwit_wire::id::MigrationId;
 use godwit_wire::machine::CpuMismatch;
 use godwit_wire::migration::{
     LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken, OLDEST_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, Stretch, ToSource, ToTarget, Verify,
+    PROTOCOL_VERSION, Stretch, TargetMemory, ToSource, ToTarget, Verify,
 };
 use std::time::{Duration, Instant};
 
@@ -71,8 +72,15 @@ impl Waiting {
     }
 }
 
-/// What a source asked for: how memory is proved, lanes, urgent lanes.
-type Greeted = (Verify, u8, u8);
+/// What a source asked for, or offers.
+#[derive(Clone, Copy)]
+struct Greeted {
+    verify: Verify,
+    lanes: u8,
+    urgent_lanes: u8,
+    /// If it can compare.
+    seed: Option<Seed>,
+}
 
 /// What became of a connection: taken, turned away with a reason that it is still to hear, or broken.
 pub(super) type Judged<T> = Result<Result<T, (FrameStream, Refusal)>, StreamError>;
@@ -174,39 +182,64 @@ impl Session<'_> {
         let hello: ToTarget = control.receive_before(deadline)?;
         control.limit_silence()?;
         let judged = self.judge(&hello).and_then(|(greeted, touched)| {
-            if greeted.2 > 0 {
+            if greeted.urgent_lanes > 0 {
                 // A part of a huge page cannot be given up for one that arrives later.
                 self.ram.avoid_huge_pages();
             }
-            let populated = self.ram.populate_all(touched, &|| self.incoming.wanted());
-            populated
-                .map(|()| greeted)
+            self.make_ready(greeted.seed, touched)
+                .map(|seed| Greeted { seed, ..greeted })
                 .map_err(|error| Refusal::NoMemory(error.to_string()))
         });
-        let (verify, lanes, asked) = match judged {
+        let greeted = match judged {
             Ok(greeted) => greeted,
             Err(refusal) => return Ok(Err((control, refusal))),
         };
-        let absent = match asked {
+        let absent = match greeted.urgent_lanes {
             0 => None,
             _ => Absent::new(self.ram)
                 .inspect_err(|error| tracing::warn!(%error, "post-copy cannot be had here"))
                 .ok(),
         };
-        let urgent_lanes = if absent.is_some() { asked } else { 0 };
+        let urgent_lanes = match absent {
+            Some(_) => greeted.urgent_lanes,
+            None => 0,
+        };
         control.send(&ToSource::Accept {
             version: PROTOCOL_VERSION,
             urgent_lanes,
+            memory: match greeted.seed {
+                Some(_) => TargetMemory::Kept,
+                None => TargetMemory::Fresh,
+            },
         })?;
         // A round takes as long as its pages take, and its end is the next thing said here.
         control.wait_without_limit()?;
         Ok(Ok(Greeting {
             control,
-            verify,
-            lanes,
+            verify: greeted.verify,
+            lanes: greeted.lanes,
             urgent_lanes,
             absent,
+            seed: greeted.seed,
         }))
+    }
+
+    /// Takes host memory for `touched`. Memory from before stays if the source can compare it, else it makes way: what
+    /// such a source does not send must be zero. Says what is to be compared with.
+    fn make_ready(
+        &self,
+        offered: Option<Seed>,
+        touched: &[Stretch],
+    ) -> Result<Option<Seed>, RamError> {
+        let seed = match self.memory {
+            TargetMemory::Fresh => None,
+            TargetMemory::Kept => offered,
+        };
+        if seed.is_none() && self.memory == TargetMemory::Kept {
+            self.ram.discard_all()?;
+        }
+        self.ram.populate_all(touched, &|| self.incoming.wanted())?;
+        Ok(seed)
     }
 
     /// The source of a post-copy whose connections broke: its new control connection, lanes and urgent lanes.
@@ -299,6 +332,7 @@ impl Session<'_> {
             guest_cpu,
             verify,
             touched,
+            compare_seed,
         } = hello
         else {
             return Err(Refusal::OtherMigration);
@@ -337,6 +371,12 @@ impl Session<'_> {
         if touched.len() > MAX_TOUCHED_STRETCHES || pages > self.ram.size().pages() {
             return Err(Refusal::Touched);
         }
-        Ok(((*verify, *lanes, *urgent_lanes), touched))
+        let greeted = Greeted {
+            verify: *verify,
+            lanes: *lanes,
+            urgent_lanes: *urgent_lanes,
+            seed: compare_seed.map(Seed),
+        };
+        Ok((greeted, touched))
     }
 }

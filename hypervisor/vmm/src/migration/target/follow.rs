@@ -134,7 +134,13 @@ impl<'s> Session<'s> {
         let Joined { bulk, urgent } = self.join_lanes((lanes, urgent_lanes), JOIN_AGAIN)?;
         let link = self.pull_over(scope, pull, urgent)?;
         let arrivals = Arrivals::following(usize::from(lanes), pull.clone(), link);
-        self.take_in(scope, (bulk, pull.round), &Arc::new(arrivals), &control)?;
+        self.take_in(
+            scope,
+            (bulk, pull.round),
+            || None,
+            &Arc::new(arrivals),
+            &control,
+        )?;
         // The commit may have come while this was not here to pass it on.
         let mut held = self.incoming.control();
         if running.is_none()

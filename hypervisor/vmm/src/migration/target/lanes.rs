@@ -3,6 +3,7 @@
 use super::pull::Pull;
 use super::{Session, TargetError};
 use crate::memory::GuestRam;
+use crate::migration::compare::Holder;
 use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::migration::{
     Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, MAX_FRAME_PAGES, ToTarget,
@@ -26,6 +27,8 @@ struct Inner {
     /// Last round that is whole, per lane.
     rounds: Vec<u32>,
     received: Received,
+    /// Pages that the source asked for.
+    asked_pages: u64,
     failed: Option<TargetError>,
     /// Which lanes have ended between rounds, as all do when the source is done with them; others may still have to
     /// be read to their end then.
@@ -46,6 +49,7 @@ impl Arrivals {
             inner: Mutex::new(Inner {
                 rounds: vec![0; lanes],
                 received: Received::default(),
+                asked_pages: 0,
                 failed: None,
                 ended: vec![false; lanes],
             }),
@@ -150,6 +154,7 @@ impl Session<'_> {
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
         (lanes, first_round): (Vec<FrameStream>, u32),
+        holder: impl Fn() -> Option<Holder>,
         arrivals: &Arc<Arrivals>,
         control: &FrameStream,
     ) -> Result<(), TargetError> {
@@ -161,6 +166,7 @@ impl Session<'_> {
                 lane,
                 stream,
                 first_round,
+                holder: holder(),
             };
             scope.spawn(move || intake.run(&waker));
         }
@@ -176,6 +182,8 @@ struct Intake<'a> {
     stream: FrameStream,
     /// Rounds before it came over other connections.
     first_round: u32,
+    /// Where there is memory from before: in the first round the source asks what of it is there.
+    holder: Option<Holder>,
 }
 
 impl Intake<'_> {
@@ -229,12 +237,19 @@ impl Intake<'_> {
                     pages += u64::from(header.pages);
                     self.count(&header);
                 }
+                FrameKind::Compare => {
+                    self.check_place(&header)?;
+                    self.stream.read_payload(&announced, &mut [])?;
+                    self.tell_what_is_held(&header)?;
+                }
                 FrameKind::Control => match self.stream.message(&announced)? {
                     ToTarget::EndOfRound {
                         round: ended,
                         pages: sent,
                     } if ended == round && sent == pages => {
                         self.arrivals.note(|inner| inner.rounds[self.lane] = round);
+                        // Later rounds bring what has changed since; nobody has to ask any more.
+                        self.holder = None;
                         (round, pages_before) = (round + 1, pages);
                     }
                     ToTarget::EndOfRound { pages: sent, .. } => {
@@ -256,6 +271,29 @@ impl Intake<'_> {
                 }
             }
         }
+    }
+
+    fn tell_what_is_held(&mut self, asked: &FrameHeader) -> Result<(), TargetError> {
+        let Some(holder) = &mut self.holder else {
+            return Err(TargetError::OutOfTurn {
+                got: "a question about pages".into(),
+                expected: "pages",
+            });
+        };
+        {
+            let mut inner = self.arrivals.lock();
+            inner.asked_pages += u64::from(asked.pages);
+            // Each page is asked for once: hashing is not to be had without end.
+            if inner.asked_pages > self.ram.size().pages() {
+                return Err(TargetError::ComparesTooMuch);
+            }
+        }
+        let payload = holder.answer(self.ram, asked)?.encode();
+        let header = FrameHeader::held(asked.address, asked.pages, payload.len() as u32);
+        self.stream.send_frame(header, &payload)?;
+        let told = 2 * FRAME_HEADER_BYTES + payload.len();
+        self.arrivals.lock().received.bytes += told as u64;
+        Ok(())
     }
 
     fn check_place(&self, header: &FrameHeader) -> Result<(), TargetError> {

@@ -5,7 +5,7 @@ use crate::migration::connection::Connection;
 use godwit_wire::id::{MigrationId, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::migration::{
-    FrameHeader, LaneKind, MAX_STATE_BYTES, MigrationRole, MigrationStatus,
+    FrameHeader, HeldPages, LaneKind, MAX_STATE_BYTES, MigrationRole, MigrationStatus,
     OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch,
 };
 use godwit_wire::unit::{Mib, PAGE_BYTES};
@@ -64,7 +64,14 @@ fn cpu(level: CpuBaseline) -> CpuFacts {
     }
 }
 
+const SEED: Seed = Seed(99);
+
 fn target() -> Fixture {
+    target_with(TargetMemory::Fresh, |_| ())
+}
+
+/// A target whose memory is made so before it listens.
+fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
     let spec = MachineSpec {
         machine_type: MachineType::Godwit2,
         vcpus: 1,
@@ -82,6 +89,7 @@ fn target() -> Fixture {
         lease: None,
         migration: MigrationId::fresh(),
         listen: address,
+        kept: None,
         identity: None,
     };
     let token = MigrationToken("the token of this migration".into());
@@ -103,6 +111,7 @@ fn target() -> Fixture {
             address: 0x4000,
             pages: 4,
         }],
+        compare_seed: Some(SEED.0),
     };
     let ledger = Ledger::new(
         request.migration,
@@ -111,6 +120,7 @@ fn target() -> Fixture {
     );
     let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token));
     let ram = GuestRam::new(Mib(16)).unwrap();
+    prepare(&ram);
     let (sender, owner) = mpsc::channel();
     let (session, memory) = (incoming.clone(), ram.clone());
     std::thread::spawn(move || {
@@ -122,7 +132,7 @@ fn target() -> Fixture {
                 guest: guest_cpu(),
                 scaling: TscScaling::Missing,
             },
-            &memory,
+            (&memory, held),
             &NoMachine(sender),
         );
     });
@@ -167,6 +177,10 @@ impl Fixture {
     }
 
     fn greet(&self) -> FrameStream {
+        self.greet_and_hear(TargetMemory::Fresh)
+    }
+
+    fn greet_and_hear(&self, memory: TargetMemory) -> FrameStream {
         let mut stream = self.connect();
         stream.send(&self.hello).unwrap();
         assert_eq!(
@@ -174,6 +188,7 @@ impl Fixture {
             ToSource::Accept {
                 version: PROTOCOL_VERSION,
                 urgent_lanes: 0,
+                memory,
             }
         );
         stream
@@ -634,4 +649,99 @@ fn what_was_named_is_given_up_and_nobody_can_resume_what_has_not_begun() {
         })
         .unwrap();
     target.expect_void("Resume came");
+}
+
+/// A target that has kept sevens in page 32 and eights in page 40.
+fn target_that_kept() -> Fixture {
+    target_with(TargetMemory::Kept, |ram| {
+        ram.write(32 * PAGE_BYTES, &[7; 4096]).unwrap();
+        ram.write(40 * PAGE_BYTES, &[8; 4096]).unwrap();
+    })
+}
+
+#[test]
+fn a_target_tells_what_it_has_kept_and_stores_what_differs() {
+    let target = target_that_kept();
+    let mut control = target.greet_and_hear(TargetMemory::Kept);
+    let mut lanes: Vec<_> = (0..LANES).map(|lane| target.join(lane)).collect();
+    let asked = FrameHeader::compare(0, 64);
+    lanes[0].send_frame(asked, &[]).unwrap();
+    let announced = lanes[0].announced().unwrap();
+    let payload = lanes[0].payload(&announced).unwrap();
+    let held = HeldPages::decode(&asked, &announced.header, &payload).unwrap();
+    assert_eq!(held.hash(32), Some(SEED.hash(&[7; 4096])));
+    assert_eq!(held.hash(40), Some(SEED.hash(&[8; 4096])));
+    // Taken from the host because the source has touched it.
+    assert_eq!(held.hash(4), Some(SEED.hash(&[0; 4096])));
+    assert_eq!(held.hash(33), None);
+    lanes[0]
+        .send_frame(FrameHeader::pages(1, 33 * PAGE_BYTES, 1), &[9; 4096])
+        .unwrap();
+    lanes[0]
+        .send_frame(FrameHeader::zero(1, 40 * PAGE_BYTES, 1), &[])
+        .unwrap();
+    for (lane, pages) in lanes.iter_mut().zip([2, 0]) {
+        lane.send(&ToTarget::EndOfRound { round: 1, pages })
+            .unwrap();
+    }
+    control
+        .send(&ToTarget::EndOfRound { round: 1, pages: 2 })
+        .unwrap();
+    assert_eq!(
+        control.receive::<ToSource>().unwrap(),
+        ToSource::RoundReceived { round: 1 }
+    );
+    let mut page = [0; 4096];
+    for (number, content) in [(32, 7), (33, 9), (40, 0)] {
+        target.ram.read(number * PAGE_BYTES, &mut page).unwrap();
+        assert_eq!(page, [content; 4096], "page {number}");
+    }
+    // Once the round is over there is nothing to ask for any more.
+    lanes[0].send_frame(asked, &[]).unwrap();
+    target.expect_void("a question about pages");
+}
+
+#[test]
+fn memory_that_a_source_cannot_compare_makes_way_for_zeros() {
+    let mut target = target_that_kept();
+    if let ToTarget::Hello { compare_seed, .. } = &mut target.hello {
+        *compare_seed = None;
+    }
+    let _control = target.greet_and_hear(TargetMemory::Fresh);
+    let mut page = [1; 4096];
+    target.ram.read(32 * PAGE_BYTES, &mut page).unwrap();
+    assert_eq!(page, [0; 4096]);
+}
+
+#[test]
+fn questions_that_were_not_agreed_or_have_no_end_end_the_migration() {
+    let fresh = target();
+    let (_control, mut lanes) = fresh.arrive();
+    lanes[0]
+        .send_frame(FrameHeader::compare(0, 64), &[])
+        .unwrap();
+    fresh.expect_void("a question about pages");
+
+    let outside = target_that_kept();
+    let _control = outside.greet_and_hear(TargetMemory::Kept);
+    let mut lanes: Vec<_> = (0..LANES).map(|lane| outside.join(lane)).collect();
+    lanes[0]
+        .send_frame(FrameHeader::compare((16 << 20) - PAGE_BYTES, 2), &[])
+        .unwrap();
+    outside.expect_void("bytes at");
+
+    let endless = target_that_kept();
+    let _control = endless.greet_and_hear(TargetMemory::Kept);
+    let mut lanes: Vec<_> = (0..LANES).map(|lane| endless.join(lane)).collect();
+    // All of the guest's 4096 pages, and one more.
+    for first in [0, 1024, 2048, 3072] {
+        let asked = FrameHeader::compare(first * PAGE_BYTES, 1024);
+        lanes[0].send_frame(asked, &[]).unwrap();
+        let announced = lanes[0].announced().unwrap();
+        lanes[0].payload(&announced).unwrap();
+    }
+    lanes[0]
+        .send_frame(FrameHeader::compare(0, 1), &[])
+        .unwrap();
+    endless.expect_void("more pages than the guest has");
 }

@@ -3,8 +3,9 @@
 use super::*;
 use crate::machine::{SavedMachine, Throttle};
 use crate::migration::{HandOverError, SourceMachine, TargetMachine, ThisCpu};
+use godwit_wire::devices::MemoryBacking;
 use godwit_wire::id::MigrationId;
-use godwit_wire::migration::MigrationToken;
+use godwit_wire::migration::{MigrationToken, TargetMemory};
 use std::time::Duration;
 
 impl Driver {
@@ -39,12 +40,18 @@ impl Driver {
         &mut self,
         request: IncomingRequest,
     ) -> Result<IncomingReady, Problem> {
+        admit(Request::Build, &self.state.borrow())?;
+        let kept = kept_memory(&request);
+        let memory = match kept {
+            Some(_) => TargetMemory::Kept,
+            None => TargetMemory::Fresh,
+        };
         self.build(
             request.vm,
             request.epoch,
             request.spec.clone(),
             request.lease.clone(),
-            request.attachments.clone(),
+            (request.attachments.clone(), kept),
         )?;
         let bound = MigrationListener::bind(request.listen).map_err(|error| {
             let listen = request.listen;
@@ -82,7 +89,7 @@ impl Driver {
             },
         );
         spawn("migration-in", move || {
-            receive_machine(&incoming, &request, &cpu, &ram, &owner)
+            receive_machine(&incoming, &request, &cpu, (&ram, memory), &owner)
         })?;
         self.enter(VmmState::Incoming);
         Ok(IncomingReady { address, token })
@@ -442,6 +449,21 @@ impl Driver {
             });
         }
     }
+}
+
+/// Memory of an earlier stay of the VM, if there is some that can be used.
+fn kept_memory(request: &IncomingRequest) -> Option<GuestRam> {
+    let kept = request.kept.as_ref()?;
+    // A part of a page of 2 MiB cannot be given back for one that is zero.
+    if request.spec.devices.memory_backing != MemoryBacking::Standard {
+        return None;
+    }
+    GuestRam::take_up(kept, request.spec.memory_mib)
+        .inspect_err(|error| {
+            let source = std::error::Error::source(error).map(ToString::to_string);
+            tracing::warn!(%error, source, "memory that was kept makes way for fresh memory");
+        })
+        .ok()
 }
 
 /// Reads a migration's status without the driver.

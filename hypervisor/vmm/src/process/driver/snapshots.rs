@@ -213,7 +213,7 @@ impl Driver {
             request.epoch,
             manifest.spec.clone(),
             request.lease,
-            request.attachments,
+            (request.attachments, None),
         )?;
         let machine = self.machine()?;
         let fits = manifest
