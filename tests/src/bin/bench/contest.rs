@@ -5,6 +5,7 @@
 
 mod dirtying;
 mod downtime;
+mod homecoming;
 mod throughput;
 mod zero;
 
@@ -32,6 +33,9 @@ pub(crate) async fn measure(
     }
     if chosen("dirtying") {
         dirtying::measure(report, linux).await.context("dirtying")?;
+    }
+    if chosen("return") {
+        homecoming::measure(report, linux).await.context("return")?;
     }
     if chosen("zero") {
         zero::measure(report, linux).await.context("zero")?;

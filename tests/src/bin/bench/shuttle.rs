@@ -1,6 +1,7 @@
 //! Our guest, which flies from VMM to VMM.
 
 use anyhow::Context;
+use godwit_tests::kept::HeldMemory;
 use godwit_tests::linux::{AGENT_CMDLINE, LinuxGuest};
 use godwit_tests::migration::Flight;
 use godwit_tests::serial::Serial;
@@ -23,6 +24,13 @@ pub(crate) fn linux_cmdline() -> String {
 pub(crate) enum Link {
     Plain,
     Tls,
+}
+
+/// How a guest flies.
+enum Way<'a> {
+    Plain,
+    Tls,
+    Home(&'a HeldMemory),
 }
 
 /// A guest that flies back and forth.
@@ -104,12 +112,35 @@ impl Shuttle {
         policy: MigrationPolicy,
         link: Link,
     ) -> anyhow::Result<Landing> {
+        match link {
+            Link::Plain => self.fly_by(policy, Way::Plain).await,
+            Link::Tls => self.fly_by(policy, Way::Tls).await,
+        }
+    }
+
+    /// The guest's memory, to be kept when it has left.
+    pub(crate) fn memory(&self) -> anyhow::Result<HeldMemory> {
+        HeldMemory::of(&self.here)
+    }
+
+    /// Moves the guest home to memory that was kept of it, encrypted.
+    pub(crate) async fn fly_home(
+        &mut self,
+        policy: MigrationPolicy,
+        kept: &HeldMemory,
+    ) -> anyhow::Result<Landing> {
+        self.fly_by(policy, Way::Home(kept)).await
+    }
+
+    async fn fly_by(&mut self, policy: MigrationPolicy, way: Way<'_>) -> anyhow::Result<Landing> {
         self.flights += 1;
         let there = Vmm::start(&self.dir, &format!("vmm-{}", self.flights)).await?;
         self.shell().await?.command("ticks reset").await?;
-        let flight = match link {
-            Link::Plain => Flight::prepare(&self.here, &there, &self.request).await?,
-            Link::Tls => Flight::prepare_encrypted(&self.here, &there, &self.request).await?,
+        let (here, request) = (&self.here, &self.request);
+        let flight = match way {
+            Way::Plain => Flight::prepare(here, &there, request).await?,
+            Way::Tls => Flight::prepare_encrypted(here, &there, request).await?,
+            Way::Home(kept) => Flight::prepare_home(here, &there, request, kept.place()?).await?,
         };
         let start = Instant::now();
         flight.send(policy).await?;
