@@ -9,6 +9,7 @@ mod homecoming;
 mod throughput;
 mod zero;
 
+use crate::huge_pages::SharedHugePages;
 use crate::peer::{self, Mode, Qemu};
 use crate::report::Report;
 use anyhow::Context;
@@ -23,6 +24,7 @@ pub(crate) async fn measure(
 ) -> anyhow::Result<()> {
     let linux = linux.context("the peers move the Linux guest, and there is none here")?;
     introduce_peers(report);
+    let _huge_pages = SharedHugePages::advise(report);
     if chosen("throughput") {
         throughput::measure(report, linux)
             .await
@@ -70,6 +72,6 @@ async fn qemu_with(
     }
     report.option(format!("qemu_options_{section}"), Qemu::options(memory));
     let mut qemu = Qemu::boot(linux, memory).await.context("QEMU")?;
-    qemu.command(&format!("fill {}", fill.0)).await?;
+    qemu.fill(fill).await?;
     Ok(Some(qemu))
 }

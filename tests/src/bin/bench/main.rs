@@ -8,6 +8,7 @@
 mod boot;
 mod contest;
 mod data_path;
+mod huge_pages;
 mod lab;
 mod migration;
 mod overhead;
@@ -17,6 +18,7 @@ mod report;
 mod rest;
 mod shuttle;
 mod tcp;
+mod warmth;
 
 use anyhow::{Context, bail};
 use godwit_tests::linux::LinuxGuest;

@@ -3,7 +3,7 @@
 mod qemu;
 mod qmp;
 
-pub(crate) use qemu::{Mode, Qemu};
+pub(crate) use qemu::{DEFAULT_BYTES_PER_S, Mode, Qemu};
 
 use crate::report::Report;
 

@@ -1,5 +1,6 @@
 //! Our guest, which flies from VMM to VMM.
 
+use crate::warmth::warm;
 use anyhow::Context;
 use godwit_tests::kept::HeldMemory;
 use godwit_tests::linux::{AGENT_CMDLINE, LinuxGuest};
@@ -38,6 +39,7 @@ pub(crate) struct Shuttle {
     dir: TestDir,
     here: Vmm,
     request: CreateRequest,
+    fill: Mib,
     flights: usize,
 }
 
@@ -90,6 +92,7 @@ impl Shuttle {
             dir,
             here,
             request,
+            fill,
             flights: 0,
         };
         shuttle
@@ -142,6 +145,7 @@ impl Shuttle {
             Way::Tls => Flight::prepare_encrypted(here, &there, request).await?,
             Way::Home(kept) => Flight::prepare_home(here, &there, request, kept.place()?).await?,
         };
+        warm(self.fill);
         let start = Instant::now();
         flight.send(policy).await?;
         let status = flight.land().await?;

@@ -2,7 +2,7 @@
 //! was foreseen. Both sides have the same link, the one that QEMU's default bandwidth limit makes.
 
 use super::qemu_with;
-use crate::peer::Mode;
+use crate::peer::{DEFAULT_BYTES_PER_S, Mode};
 use crate::report::{Op, Report, Samples, maximum};
 use crate::shuttle::{Link, Shuttle};
 use godwit_tests::linux::LinuxGuest;
@@ -16,10 +16,9 @@ const FILL: Mib = Mib(768);
 /// Written by the guest, over and over.
 const DIRTY_MIB_PER_S: u64 = 160;
 const WORKING_SET: Mib = Mib(512);
-/// QEMU's default `max-bandwidth`.
-const LINK_BYTES_PER_S: u64 = 128 << 20;
-const RUNS: usize = 12;
-const PEER_RUNS: usize = 3;
+const LINK_BYTES_PER_S: u64 = DEFAULT_BYTES_PER_S;
+const RUNS: usize = 10;
+const PEER_RUNS: usize = 2;
 /// A peer that has not arrived after so many times our time has lost.
 const LOST_AFTER: f64 = 3.0;
 /// How far the blackout may be from what was predicted, and for which share of the runs.

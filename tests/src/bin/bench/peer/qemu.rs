@@ -5,6 +5,7 @@
 
 use super::qmp::Qmp;
 use crate::shuttle::linux_cmdline;
+use crate::warmth::warm;
 use anyhow::{Context, bail};
 use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
 use godwit_tests::process::Process;
@@ -19,6 +20,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub(crate) const QEMU: &str = "qemu-system-x86_64";
+/// QEMU's default `max-bandwidth`.
+pub(crate) const DEFAULT_BYTES_PER_S: u64 = 128 << 20;
 /// High enough never to be reached (100 GiB/s).
 const UNLIMITED_BYTES_PER_S: u64 = 100 << 30;
 /// A migration that nobody gives up ends within this time.
@@ -72,7 +75,8 @@ impl Mode {
     /// Arguments of `migrate-set-parameters`, at both ends.
     fn parameters(self) -> Value {
         match self {
-            Self::Defaults => json!({}),
+            // Said all the same: a source keeps what an earlier migration was told.
+            Self::Defaults => json!({ "max-bandwidth": DEFAULT_BYTES_PER_S }),
             Self::Lifted => json!({ "max-bandwidth": UNLIMITED_BYTES_PER_S }),
             Self::Multifd(channels) => json!({
                 "max-bandwidth": UNLIMITED_BYTES_PER_S,
@@ -119,6 +123,7 @@ pub(crate) struct Qemu {
     dir: TestDir,
     linux: LinuxGuest,
     memory: Mib,
+    fill: Mib,
     _process: Process,
     qmp: Qmp,
     console: Serial,
@@ -146,6 +151,7 @@ impl Qemu {
             dir,
             linux: linux.clone(),
             memory,
+            fill: Mib(0),
             _process: process,
             qmp,
             console,
@@ -163,6 +169,13 @@ impl Qemu {
         )
         .join(" ")
             + "; the source with -S, the target with -incoming defer"
+    }
+
+    /// Writes random data over `fill` of the guest's memory.
+    pub(crate) async fn fill(&mut self, fill: Mib) -> anyhow::Result<()> {
+        self.fill = fill;
+        self.command(&format!("fill {}", fill.0)).await?;
+        Ok(())
     }
 
     /// Tells the guest something.
@@ -221,6 +234,7 @@ impl Qemu {
             .as_str()
             .context("the target's port")?
             .to_owned();
+        warm(self.fill);
         self.qmp.forget_events();
         let start = Instant::now();
         self.qmp
