@@ -15,6 +15,7 @@ use crate::memory::GuestMemory;
 use godwit_wire::id::Epoch;
 use serde::{Deserialize, Serialize};
 use std::fmt::Debug;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -163,6 +164,15 @@ pub enum Start {
     Paused,
 }
 
+/// Where a device has from what a host gives only once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plug {
+    /// It opens it itself.
+    Opened,
+    /// Another process of this host has it open and lends it: see [`VirtioDevice::inherit`].
+    Inherited,
+}
+
 /// What a device gets when its driver is ready.
 #[derive(Debug)]
 pub struct Activation {
@@ -234,6 +244,29 @@ pub trait VirtioDevice: Send + Debug {
     /// Gives up what [`Self::claim`] took: the machine is paused and may go on elsewhere.
     fn release(&mut self) -> Result<(), DeviceError> {
         Ok(())
+    }
+
+    /// As [`Self::release`], but the machine goes on in another process of this host: that one must find everything
+    /// in the host's files, which need not be on their disk for it.
+    fn step_aside(&mut self) -> Result<(), DeviceError> {
+        self.release()
+    }
+
+    /// Descriptors of what a host gives only once (a tap's queues, a listening socket), for the process that takes the
+    /// machine over on this host. The device is paused, and goes on as it was if nothing comes of it.
+    fn lend(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        Ok(Vec::new())
+    }
+
+    /// Takes what the same device of the machine's former process has lent, before [`Self::restore`].
+    fn inherit(&mut self, lent: Vec<OwnedFd>) -> Result<(), DeviceError> {
+        match lent.len() {
+            0 => Ok(()),
+            count => Err(DeviceError::bad_state(
+                self.name(),
+                format!("it has no use for {count} descriptors"),
+            )),
+        }
     }
 
     /// The machine has arrived on another host and runs: tell the network, and the guest.

@@ -144,6 +144,7 @@ mod tests {
             vcpus: Vec::new(),
             devices: Vec::new(),
             migration: None,
+            succession: None,
         }))
     }
 

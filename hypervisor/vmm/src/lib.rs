@@ -6,6 +6,7 @@
 //! devices    serial port, power ports, I/O bus
 //! machine    boot, vCPU threads, the machine as a whole
 //! migration  live migration: pure deciders, source, target
+//! succession another process of this host takes the machine over, its memory as it is
 //! snapshot   a machine as files: saving, restoring, judging what is found
 //! process    the API on a UNIX socket and the driver, the only task that changes a machine's state
 //! ```
@@ -21,6 +22,8 @@ pub mod devices;
 pub mod machine;
 
 pub mod migration;
+
+pub mod succession;
 
 pub mod snapshot;
 

@@ -48,6 +48,10 @@ id!(
     MigrationId
 );
 id!(
+    /// One attempt to let another process of a host take a machine over.
+    SuccessionId
+);
+id!(
     /// A durable operation of the controller.
     OperationId
 );

@@ -24,6 +24,8 @@ pub mod migration;
 
 pub mod usage;
 
+pub mod succession;
+
 pub mod vmm_api;
 
 pub mod host_api;

@@ -16,15 +16,28 @@
 //! | `GET /v1/migration?after=SEQ&wait_ms=MS` | | [`MigrationStatus`]; waits until `sequence > SEQ` |
 //! | `POST /v1/migration/cancel`, `/abort`, `/release` | [`MigrationCommand`] | [`MigrationStatus`] |
 //! | `POST /v1/migration/commit` | [`MigrationCommand`] | [`MigrationStatus`]; target only: run now |
+//! | `PUT /v1/succession/offer` | [`OfferSuccession`] | [`SuccessionStatus`]; predecessor: let a successor come |
+//! | `PUT /v1/succession/prepare` | [`PrepareSuccession`] | [`SuccessionStatus`]; successor: build the machine |
+//! | `POST /v1/succession/take` | [`SuccessionCommand`] | [`SuccessionStatus`]; successor: have the state handed over |
+//! | `POST /v1/succession/commit` | [`SuccessionCommand`] | [`SuccessionStatus`]; successor: run now |
+//! | `POST /v1/succession/abort` | [`SuccessionCommand`] | [`SuccessionStatus`]; predecessor: go on as before |
 //!
 //! Errors are [`Problem`](crate::problem::Problem) bodies. `cancel` works until the source has sent everything;
 //! `abort` is the store's word that the migration is void (source: run again, target: forget the machine);
 //! `release` is the store's word that the target owns the VM (source: end).
+//!
+//! A predecessor whose machine is the successor's is not told but killed; so is a successor that is not wanted, before
+//! its predecessor hears `abort`.
+//!
+//! [`OfferSuccession`]: crate::succession::OfferSuccession
+//! [`PrepareSuccession`]: crate::succession::PrepareSuccession
+//! [`SuccessionCommand`]: crate::succession::SuccessionCommand
 
 use crate::devices::Attachments;
 use crate::id::{Epoch, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::migration::{MigrationIdentity, MigrationPolicy, MigrationStatus, MigrationToken};
+use crate::succession::SuccessionStatus;
 use crate::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -397,4 +410,7 @@ pub struct VmmInfo {
     /// The latest migration.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub migration: Option<MigrationStatus>,
+    /// The latest succession.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub succession: Option<SuccessionStatus>,
 }

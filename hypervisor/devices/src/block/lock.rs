@@ -230,6 +230,11 @@ impl DiskLock {
             epoch,
             host: self.host.clone(),
         };
+        // It is there already when the machine goes on in another process of its host, which stands still meanwhile:
+        // the disk is not waited for.
+        if self.read()?.as_ref() == Some(&record) {
+            return Ok(());
+        }
         let mut bytes = serde_json::to_vec(&record)
             .map_err(|error| self.failed("cannot write", error.into()))?;
         if bytes.len() >= RECORD_BYTES {

@@ -235,6 +235,24 @@ impl Block {
     fn bad_state(&self, reason: impl ToString) -> DeviceError {
         DeviceError::bad_state(&self.config.name, reason)
     }
+
+    /// Gives the lock up once `settle` has seen to it that the next holder finds everything.
+    fn let_go(&self, settle: fn(&Image) -> std::io::Result<()>) -> Result<(), DeviceError> {
+        let Some(lock) = &self.shared.lock else {
+            return Ok(());
+        };
+        if let Some(image) = self.shared.image()
+            && lock.check().is_ok()
+        {
+            settle(&image).map_err(|source| DeviceError::Host {
+                device: self.config.name.clone(),
+                what: format!("cannot flush {}", self.config.path.display()),
+                source,
+            })?;
+        }
+        self.shared.set_image(None);
+        lock.release().map_err(|error| self.failed(&error))
+    }
 }
 
 impl VirtioDevice for Block {
@@ -406,21 +424,13 @@ impl VirtioDevice for Block {
     }
 
     fn release(&mut self) -> Result<(), DeviceError> {
-        let Some(lock) = &self.shared.lock else {
-            return Ok(());
-        };
         // The next host must find everything in the file; what cannot be flushed keeps the machine here.
-        if let Some(image) = self.shared.image()
-            && lock.check().is_ok()
-        {
-            image.flush().map_err(|source| DeviceError::Host {
-                device: self.config.name.clone(),
-                what: format!("cannot flush {}", self.config.path.display()),
-                source,
-            })?;
-        }
-        self.shared.set_image(None);
-        lock.release().map_err(|error| self.failed(&error))
+        self.let_go(Image::flush)
+    }
+
+    fn step_aside(&mut self) -> Result<(), DeviceError> {
+        // Both processes see the file through the same cache: the guest does not stand still for the disk.
+        self.let_go(Image::write_back)
     }
 
     fn metrics(&self) -> DeviceMetrics {

@@ -32,8 +32,8 @@ mod transmit;
 mod tests;
 
 use crate::device::{
-    Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, Interrupt, QueuePosition,
-    SavedBody, Start, VirtioDevice,
+    Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, Interrupt, Plug,
+    QueuePosition, SavedBody, Start, VirtioDevice,
 };
 use crate::sys::tap::{Attachment, Queueing, Tap, TapError};
 use crate::worker::{Worker, WorkerError};
@@ -44,6 +44,7 @@ use ring::Ring;
 use serde::{Deserialize, Serialize};
 use shared::{SavedCounters, Shared, pairs_allowed};
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Entries of a receive or transmit queue.
@@ -95,7 +96,9 @@ enum Progress {
 /// A network card.
 #[derive(Debug)]
 pub struct Net {
+    /// One per queue pair; none while they are to be inherited.
     taps: Vec<Arc<Tap>>,
+    plug: Plug,
     shared: Arc<Shared>,
     queue_sizes: Vec<u16>,
     active: Option<Active>,
@@ -123,6 +126,11 @@ struct Saved {
 impl Net {
     /// Opens the tap device; nothing is sent or received before activation.
     pub fn open(config: NetConfig) -> Result<Self, DeviceError> {
+        Self::plugged(config, Plug::Opened)
+    }
+
+    /// The same, or a card that gets its tap device from [`VirtioDevice::inherit`].
+    pub fn plugged(config: NetConfig, plug: Plug) -> Result<Self, DeviceError> {
         let unusable = |reason: String| DeviceError::Unusable {
             device: config.name.clone(),
             reason,
@@ -142,16 +150,13 @@ impl Net {
         if !config.mac.is_unicast() {
             return Err(unusable(format!("{} is no address of a card", config.mac)));
         }
-        let queueing = if config.queue_pairs == 1 {
-            Queueing::Single
-        } else {
-            Queueing::Multiple
-        };
         let mut taps = Vec::new();
-        for _ in 0..config.queue_pairs {
-            let tap = Tap::open(&config.tap, queueing)
-                .map_err(|error| tap_failed(&config.name, error))?;
-            taps.push(Arc::new(tap));
+        if plug == Plug::Opened {
+            for _ in 0..config.queue_pairs {
+                let tap = Tap::open(&config.tap, queueing(&config))
+                    .map_err(|error| tap_failed(&config.name, error))?;
+                taps.push(Arc::new(tap));
+            }
         }
         let data_queues = 2 * usize::from(config.queue_pairs);
         let mut queue_sizes = vec![DATA_QUEUE_SIZE; data_queues];
@@ -161,6 +166,7 @@ impl Net {
             .map_err(|source| DeviceError::host(&name, "an eventfd cannot be made", source))?;
         let net = Self {
             taps,
+            plug,
             shared: Arc::new(shared),
             queue_sizes,
             active: None,
@@ -230,8 +236,11 @@ impl Net {
                     DeviceError::host(self.name(), "a timer cannot be made", source)
                 })?;
             let thread = format!("net-{}-{index}", self.name());
-            if start == Start::Working {
-                pair.drop_stale_frames();
+            match (self.plug, start) {
+                // What came while the machine changed processes is for it.
+                (Plug::Inherited, Start::Paused) => pair.want_backlog(),
+                (_, Start::Working) => pair.drop_stale_frames(),
+                (Plug::Opened, Start::Paused) => {}
             }
             let worker = Worker::start(&thread, pair, start);
             workers.push(worker.map_err(|error| self.worker_failed(error))?);
@@ -271,7 +280,10 @@ impl VirtioDevice for Net {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         self.active = None;
         let features = activation.features;
-        self.taps[0]
+        let Some(first) = self.taps.first() else {
+            return Err(self.bad_state("its tap device was not inherited".into()));
+        };
+        first
             .set_offloads(feature::offloads(features))
             .map_err(|error| tap_failed(self.name(), error))?;
         let interrupt = Arc::clone(&activation.interrupt);
@@ -362,12 +374,38 @@ impl VirtioDevice for Net {
         Ok(())
     }
 
+    fn lend(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        let lent = self.taps.iter().map(|tap| tap.lend());
+        lent.collect::<Result<_, _>>()
+            .map_err(|source| DeviceError::host(self.name(), "a descriptor is refused", source))
+    }
+
+    fn inherit(&mut self, lent: Vec<OwnedFd>) -> Result<(), DeviceError> {
+        let config = &self.shared.config;
+        if self.plug == Plug::Opened || lent.len() != usize::from(config.queue_pairs) {
+            return Err(self.bad_state(format!(
+                "{} descriptors for {} queue pairs",
+                lent.len(),
+                config.queue_pairs
+            )));
+        }
+        let taps = lent.into_iter().map(|descriptor| {
+            Tap::inherited(descriptor, &config.tap, queueing(config)).map(Arc::new)
+        });
+        let taps: Result<Vec<_>, _> = taps.collect();
+        self.taps = taps.map_err(|error| tap_failed(self.name(), error))?;
+        Ok(())
+    }
+
     fn announce(&mut self) {
         let Some(active) = &self.active else {
             // Nobody drives the card yet, and switches shall know its port all the same.
             let mac = self.shared.config_space().mac;
             for frame in announce::frames(mac, self.shared.config.address) {
-                if let Err(error) = self.taps[0].write(&frame) {
+                let Some(first) = self.taps.first() else {
+                    return;
+                };
+                if let Err(error) = first.write(&frame) {
                     tracing::debug!(card = self.name(), %error, "announcement lost");
                 }
             }
@@ -386,6 +424,15 @@ impl VirtioDevice for Net {
 
     fn metrics(&self) -> DeviceMetrics {
         self.shared.counters.metrics()
+    }
+}
+
+/// How the tap device of such a card is opened.
+fn queueing(config: &NetConfig) -> Queueing {
+    if config.queue_pairs == 1 {
+        Queueing::Single
+    } else {
+        Queueing::Multiple
     }
 }
 
@@ -426,6 +473,7 @@ fn tap_failed(device: &str, error: TapError) -> DeviceError {
         TapError::BadName { .. }
         | TapError::Missing { .. }
         | TapError::OtherKind { .. }
+        | TapError::OtherDevice { .. }
         | TapError::NotPermitted { .. } => DeviceError::Unusable {
             device,
             reason: error.to_string(),

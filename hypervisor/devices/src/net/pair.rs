@@ -113,6 +113,11 @@ impl Pair {
         }
     }
 
+    /// Frames that wait in the tap are for this guest.
+    pub(super) fn want_backlog(&mut self) {
+        self.backlog = Backlog::Wanted;
+    }
+
     /// Where the device stands in each queue.
     pub(super) fn positions(&self) -> Vec<QueuePosition> {
         let receive = self

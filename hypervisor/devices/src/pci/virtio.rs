@@ -23,6 +23,7 @@ use crate::memory::GuestMemory;
 use godwit_wire::id::Epoch;
 use godwit_wire::vmm_api::{DeviceInfo, DriverState};
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
@@ -425,6 +426,21 @@ impl VirtioPci {
     /// See [`VirtioDevice::release`].
     pub fn release(&mut self) -> Result<(), DeviceError> {
         self.device.release()
+    }
+
+    /// See [`VirtioDevice::step_aside`].
+    pub fn step_aside(&mut self) -> Result<(), DeviceError> {
+        self.device.step_aside()
+    }
+
+    /// See [`VirtioDevice::lend`].
+    pub fn lend(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        self.device.lend()
+    }
+
+    /// See [`VirtioDevice::inherit`].
+    pub fn inherit(&mut self, lent: Vec<OwnedFd>) -> Result<(), DeviceError> {
+        self.device.inherit(lent)
     }
 
     /// See [`VirtioDevice::announce`].

@@ -23,6 +23,7 @@ const MAX_NAME_BYTES: usize = libc::IFNAMSIZ - 1;
 
 // Request numbers of linux/if_tun.h.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
@@ -77,6 +78,8 @@ pub(crate) enum TapError {
     NotPermitted { name: String },
     #[error("tap device {name} is in use by another process")]
     Busy { name: String },
+    #[error("a descriptor for tap device {name} is of {found:?}")]
+    OtherDevice { name: String, found: String },
     #[error("tap device {name}: {request} fails")]
     Refused {
         name: String,
@@ -163,6 +166,51 @@ impl Tap {
         };
         tap.checked(done, "TUNSETVNETHDRSZ")?;
         Ok(tap)
+    }
+
+    /// A queue of tap device `name` that another process of this host has opened and set up.
+    pub(crate) fn inherited(
+        descriptor: OwnedFd,
+        name: &str,
+        queueing: Queueing,
+    ) -> Result<Self, TapError> {
+        // SAFETY: all-zero bytes are a valid ifreq.
+        let mut found: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes an ifreq through the pointer, which is to one.
+        let done = unsafe { libc::ioctl(descriptor.as_raw_fd(), TUNGETIFF, &raw mut found) };
+        if done < 0 {
+            return Err(TapError::Refused {
+                name: name.into(),
+                request: "TUNGETIFF",
+                source: io::Error::last_os_error(),
+            });
+        }
+        let letters = found.ifr_name.iter().map(|letter| *letter as u8);
+        let found_name: Vec<u8> = letters.take_while(|letter| *letter != 0).collect();
+        if found_name != name.as_bytes() {
+            return Err(TapError::OtherDevice {
+                name: name.into(),
+                found: String::from_utf8_lossy(&found_name).into_owned(),
+            });
+        }
+        // SAFETY: after TUNGETIFF the union holds the flags.
+        let flags = libc::c_int::from(unsafe { found.ifr_ifru.ifru_flags });
+        let attachment = if flags & libc::IFF_DETACH_QUEUE == 0 {
+            Attachment::Attached
+        } else {
+            Attachment::Detached
+        };
+        Ok(Self {
+            descriptor,
+            name: name.into(),
+            queueing,
+            attachment: Mutex::new(attachment),
+        })
+    }
+
+    /// The same queue once more, for another process of this host.
+    pub(crate) fn lend(&self) -> io::Result<OwnedFd> {
+        self.descriptor.try_clone()
     }
 
     /// Name of the interface.

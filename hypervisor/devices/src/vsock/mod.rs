@@ -25,15 +25,17 @@ mod rings;
 mod tests;
 
 use crate::device::{
-    Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody,
-    VirtioDevice,
+    Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, Plug, QueuePosition,
+    SavedBody, VirtioDevice,
 };
 use crate::worker::{Worker, WorkerError};
 use godwit_wire::devices::MIN_VSOCK_CID;
+use godwit_wire::id::Epoch;
 use muxer::{Muxer, Parts};
 use rings::Rings;
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,11 +59,20 @@ const SAVED_VERSION: u32 = 1;
 pub struct Vsock {
     cid: u32,
     directory: PathBuf,
-    listener: Arc<UnixListener>,
+    /// None while it is to be inherited.
+    listener: Option<Arc<UnixListener>>,
+    socket_file: SocketFile,
     counters: Arc<Counters>,
     worker: Option<Worker<Muxer>>,
     /// The guest may believe in connections of another host.
     moved: bool,
+}
+
+/// Whose the socket's file is: that of the process the machine runs in, which removes it at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum SocketFile {
+    Ours,
+    Others,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +109,11 @@ impl Counter {
 impl Vsock {
     /// A vsock for the guest with context id `cid`, whose sockets are in `directory`.
     pub fn new(cid: u32, directory: PathBuf) -> Result<Self, DeviceError> {
+        Self::plugged(cid, directory, Plug::Opened)
+    }
+
+    /// The same, or a vsock that gets its listening socket from [`VirtioDevice::inherit`].
+    pub fn plugged(cid: u32, directory: PathBuf, plug: Plug) -> Result<Self, DeviceError> {
         if cid < MIN_VSOCK_CID || cid == u32::MAX {
             return Err(unusable(format!(
                 "context id {cid} is reserved; use one from {MIN_VSOCK_CID} up"
@@ -112,15 +128,23 @@ impl Vsock {
                 MAX_SOCKET_PATH_BYTES - "/vsock.sock_4294967295".len()
             )));
         }
-        let listener = listen(&path).map_err(|source| DeviceError::Host {
-            device: NAME.into(),
-            what: format!("{} cannot be listened on", path.display()),
-            source,
-        })?;
+        let listener = match plug {
+            Plug::Inherited => None,
+            Plug::Opened => Some(listen(&path).map_err(|source| DeviceError::Host {
+                device: NAME.into(),
+                what: format!("{} cannot be listened on", path.display()),
+                source,
+            })?),
+        };
+        let socket_file = match plug {
+            Plug::Opened => SocketFile::Ours,
+            Plug::Inherited => SocketFile::Others,
+        };
         Ok(Self {
             cid,
             directory,
-            listener: Arc::new(listener),
+            listener: listener.map(Arc::new),
+            socket_file,
             counters: Arc::default(),
             worker: None,
             moved: false,
@@ -130,6 +154,9 @@ impl Vsock {
 
 impl Drop for Vsock {
     fn drop(&mut self) {
+        if self.socket_file == SocketFile::Others {
+            return;
+        }
         // A socket that is left over is replaced by the next listener.
         let _ = std::fs::remove_file(self.directory.join(SOCKET_NAME));
     }
@@ -176,6 +203,9 @@ impl VirtioDevice for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         self.worker = None;
+        let Some(listener) = &self.listener else {
+            return Err(bad_state("its listening socket was not inherited"));
+        };
         let mut queues = activation.queues;
         queues.sort_by_key(|queue| queue.index);
         let complete = queues.iter().map(|queue| queue.index).eq(0..3);
@@ -190,7 +220,7 @@ impl VirtioDevice for Vsock {
         let muxer = Muxer::new(Parts {
             cid: self.cid.into(),
             directory: self.directory.clone(),
-            listener: Arc::clone(&self.listener),
+            listener: Arc::clone(listener),
             counters: Arc::clone(&self.counters),
             rings: Rings::new(activation.memory, queues, activation.interrupt),
             reset_owed: std::mem::take(&mut self.moved),
@@ -245,6 +275,32 @@ impl VirtioDevice for Vsock {
             )));
         }
         self.moved = true;
+        Ok(())
+    }
+
+    fn claim(&mut self, _: Epoch) -> Result<(), DeviceError> {
+        self.socket_file = SocketFile::Ours;
+        Ok(())
+    }
+
+    fn step_aside(&mut self) -> Result<(), DeviceError> {
+        self.socket_file = SocketFile::Others;
+        Ok(())
+    }
+
+    fn lend(&self) -> Result<Vec<OwnedFd>, DeviceError> {
+        let lent = self.listener.iter().map(|listener| {
+            let lent = listener.try_clone().map(OwnedFd::from);
+            lent.map_err(|source| DeviceError::host(NAME, "a descriptor is refused", source))
+        });
+        lent.collect()
+    }
+
+    fn inherit(&mut self, lent: Vec<OwnedFd>) -> Result<(), DeviceError> {
+        let count = lent.len();
+        let [listener] = <[OwnedFd; 1]>::try_from(lent)
+            .map_err(|_| bad_state(format!("{count} descriptors for one listening socket")))?;
+        self.listener = Some(Arc::new(listener.into()));
         Ok(())
     }
 

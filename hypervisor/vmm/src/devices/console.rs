@@ -46,6 +46,23 @@ impl Console {
         self.end.send_replace(end);
     }
 
+    /// Goes on from what another console held, and where its end was in all that was ever written.
+    pub fn go_on_from(&self, bytes: &[u8], end: u64) {
+        let mut ring = self.lock();
+        let kept = &bytes[bytes.len().saturating_sub(CONSOLE_RING_BYTES)..];
+        ring.bytes = kept.iter().copied().collect();
+        ring.end = end.max(kept.len() as u64);
+        let end = ring.end;
+        drop(ring);
+        self.end.send_replace(end);
+    }
+
+    /// What the ring holds, and where its end is in all that was ever written.
+    pub fn held(&self) -> (Vec<u8>, u64) {
+        let ring = self.lock();
+        (ring.bytes.iter().copied().collect(), ring.end)
+    }
+
     /// What the ring holds now.
     pub fn contents(&self) -> Vec<u8> {
         self.lock().bytes.iter().copied().collect()
@@ -121,6 +138,20 @@ mod tests {
         assert_eq!(reader.next().await.unwrap(), b"boot ");
         console.write(b"done");
         assert_eq!(reader.next().await.unwrap(), b"done");
+    }
+
+    #[tokio::test]
+    async fn a_console_goes_on_where_another_was() {
+        let (before, console) = (Console::default(), Console::default());
+        before.write(&[b'x'; CONSOLE_RING_BYTES]);
+        before.write(b"said before");
+        let (bytes, end) = before.held();
+        console.go_on_from(&bytes, end);
+        assert_eq!(console.written(), before.written());
+        let mut reader = console.reader();
+        assert_eq!(reader.next().await.unwrap(), before.contents());
+        console.write(b"!");
+        assert_eq!(reader.next().await.unwrap(), b"!");
     }
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use crate::memory::GuestRam;
 use godwit_devices::balloon::{Balloon, BalloonControl};
 use godwit_devices::block::{Block, BlockConfig, ResizeHandle};
 use godwit_devices::console::{ConsoleInput, VirtioConsole};
-use godwit_devices::device::{DeviceError, DeviceEvents, VirtioDevice};
+use godwit_devices::device::{DeviceError, DeviceEvents, Plug, VirtioDevice};
 use godwit_devices::net::{Net, NetConfig};
 use godwit_devices::pci::{PciBus, Platform, SavedFunction, VirtioPci};
 use godwit_devices::rng::Rng;
@@ -22,6 +22,7 @@ use godwit_wire::id::Epoch;
 use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::vmm_api::DeviceInfo;
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Name of the seed disk.
@@ -95,6 +96,7 @@ impl PciDevices {
         parts: &MachineParts,
         ram: &GuestRam,
         vm: Arc<VmFd>,
+        plug: Plug,
     ) -> Result<Self, MachineError> {
         let devices = &parts.spec.devices;
         let sink = parts.events.clone();
@@ -114,7 +116,7 @@ impl PciDevices {
             console_input = Some(input);
         }
         if let Some((cid, directory)) = attachments::vsock(devices, &parts.attachments)? {
-            builder.add(VSOCK_SLOT, Vsock::new(cid, directory)?);
+            builder.add(VSOCK_SLOT, Vsock::plugged(cid, directory, plug)?);
         }
         let files = attachments::disks(devices, &parts.attachments)?;
         let mut disks = BTreeMap::new();
@@ -137,7 +139,7 @@ impl PciDevices {
         }
         let taps = attachments::nics(devices, &parts.attachments)?;
         for ((slot, nic), attachment) in (NIC_SLOTS..).zip(&devices.nics).zip(taps) {
-            let card = Net::open(NetConfig {
+            let config = NetConfig {
                 name: nic.name.clone(),
                 mac: nic.mac,
                 tap: attachment.tap,
@@ -145,7 +147,8 @@ impl PciDevices {
                 queue_pairs: nic.queue_pairs,
                 limits: nic.limits,
                 address: nic.address,
-            })?;
+            };
+            let card = Net::plugged(config, plug)?;
             builder.add(slot, card);
         }
         if let Some(pages) = ConfigPages::new(vm) {
@@ -187,6 +190,35 @@ impl PciDevices {
     /// Gives up what [`Self::claim`] took.
     pub(super) fn release(&self) -> Result<(), DeviceError> {
         self.each(VirtioPci::release)
+    }
+
+    /// The same for a machine that goes on in another process of this host.
+    pub(super) fn step_aside(&self) -> Result<(), DeviceError> {
+        self.each(VirtioPci::step_aside)
+    }
+
+    /// What every function lends to the process that takes the machine over.
+    pub(super) fn lend(&self) -> Result<Vec<Vec<OwnedFd>>, DeviceError> {
+        self.bus
+            .functions()
+            .map(|function| function.lend())
+            .collect()
+    }
+
+    /// Gives every function what it was lent.
+    pub(super) fn inherit(&self, lent: Vec<Vec<OwnedFd>>) -> Result<(), MachineError> {
+        let mut functions: Vec<_> = self.bus.functions().collect();
+        if functions.len() != lent.len() {
+            return Err(MachineError::BadState(format!(
+                "{} devices lend something and this machine has {}",
+                lent.len(),
+                functions.len()
+            )));
+        }
+        for (function, lent) in functions.iter_mut().zip(lent) {
+            function.inherit(lent)?;
+        }
+        Ok(())
     }
 
     /// Tells guest and network that the machine has arrived.

@@ -9,6 +9,7 @@ use super::{MachineError, MachineEvent, boot};
 use crate::devices::{COM1_IRQ, Console, GuestInput, PortBus, SavedSerial, SerialPort};
 use crate::kvm::{self, ClockAdvance, DirtyLogSource, KvmError, VcpuState, VmFd, VmState};
 use crate::memory::{GuestRam, LeasePage};
+use godwit_devices::device::Plug;
 use godwit_devices::pci::SavedFunction;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::devices::Attachments;
@@ -19,6 +20,8 @@ use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::vmm_api::{DeviceInfo, VcpuInfo};
 use kvm_ioctls::Kvm;
 use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -104,12 +107,35 @@ impl Machine {
     pub fn build(parts: &MachineParts, lease: Option<&Path>) -> Result<Self, MachineError> {
         let spec = &parts.spec;
         boot::check(spec)?;
-        let lease = lease.map(LeasePage::open).transpose()?;
-        let kvm = Arc::new(kvm::open()?);
         let ram = match &parts.memory {
             Some(memory) => memory.clone(),
             None => GuestRam::with_backing(spec.memory_mib, spec.devices.memory_backing)?,
         };
+        Self::assemble(parts, lease, ram, Plug::Opened)
+    }
+
+    /// Builds the machine around the memory of another process of this host, whose devices will lend what a host gives
+    /// only once: see [`Self::inherit`].
+    pub fn succeed(
+        parts: &MachineParts,
+        lease: Option<&Path>,
+        memory: File,
+    ) -> Result<Self, MachineError> {
+        let spec = &parts.spec;
+        let backing = spec.devices.memory_backing;
+        let ram = GuestRam::inherit(memory, spec.memory_mib, backing)?;
+        Self::assemble(parts, lease, ram, Plug::Inherited)
+    }
+
+    fn assemble(
+        parts: &MachineParts,
+        lease: Option<&Path>,
+        ram: GuestRam,
+        plug: Plug,
+    ) -> Result<Self, MachineError> {
+        let spec = &parts.spec;
+        let lease = lease.map(LeasePage::open).transpose()?;
+        let kvm = Arc::new(kvm::open()?);
         let vm = Arc::new(kvm::create_vm(&kvm)?);
         let dirty_log = DirtyLogSource::new(vm.clone(), ram.slots());
         ram.give_to(&vm)?;
@@ -121,7 +147,7 @@ impl Machine {
         };
         let pci = match spec.machine_type {
             MachineType::Godwit1 => None,
-            MachineType::Godwit2 => Some(PciDevices::build(parts, &ram, vm.clone())?),
+            MachineType::Godwit2 => Some(PciDevices::build(parts, &ram, vm.clone(), plug)?),
         };
         let buses = Buses {
             ports: bus.clone(),
@@ -206,6 +232,28 @@ impl Machine {
     /// Gives up what [`Self::claim`] took, because the machine may go on elsewhere. It must be paused.
     pub fn release(&self) -> Result<(), MachineError> {
         Ok(self.pci.as_ref().map_or(Ok(()), PciDevices::release)?)
+    }
+
+    /// As [`Self::release`], for a machine that goes on in another process of this host.
+    pub fn step_aside(&self) -> Result<(), MachineError> {
+        Ok(self.pci.as_ref().map_or(Ok(()), PciDevices::step_aside)?)
+    }
+
+    /// Descriptors of what this host gives only once, by the order of the functions on the bus, for the process that
+    /// takes the machine over. It must be paused.
+    pub fn lend(&self) -> Result<Vec<Vec<OwnedFd>>, MachineError> {
+        Ok(self.pci.as_ref().map_or(Ok(Vec::new()), PciDevices::lend)?)
+    }
+
+    /// Takes what the machine's former process has lent, before [`Self::restore`].
+    pub fn inherit(&self, lent: Vec<Vec<OwnedFd>>) -> Result<(), MachineError> {
+        match &self.pci {
+            Some(pci) => pci.inherit(lent),
+            None if lent.is_empty() => Ok(()),
+            None => Err(MachineError::BadState(
+                "a machine of this type has no devices to lend anything to".into(),
+            )),
+        }
     }
 
     /// Tells guest and network that the machine runs here now. It must have arrived from another host.

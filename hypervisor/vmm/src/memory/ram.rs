@@ -11,6 +11,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use vm_memory::bitmap::{AtomicBitmap, BS};
@@ -61,6 +62,14 @@ pub enum RamError {
     /// Mapping failed.
     #[error("guest memory cannot be mapped")]
     Map(#[source] vm_memory::mmap::FromRangesError),
+    /// Memory of another machine.
+    #[error("the memory to be taken over has {found} and the guest {expected}")]
+    OtherSize {
+        /// What the spec says.
+        expected: Bytes,
+        /// What it is.
+        found: Bytes,
+    },
     /// An address outside guest memory.
     #[error("guest memory has no {bytes} bytes at {address:#x}")]
     OutOfRange {
@@ -164,6 +173,26 @@ impl GuestRam {
         );
         rustix::fs::ftruncate(&file, size.bytes().0).map_err(setup)?;
         Self::map_file(file, size, backing)
+    }
+
+    /// Guest memory that another process of this host has, with what is in it.
+    pub fn inherit(file: File, size: Mib, backing: MemoryBacking) -> Result<Self, RamError> {
+        let length = file
+            .metadata()
+            .map_err(|error| RamError::Setup(size, error))?
+            .len();
+        if length != size.bytes().0 {
+            return Err(RamError::OtherSize {
+                expected: size.bytes(),
+                found: Bytes(length),
+            });
+        }
+        Self::map_file(file, size, backing)
+    }
+
+    /// The file behind the memory, for another process of this host.
+    pub fn lend(&self) -> io::Result<OwnedFd> {
+        Ok(self.file.try_clone()?.into())
     }
 
     /// Guest memory of `size` in a memfd that is there already, with whatever it holds.
@@ -687,6 +716,25 @@ mod tests {
             [(2, 2)]
         );
         assert_eq!(ram.take_written()[0].count(), 0);
+    }
+
+    #[test]
+    fn inherited_memory_is_the_same_memory_and_of_the_same_size() {
+        let ram = GuestRam::new(Mib(16)).unwrap();
+        ram.write(5 * PAGE_BYTES, b"before").unwrap();
+        let lent = || File::from(ram.lend().unwrap());
+        let heir = GuestRam::inherit(lent(), Mib(16), MemoryBacking::Standard).unwrap();
+        let mut found = [0; 6];
+        heir.read(5 * PAGE_BYTES, &mut found).unwrap();
+        assert_eq!(&found, b"before");
+        heir.write(5 * PAGE_BYTES, b"after!").unwrap();
+        ram.read(5 * PAGE_BYTES, &mut found).unwrap();
+        assert_eq!(&found, b"after!");
+        assert_eq!(heir.resident(), Bytes(PAGE_BYTES));
+        assert!(matches!(
+            GuestRam::inherit(lent(), Mib(32), MemoryBacking::Standard),
+            Err(RamError::OtherSize { .. })
+        ));
     }
 
     #[test]

@@ -167,6 +167,20 @@ impl TargetHandOver {
         }
     }
 
+    /// In a succession: the host's agent has written down that this process is the VM's. The host is its owner as
+    /// before, so `epoch` is the predecessor's. Repeating it changes nothing.
+    pub fn succeed(self, epoch: Epoch) -> Result<Self, HandOverError> {
+        match self {
+            Self::Whole => Ok(Self::Running(epoch)),
+            Self::Running(held) if held == epoch => Ok(self),
+            Self::Running(_) => Err(HandOverError::Over(
+                "the guest runs here under another epoch",
+            )),
+            Self::Filling => Err(HandOverError::NotWhole),
+            Self::Void => Err(HandOverError::Over("it was void")),
+        }
+    }
+
     /// The migration is void or failed.
     pub const fn abort(self) -> Result<Self, HandOverError> {
         match self {

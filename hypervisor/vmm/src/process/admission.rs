@@ -25,6 +25,7 @@ pub(super) enum Request {
     Kill,
     SendAway,
     Snapshot,
+    Succeed,
 }
 
 /// What an allowed request means now.
@@ -47,6 +48,7 @@ impl Request {
             Self::Kill => "be killed",
             Self::SendAway => "be migrated",
             Self::Snapshot => "be saved",
+            Self::Succeed => "be taken over",
         }
     }
 }
@@ -56,14 +58,14 @@ fn describe(state: &VmmState) -> String {
         VmmState::Empty => "there is no machine yet".into(),
         VmmState::Created => "it has not been booted".into(),
         VmmState::Running => "it is running".into(),
-        VmmState::Incoming => "it is arriving from another host".into(),
+        VmmState::Incoming => "it is arriving".into(),
         VmmState::Stopped { .. } => "it has stopped".into(),
         VmmState::Paused { reason } => match reason {
             PauseReason::Requested => "it is paused".into(),
             PauseReason::LeaseExpired => {
                 "it stopped itself because its host's lease ran out".into()
             }
-            PauseReason::HandOver => "it is being handed over to another host".into(),
+            PauseReason::HandOver => "it is being handed over".into(),
             PauseReason::Storage { disk, detail } => {
                 format!("it waits because disk {disk} cannot be written: {detail}")
             }
@@ -101,7 +103,7 @@ pub(super) fn admit(request: Request, state: &VmmState) -> Result<Admission, Pro
         (R::Stop | R::Kill, S::Stopped { .. }) | (R::Kill, S::Empty) => already,
         (R::Kill, _) => act,
         (
-            R::SendAway | R::Snapshot,
+            R::SendAway | R::Snapshot | R::Succeed,
             S::Running
             | S::Paused {
                 reason: PauseReason::Requested,

@@ -7,6 +7,9 @@ use axum::{Json, Router};
 use godwit_channel::problem::{Answer, JsonBody, QueryArgs, Refusal, no_such_path};
 use godwit_wire::migration::MigrationStatus;
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::succession::{
+    OfferSuccession, PrepareSuccession, SuccessionCommand, SuccessionStatus,
+};
 use godwit_wire::vmm_api::{
     CreateRequest, DirtyRate, DirtyRateRequest, IncomingReady, IncomingRequest, OutgoingRequest,
     ResizeDisk, RestoreRequest, SnapshotInfo, SnapshotRequest, VmmInfo,
@@ -41,6 +44,11 @@ pub(super) fn router(driver: DriverHandle) -> Router {
         .route("/v1/migration/abort", command(Driver::abort))
         .route("/v1/migration/release", command(Driver::release))
         .route("/v1/migration/commit", command(Driver::commit))
+        .route("/v1/succession/offer", put(offer_succession))
+        .route("/v1/succession/prepare", put(prepare_succession))
+        .route("/v1/succession/take", post(take_succession))
+        .route("/v1/succession/commit", command(Driver::commit_succession))
+        .route("/v1/succession/abort", command(Driver::abort_succession))
         .fallback(no_such_path)
         .with_state(driver)
 }
@@ -112,6 +120,29 @@ async fn restore(
     JsonBody(request): JsonBody<RestoreRequest>,
 ) -> Answer<VmmInfo> {
     blocking(move || driver.restore(request)).await
+}
+
+async fn offer_succession(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<OfferSuccession>,
+) -> Answer<SuccessionStatus> {
+    Ok(Json(
+        driver.call(move |d| d.offer_succession(request)).await?,
+    ))
+}
+
+async fn prepare_succession(
+    State(driver): State<DriverHandle>,
+    JsonBody(request): JsonBody<PrepareSuccession>,
+) -> Answer<SuccessionStatus> {
+    blocking(move || driver.prepare_succession(&request)).await
+}
+
+async fn take_succession(
+    State(driver): State<DriverHandle>,
+    JsonBody(command): JsonBody<SuccessionCommand>,
+) -> Answer<SuccessionStatus> {
+    blocking(move || driver.take_succession(command)).await
 }
 
 /// Runs what takes long on a thread that may block. It goes on if the caller hangs up.

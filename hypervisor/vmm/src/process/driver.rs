@@ -14,11 +14,13 @@ use crate::migration::{
     send_machine,
 };
 use crate::snapshot::Filler;
+use crate::succession::{TakingOver, Yielding};
 use godwit_wire::devices::Attachments;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
 use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::succession::Counted;
 use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::vmm_api::{
     Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand,
@@ -28,15 +30,21 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender};
 use std::sync::{Arc, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot, watch};
 
 mod devices;
 mod migrating;
 mod snapshots;
+mod succeeding;
 
 /// The byte that asks a guest without ACPI to stop: end of transmission, as a terminal's Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
+
+/// How often a machine that restarts is tried again while another process of its host may still be letting go of it,
+const LET_GO_ATTEMPTS: u32 = 20;
+/// and after which pause.
+const LET_GO_PAUSE: Duration = Duration::from_millis(100);
 
 type Work = Box<dyn FnOnce(&mut Driver) + Send>;
 
@@ -99,6 +107,8 @@ impl DriverHandle {
             state: state_sender,
             migration: Migration::None,
             snapshotting: None,
+            succession: Succession::None,
+            counted: Counted::default(),
             before_hand_over: Arrival::Run,
             resets_when_whole: false,
         };
@@ -206,6 +216,12 @@ enum Migration {
     Incoming(Arc<Incoming>, Epoch),
 }
 
+enum Succession {
+    None,
+    Yielding(Arc<Yielding>),
+    TakingOver(Arc<TakingOver>),
+}
+
 /// See the module's documentation.
 pub(super) struct Driver {
     builtin: &'static [u8],
@@ -229,6 +245,9 @@ pub(super) struct Driver {
     migration: Migration,
     /// Where a snapshot is being written to.
     snapshotting: Option<PathBuf>,
+    succession: Succession,
+    /// What the machine's former processes have counted.
+    counted: Counted,
     /// What the guest was doing when it was paused for the hand-over under way.
     before_hand_over: Arrival,
     /// The guest has restarted itself before all of its memory was here.
@@ -250,21 +269,23 @@ impl Driver {
 
     /// Everything about this VMM.
     pub(super) fn info(&mut self) -> Result<VmmInfo, Problem> {
-        let mut counters = Counters {
-            resets: self.resets,
-            serial_tx_bytes: self.handle.console.written(),
-            ..Default::default()
-        };
         let mut vcpus = Vec::new();
         let mut devices = Vec::new();
         let (mut resident, mut expected) = (Bytes(0), Bytes(0));
         if let Some(machine) = &self.machine {
-            (vcpus, counters.io_exits, counters.mmio_exits) = machine.vcpu_info();
-            counters.exits = vcpus.iter().map(|vcpu| vcpu.exits).sum();
-            counters.serial_rx_bytes = machine.serial().received();
+            vcpus = machine.vcpu_info().0;
             (resident, expected) = (machine.ram().resident(), machine.ram().expected());
             devices = machine.devices();
         }
+        let counted = self.count();
+        let counters = Counters {
+            exits: counted.exits,
+            io_exits: counted.io_exits,
+            mmio_exits: counted.mmio_exits,
+            serial_rx_bytes: counted.serial_rx_bytes,
+            resets: counted.resets,
+            serial_tx_bytes: self.handle.console.written(),
+        };
         let cpu = self.cpu()?;
         Ok(VmmInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -281,7 +302,22 @@ impl Driver {
             vcpus,
             devices,
             migration: self.migration_status(),
+            succession: self.succession_status(),
         })
+    }
+
+    /// Counters of the machine, over all of its processes.
+    fn count(&self) -> Counted {
+        let mut counted = self.counted;
+        counted.resets += self.resets;
+        if let Some(machine) = &self.machine {
+            let (vcpus, io_exits, mmio_exits) = machine.vcpu_info();
+            counted.exits += vcpus.iter().map(|vcpu| vcpu.exits).sum::<u64>();
+            counted.io_exits += io_exits;
+            counted.mmio_exits += mmio_exits;
+            counted.serial_rx_bytes += machine.serial().received();
+        }
+        counted
     }
 
     /// Builds the machine.
@@ -375,6 +411,7 @@ impl Driver {
     /// Where to watch dirty pages, if nothing else does.
     pub(super) fn dirty_log(&self) -> Result<DirtyLogSource, Problem> {
         self.admit_without_snapshot()?;
+        self.admit_without_succession()?;
         if self
             .migration_status()
             .is_some_and(|status| !status.phase.is_final())
@@ -425,20 +462,32 @@ impl Driver {
         lease: Option<&std::path::Path>,
         (attachments, memory): (&Attachments, Option<GuestRam>),
     ) -> Result<Machine, MachineError> {
+        let parts = MachineParts {
+            memory,
+            ..self.parts(vm, spec, attachments)?
+        };
+        Machine::build(&parts, lease)
+    }
+
+    fn parts(
+        &mut self,
+        vm: VmId,
+        spec: &MachineSpec,
+        attachments: &Attachments,
+    ) -> Result<MachineParts, MachineError> {
         kvm::install_kick_handler()?;
         self.machine_number += 1;
         let (number, inbox) = (self.machine_number, self.handle.inbox.clone());
-        let parts = MachineParts {
+        Ok(MachineParts {
             spec: spec.clone(),
             vm,
             attachments: attachments.clone(),
-            memory,
+            memory: None,
             console: self.handle.console.clone(),
             events: Arc::new(move |event| {
                 let _ = inbox.send(Message::Event(number, event));
             }),
-        };
-        Machine::build(&parts, lease)
+        })
     }
 
     fn handle_event(&mut self, event: MachineEvent) {
@@ -497,26 +546,17 @@ impl Driver {
         let (Some(vm), Some(spec)) = (self.vm, self.spec.clone()) else {
             return;
         };
-        let (lease, attachments) = (self.lease.clone(), self.attachments.clone());
-        let booted = self
-            .build_machine(vm, &spec, lease.as_deref(), (&attachments, None))
-            .and_then(|machine| {
-                if let Some(memory) = self.keep_memory {
-                    machine.keep_memory(memory);
+        let mut booted = self.boot_anew(vm, &spec, &before);
+        if !matches!(self.succession, Succession::None) {
+            // The other process may still hold what this host gives only once, or the former memory.
+            for _ in 0..LET_GO_ATTEMPTS {
+                if booted.is_ok() {
+                    break;
                 }
-                machine.claim(self.epoch)?;
-                machine.load(self.builtin)?;
-                match before {
-                    VmmState::Running
-                    | VmmState::Paused {
-                        reason: PauseReason::HandOver | PauseReason::Memory { .. },
-                    } => {
-                        machine.run()?;
-                        Ok((machine, VmmState::Running))
-                    }
-                    still => Ok((machine, still)),
-                }
-            });
+                std::thread::sleep(LET_GO_PAUSE);
+                booted = self.boot_anew(vm, &spec, &before);
+            }
+        }
         match booted {
             Ok((machine, state)) => {
                 self.machine = Some(machine);
@@ -531,6 +571,31 @@ impl Driver {
                     reason: StopReason::Failed { detail },
                 });
             }
+        }
+    }
+
+    fn boot_anew(
+        &mut self,
+        vm: VmId,
+        spec: &MachineSpec,
+        before: &VmmState,
+    ) -> Result<(Machine, VmmState), MachineError> {
+        let (lease, attachments) = (self.lease.clone(), self.attachments.clone());
+        let machine = self.build_machine(vm, spec, lease.as_deref(), (&attachments, None))?;
+        if let Some(memory) = self.keep_memory {
+            machine.keep_memory(memory);
+        }
+        machine.claim(self.epoch)?;
+        machine.load(self.builtin)?;
+        match before {
+            VmmState::Running
+            | VmmState::Paused {
+                reason: PauseReason::HandOver | PauseReason::Memory { .. },
+            } => {
+                machine.run()?;
+                Ok((machine, VmmState::Running))
+            }
+            still => Ok((machine, still.clone())),
         }
     }
 

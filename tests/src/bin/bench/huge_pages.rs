@@ -17,7 +17,10 @@ impl SharedHugePages {
     pub(crate) fn advise(report: &mut Report) -> Self {
         let before = chosen(SWITCH).filter(|before| before == "never");
         let switched = before.filter(|_| fs::write(SWITCH, "advise").is_ok());
-        for (name, path) in [("huge_pages_shared", SWITCH), ("huge_pages_anonymous", ANONYMOUS)] {
+        for (name, path) in [
+            ("huge_pages_shared", SWITCH),
+            ("huge_pages_anonymous", ANONYMOUS),
+        ] {
             report.option(name, chosen(path).unwrap_or_else(|| "none".into()));
         }
         Self { before: switched }

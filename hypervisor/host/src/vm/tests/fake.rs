@@ -445,6 +445,7 @@ impl Machine {
             vcpus: Vec::new(),
             devices: Vec::new(),
             migration: inner.migration.clone(),
+            succession: None,
         }
     }
 }

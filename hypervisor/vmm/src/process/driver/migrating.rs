@@ -113,6 +113,7 @@ impl Driver {
             }
         }
         self.admit_without_snapshot()?;
+        self.admit_without_succession()?;
         admit(Request::SendAway, &self.state.borrow())?;
         let ledger = Ledger::new(
             request.migration,
@@ -268,6 +269,7 @@ impl Driver {
 
     /// Ends the migration under way, for a machine that will not go on as it is. Memory that follows goes on arriving.
     pub(super) fn cancel_migration(&mut self, reason: &str) {
+        self.cancel_succession(reason);
         if self.lacks_memory() {
             return;
         }
@@ -328,7 +330,7 @@ impl Driver {
     }
 
     /// Takes what only the machine's owner may hold, and lets the guest go on as it was; gives its state then.
-    fn go_on(&self, arrival: Arrival) -> Result<VmmState, Problem> {
+    pub(super) fn go_on(&self, arrival: Arrival) -> Result<VmmState, Problem> {
         let machine = self.machine()?;
         let claimed = machine.claim(self.epoch);
         Ok(match (arrival, claimed) {
@@ -373,7 +375,7 @@ impl Driver {
             .is_some_and(|status| status.migration == migration)
     }
 
-    fn pause_for_hand_over(&mut self) -> Result<Arrival, MachineError> {
+    pub(super) fn pause_for_hand_over(&mut self) -> Result<Arrival, MachineError> {
         let state = self.state.borrow().clone();
         self.before_hand_over = match state {
             VmmState::Running => {
@@ -484,7 +486,7 @@ fn refused(error: HandOverError) -> Problem {
     Problem::conflict(kind, error.to_string())
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Problem> {
+pub(super) fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<(), Problem> {
     std::thread::Builder::new()
         .name(name.to_owned())
         .spawn(body)
@@ -527,7 +529,7 @@ impl Owner {
     }
 }
 
-const MACHINE_GONE: &str = "the machine is gone";
+pub(super) const MACHINE_GONE: &str = "the machine is gone";
 
 impl SourceMachine for Owner {
     fn pause(&self) -> Result<Arrival, MachineError> {

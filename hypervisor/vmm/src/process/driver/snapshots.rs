@@ -6,7 +6,7 @@ use crate::machine::SavedMachine;
 use crate::snapshot::{Filler, OnLoss, Snapshot, SnapshotError, Writer, bring_memory};
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::vmm_api::{RestoreRequest, SnapshotInfo, SnapshotRequest};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 /// How long the driver may take to stop a machine whose memory cannot be had.
 const LOSS_PATIENCE: Duration = Duration::from_secs(10);
@@ -126,6 +126,7 @@ impl Driver {
     fn begin_snapshot(&mut self, request: &SnapshotRequest) -> Result<Subject, Problem> {
         admit_epoch(request.epoch, self.epoch)?;
         self.admit_without_snapshot()?;
+        self.admit_without_succession()?;
         if let Some(status) = self.migration_status()
             && !status.phase.is_final()
         {
