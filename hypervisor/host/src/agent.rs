@@ -391,13 +391,10 @@ fn lost(record: VmRecord) -> VmRecord {
 
 async fn find(registry: &Registry, record: &VmRecord) -> io::Result<(Option<VmmProcess>, Found)> {
     let directory = registry.context().state.vm(record.vm);
-    let recorded = match record.process {
+    let process = match record.process {
+        // Only this one may be the VM's: another one may be a predecessor, whose memory a successor has changed.
         Some(id) if record.boot_id == registry.context().boot_id => VmmProcess::find(id)?,
-        _ => None,
-    };
-    let process = match recorded {
-        Some(process) => Some(process),
-        None => VmmProcess::find_strays(&directory)
+        _ => VmmProcess::find_strays(&directory)
             .await?
             .into_iter()
             .next(),
@@ -405,7 +402,7 @@ async fn find(registry: &Registry, record: &VmRecord) -> io::Result<(Option<VmmP
     let Some(process) = process else {
         return Ok((None, Found::NoProcess));
     };
-    let vmm = UdsClient::new(directory.api_socket());
+    let vmm = UdsClient::new(directory.api_socket(record.seat));
     let info = vmm
         .request_within::<VmmInfo>(ADOPTION_TIMEOUT, Method::GET, "/v1/info", NO_BODY)
         .await;

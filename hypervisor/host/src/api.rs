@@ -73,6 +73,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
             "/v1/vms/{vm}/migration/cancel",
             hand_on(POST, Command::Cancel),
         )
+        .route("/v1/vms/{vm}/upgrade", hand_on(POST, Command::Upgrade))
         .route("/v1/vms/{vm}/serial", get(serial))
         .merge(storage::routes())
         .fallback(problem::no_such_path)
@@ -128,7 +129,14 @@ async fn serial(
     PathArgs(vm): PathArgs<VmId>,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let path = agent.registry.context().state.vm(vm).serial_socket();
+    let directory = agent.registry.context().state.vm(vm);
+    // The record says which of two VMMs the machine is in, should one be taking it over from the other.
+    let path = tokio::task::spawn_blocking(move || {
+        let seat = directory.read_record().ok().flatten();
+        directory.serial_socket(seat.map(|record| record.seat).unwrap_or_default())
+    })
+    .await
+    .map_err(|error| Refusal(Problem::internal(error.to_string())))?;
     let mut console = UnixStream::connect(&path).await.map_err(|error| {
         let detail = format!("VM {vm} has no serial console here: {error}");
         Refusal(

@@ -3,7 +3,7 @@
 use crate::error::HostError;
 use crate::process::{self, VmmProcess};
 use crate::procfs::{self, CpuTimes};
-use crate::record::StateDirectory;
+use crate::record::{Seat, StateDirectory};
 use crate::sys::AfterAgent;
 use godwit_channel::CallError;
 use godwit_channel::uds::UdsClient;
@@ -57,9 +57,9 @@ pub(crate) async fn probe_cpu(
         program: program.to_owned(),
         detail,
     };
-    let process = VmmProcess::spawn(program, &directory, AfterAgent::Dies)
+    let process = VmmProcess::spawn(program, &directory, Seat::First, AfterAgent::Dies)
         .map_err(|e| unusable(e.to_string()))?;
-    let vmm = UdsClient::new(directory.api_socket());
+    let vmm = UdsClient::new(directory.api_socket(Seat::First));
     let answer = async {
         loop {
             match vmm.get::<VmmInfo>("/v1/info").await {

@@ -2,7 +2,7 @@
 //! samples what host and VMs really use, and carries out what the control plane asks, never twice and never late.
 //!
 //! ```text
-//! deciders (pure)   admission  handover  adoption  backoff
+//! deciders (pure)   admission  handover  succession  adoption  backoff
 //! on disk           record  lease
 //! for VMs           seed  storage  network
 //! one VM            vm: the driver task; process: its VMM; kept: its memory after it has moved away
@@ -25,6 +25,8 @@ mod backoff;
 mod admission;
 
 mod handover;
+
+mod succession;
 
 mod record;
 

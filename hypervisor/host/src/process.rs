@@ -9,7 +9,7 @@
 //! Signals go through a pidfd, so they can never hit a process that took over the same number.
 
 use crate::procfs::{self, Alive};
-use crate::record::{ProcessId, VmDirectory};
+use crate::record::{ProcessId, Seat, VmDirectory};
 use crate::sys::{self, AfterAgent};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fmt;
@@ -62,10 +62,12 @@ pub(crate) struct VmmProcess {
 }
 
 impl VmmProcess {
-    /// Starts `program vmm` with its sockets in `directory`, in a session of its own, its output in the log there.
+    /// Starts `program vmm` with its sockets in a seat of `directory`, in a session of its own, its output in the log
+    /// there.
     pub(crate) fn spawn(
         program: &Path,
         directory: &VmDirectory,
+        seat: Seat,
         after_agent: AfterAgent,
     ) -> io::Result<Self> {
         let log = OpenOptions::new()
@@ -77,9 +79,9 @@ impl VmmProcess {
         command
             .arg("vmm")
             .arg("--api-socket")
-            .arg(directory.api_socket())
+            .arg(directory.api_socket(seat))
             .arg("--serial-socket")
-            .arg(directory.serial_socket())
+            .arg(directory.serial_socket(seat))
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
@@ -132,9 +134,9 @@ impl VmmProcess {
     /// Processes started for `directory`, recorded or not.
     pub(crate) async fn find_strays(directory: &VmDirectory) -> io::Result<Vec<Self>> {
         let mut found = Vec::new();
-        let socket = directory.api_socket();
+        let sockets = Seat::ALL.map(|seat| directory.api_socket(seat));
         // Looking through all processes takes a while on a full host.
-        let scan = move || procfs::processes_with_argument(&socket);
+        let scan = move || procfs::processes_with_argument(&sockets);
         for pid in tokio::task::spawn_blocking(scan).await?? {
             if let Some(stat) = procfs::process_stat(pid) {
                 found.extend(Self::find(ProcessId {
@@ -229,6 +231,26 @@ pub(crate) async fn kill_strays(directory: &VmDirectory) -> io::Result<()> {
     Ok(())
 }
 
+/// Kills whatever was started for `directory` except the process with this id; returns when no guest code can run in it
+/// any more, and if it takes no longer than `let_go`, when it is gone.
+pub(crate) async fn kill_all_but(
+    directory: &VmDirectory,
+    kept: ProcessId,
+    let_go: Duration,
+) -> io::Result<()> {
+    for stray in VmmProcess::find_strays(directory).await? {
+        if stray.id == kept {
+            continue;
+        }
+        tracing::info!(pid = stray.id.pid, directory = %directory.path().display(), "ending a VMM that the VM is not in");
+        stray.kill_guest().await?;
+        if tokio::time::timeout(let_go, stray.exited()).await.is_err() {
+            tracing::warn!(pid = stray.id.pid, "a killed VMM is not gone yet");
+        }
+    }
+    Ok(())
+}
+
 /// The last lines a VMM wrote, for the problem of a start that failed.
 pub(crate) fn last_words(directory: &VmDirectory) -> String {
     use std::io::{Read, Seek, SeekFrom};
@@ -300,8 +322,13 @@ mod tests {
     #[tokio::test]
     async fn a_process_that_ends_by_itself_tells_how_and_leaves_its_last_words() {
         let fixture = fixture("echo no kernel >&2; exit 3");
-        let process =
-            VmmProcess::spawn(&fixture.program, &fixture.directory, AfterAgent::LivesOn).unwrap();
+        let process = VmmProcess::spawn(
+            &fixture.program,
+            &fixture.directory,
+            Seat::First,
+            AfterAgent::LivesOn,
+        )
+        .unwrap();
         let Exit::Status(status) = process.exited().await else {
             panic!("a child's status is known")
         };
@@ -312,8 +339,13 @@ mod tests {
     #[tokio::test]
     async fn a_process_is_found_again_by_its_id_until_it_is_killed() {
         let fixture = fixture(BLOCKS);
-        let process =
-            VmmProcess::spawn(&fixture.program, &fixture.directory, AfterAgent::Dies).unwrap();
+        let process = VmmProcess::spawn(
+            &fixture.program,
+            &fixture.directory,
+            Seat::First,
+            AfterAgent::Dies,
+        )
+        .unwrap();
         let id = process.id();
         let adopted = VmmProcess::find(id).unwrap().unwrap();
         let imposter = ProcessId {
@@ -329,8 +361,13 @@ mod tests {
     #[tokio::test]
     async fn what_was_started_for_a_vm_is_found_without_a_record() {
         let fixture = fixture(BLOCKS);
-        let process =
-            VmmProcess::spawn(&fixture.program, &fixture.directory, AfterAgent::Dies).unwrap();
+        let process = VmmProcess::spawn(
+            &fixture.program,
+            &fixture.directory,
+            Seat::First,
+            AfterAgent::Dies,
+        )
+        .unwrap();
         // Between fork and exec the child still has our own command line.
         while VmmProcess::find_strays(&fixture.directory)
             .await

@@ -4,7 +4,7 @@
 use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::usage::Pressure;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -164,9 +164,13 @@ pub(crate) fn resident(pid: i32) -> Bytes {
 
 /// Processes one of whose arguments is `argument`. One that cannot be looked at is an error, unless it has ended:
 /// "nothing found" must mean that there is nothing.
-pub(crate) fn processes_with_argument(argument: &Path) -> io::Result<Vec<i32>> {
+pub(crate) fn processes_with_argument(any_of: &[PathBuf]) -> io::Result<Vec<i32>> {
     use std::os::unix::ffi::OsStrExt;
-    let wanted = argument.as_os_str().as_bytes();
+    let wanted = |argument: &[u8]| {
+        any_of
+            .iter()
+            .any(|path| path.as_os_str().as_bytes() == argument)
+    };
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")? {
         let name = entry?.file_name();
@@ -177,14 +181,28 @@ pub(crate) fn processes_with_argument(argument: &Path) -> io::Result<Vec<i32>> {
             Err(error) if has_ended(&error) => continue,
             read => read?,
         };
-        if arguments
-            .split(|byte| *byte == 0)
-            .any(|argument| argument == wanted)
-        {
+        if arguments.split(|byte| *byte == 0).any(wanted) {
             found.push(pid);
         }
     }
     Ok(found)
+}
+
+/// A program's file: device and inode. A running program's file cannot be changed, only replaced, so this tells one
+/// build from another, whatever they say of themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ProgramFile(u64, u64);
+
+/// The program that process `pid` runs; `None` when that cannot be seen.
+pub(crate) fn program_of(pid: i32) -> Option<ProgramFile> {
+    program_at(Path::new(&format!("/proc/{pid}/exe")))
+}
+
+/// The program at `path`.
+pub(crate) fn program_at(path: &Path) -> Option<ProgramFile> {
+    use std::os::unix::fs::MetadataExt;
+    let file = std::fs::metadata(path).ok()?;
+    Some(ProgramFile(file.dev(), file.ino()))
 }
 
 /// Name of a thread that runs guest code, without its number.
@@ -308,7 +326,7 @@ mod tests {
         assert!(resident(me) > Bytes(0));
         let program = std::env::args_os().next().unwrap();
         assert!(
-            processes_with_argument(Path::new(&program))
+            processes_with_argument(&[PathBuf::from(&program)])
                 .unwrap()
                 .contains(&me)
         );

@@ -7,6 +7,7 @@
 //! DIR/fences/<vm>.json      Fence, kept after the VM is gone
 //! DIR/vms/<vm>/vm.json      VmRecord
 //! DIR/vms/<vm>/vmm.sock     the VMM's API;  serial.sock: its serial console;  vmm.log: its log
+//! DIR/vms/<vm>/vmm-2.sock   the same, and tty-2.sock, of a VMM in the second seat;  take.sock: between two VMMs
 //! DIR/vms/<vm>/seed.img     its cloud-init seed disk;  vsock.sock: the guest's sockets
 //! DIR/pool/                 the storage pool, if the command line names no other
 //! ```
@@ -14,7 +15,7 @@
 use crate::admission::Fence;
 use godwit_channel::file::{self, Access, FileError};
 use godwit_wire::host_api::LeasePolicy;
-use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
+use godwit_wire::id::{Epoch, Generation, MigrationId, SuccessionId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::network::Network;
 use godwit_wire::vmm_api::StopReason;
@@ -61,6 +62,30 @@ pub(crate) struct ProcessId {
     pub(crate) start_ticks: u64,
 }
 
+/// Which socket names a VMM has. There are two of each, because a VMM that takes a machine over from another one is there
+/// beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Seat {
+    /// Where every machine is started.
+    #[default]
+    First,
+    /// Where a successor of the first sits; its own successor has the first again.
+    Second,
+}
+
+impl Seat {
+    pub(crate) const ALL: [Self; 2] = [Self::First, Self::Second];
+
+    /// The seat of a successor.
+    pub(crate) const fn other(self) -> Self {
+        match self {
+            Self::First => Self::Second,
+            Self::Second => Self::First,
+        }
+    }
+}
+
 /// How the VM's machine ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -93,9 +118,16 @@ pub(crate) struct VmRecord {
     pub(crate) purpose: Purpose,
     /// Boot of the host on which the process was started.
     pub(crate) boot_id: Uuid,
-    /// Its VMM, once started.
+    /// Its VMM, once started. While a succession is under way this decides: a process that is not named here must
+    /// never run the machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) process: Option<ProcessId>,
+    /// The seat of that VMM.
+    #[serde(default)]
+    pub(crate) seat: Seat,
+    /// Written before a second VMM is started for this machine, and removed when there is only one again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) succession: Option<SuccessionId>,
     /// Whether the machine was told to start; a start that an agent did not survive is not believed.
     #[serde(default)]
     pub(crate) started: Started,
@@ -157,6 +189,8 @@ impl VmRecord {
             purpose,
             boot_id,
             process: None,
+            seat: Seat::First,
+            succession: None,
             started: Started::NotYet,
             end: None,
         }
@@ -289,12 +323,23 @@ impl VmDirectory {
         &self.path
     }
 
-    pub(crate) fn api_socket(&self) -> PathBuf {
-        self.path.join("vmm.sock")
+    pub(crate) fn api_socket(&self, seat: Seat) -> PathBuf {
+        self.path.join(match seat {
+            Seat::First => "vmm.sock",
+            Seat::Second => "vmm-2.sock",
+        })
     }
 
-    pub(crate) fn serial_socket(&self) -> PathBuf {
-        self.path.join("serial.sock")
+    pub(crate) fn serial_socket(&self, seat: Seat) -> PathBuf {
+        self.path.join(match seat {
+            Seat::First => "serial.sock",
+            Seat::Second => "tty-2.sock",
+        })
+    }
+
+    /// Where a VMM waits for its successor.
+    pub(crate) fn succession_socket(&self) -> PathBuf {
+        self.path.join("take.sock")
     }
 
     /// The cloud-init seed disk.
@@ -343,20 +388,30 @@ impl VmDirectory {
 
     /// Removes what a killed VMM cannot remove itself.
     pub(crate) fn remove_sockets(&self) -> Result<(), FileError> {
-        for path in [
-            self.api_socket(),
-            self.serial_socket(),
-            self.path.join("vsock.sock"),
-        ] {
-            ignore_missing(std::fs::remove_file(&path))
-                .map_err(|e| FileError::new("remove", &path, e))?;
-        }
-        Ok(())
+        Seat::ALL
+            .into_iter()
+            .try_for_each(|seat| self.clear_seat(seat))?;
+        remove_file(&self.path.join("vsock.sock"))
+    }
+
+    /// Removes the sockets of one seat, and the one between two.
+    pub(crate) fn clear_seat(&self, seat: Seat) -> Result<(), FileError> {
+        [
+            self.api_socket(seat),
+            self.serial_socket(seat),
+            self.succession_socket(),
+        ]
+        .iter()
+        .try_for_each(|path| remove_file(path))
     }
 
     fn record(&self) -> PathBuf {
         self.path.join("vm.json")
     }
+}
+
+fn remove_file(path: &Path) -> Result<(), FileError> {
+    ignore_missing(std::fs::remove_file(path)).map_err(|e| FileError::new("remove", path, e))
 }
 
 fn ignore_missing(result: io::Result<()>) -> io::Result<()> {

@@ -28,6 +28,7 @@ mod saving;
 mod sending;
 mod start;
 mod stop;
+mod upgrade;
 
 #[cfg(test)]
 pub(crate) mod tests;
@@ -35,8 +36,8 @@ pub(crate) mod tests;
 pub(crate) use registry::{Adopted, Context, Registry, adopt};
 
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
-    VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, UpgradeVm,
+    UpgradedVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{Epoch, SnapshotId};
 use godwit_wire::problem::Problem;
@@ -67,6 +68,8 @@ pub(crate) enum Command {
     Prepare(PrepareIncoming, Reply<IncomingReady>),
     Send(StartOutgoing, Reply<VmReport>),
     Cancel(CancelMigration, Reply<VmReport>),
+    /// The machine shall run in a VMM of this agent's program.
+    Upgrade(UpgradeVm, Reply<UpgradedVm>),
     /// A disk of the machine shall be larger.
     Resize(Resize, Reply<()>),
     /// The machine shall be saved.

@@ -12,6 +12,7 @@
 //! | `PUT /v1/vms/{vm}/incoming` | [`PrepareIncoming`] | [`IncomingReady`](crate::vmm_api::IncomingReady) |
 //! | `POST /v1/vms/{vm}/outgoing` | [`StartOutgoing`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/migration/cancel` | [`CancelMigration`] | [`VmReport`] |
+//! | `POST /v1/vms/{vm}/upgrade` | [`UpgradeVm`] | [`UpgradedVm`]; the machine runs in a VMM of the agent's program then |
 //! | `DELETE /v1/vms/{vm}?epoch=E` | | `204`; kills what is left of the VM and forgets it |
 //! | `POST /v1/pools/{pool}/images/{image}` | [`ImportImage`](crate::storage::ImportImage) | [`ImageReport`](crate::storage::ImageReport) |
 //! | `PUT /v1/pools/{pool}/images/{image}/content` | the bytes | [`ImageReport`](crate::storage::ImageReport) |
@@ -35,13 +36,14 @@
 //! Errors are [`Problem`](crate::problem::Problem) bodies: `stale-epoch`, `stale-generation`, `not-found`,
 //! `invalid-request`, and others that name what stood in the way.
 
-use crate::id::{Epoch, Generation, HostId, MigrationId, VmId};
+use crate::id::{Epoch, Generation, HostId, MigrationId, SuccessionId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::migration::{
     MigrationIdentity, MigrationPolicy, MigrationRole, MigrationStatus, MigrationToken,
 };
 use crate::network::{Network, Peers};
 use crate::storage::{PoolReport, RestoreFrom};
+use crate::succession::SuccessionBlackout;
 use crate::unit::Mib;
 use crate::usage::{HostUsage, VmUsage};
 use crate::vmm_api::VmmState;
@@ -263,6 +265,38 @@ pub struct CancelMigration {
     pub migration: MigrationId,
     /// Epoch of the VM at the source.
     pub epoch: Epoch,
+}
+
+/// Lets a VMM of the agent's own program take the machine over, its memory as it is. A machine that runs in one already
+/// is left alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeVm {
+    /// Epoch under which this host owns it; it stays.
+    pub epoch: Epoch,
+    /// The attempt: repeated with the same one, the answer is the same.
+    pub succession: SuccessionId,
+}
+
+/// In what the machine runs now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradedVm {
+    /// What was done.
+    pub outcome: UpgradeOutcome,
+    /// Process id of its VMM.
+    pub pid: u32,
+    /// How long the guest stood still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blackout: Option<SuccessionBlackout>,
+}
+
+/// What an upgrade did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UpgradeOutcome {
+    /// Another process runs the machine.
+    Upgraded,
+    /// It ran in a VMM of the agent's program before.
+    Current,
 }
 
 /// A host asks to become part of the pool.

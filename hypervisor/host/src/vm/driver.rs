@@ -9,7 +9,7 @@ use super::room::RoomKeeper;
 use super::stop::{Stopping, being_destroyed};
 use crate::admission::Fence;
 use crate::process::{Exit, VmmProcess};
-use crate::record::{End, Purpose, VmDirectory, VmRecord};
+use crate::record::{End, Purpose, Seat, VmDirectory, VmRecord};
 use crate::storage::Room;
 use godwit_channel::CallError;
 use godwit_channel::uds::UdsClient;
@@ -196,6 +196,7 @@ impl Driver {
             Command::Prepare(ask, reply) => drop(reply.send(self.prepare(ask).await)),
             Command::Send(ask, reply) => drop(reply.send(self.send(ask).await)),
             Command::Cancel(ask, reply) => drop(reply.send(self.cancel(ask).await)),
+            Command::Upgrade(ask, reply) => drop(reply.send(self.upgrade(ask).await)),
             Command::Resize(ask, reply) => drop(reply.send(self.resize(ask).await)),
             Command::Snapshot(ask, reply) => drop(reply.send(self.save(ask).await)),
             Command::Destroy(epoch, reply) => drop(reply.send(self.destroy(epoch).await)),
@@ -372,6 +373,8 @@ impl Driver {
             self.finish_stop().await;
             return;
         }
+        self.settle_succession(observation.info.succession.as_ref())
+            .await;
         if let Some(status) = observation.info.migration {
             self.adopt_handover(status);
             self.advance_handover().await;
@@ -385,7 +388,7 @@ impl Driver {
             process,
             info,
         } = adopted;
-        let purpose = record.purpose;
+        let (purpose, seat) = (record.purpose, record.seat);
         if process.is_some() {
             let nics = &record.spec.devices.nics;
             let networks = &self.context.networks;
@@ -407,7 +410,7 @@ impl Driver {
         };
         let (state, migration) =
             info.map_or_else(|| (silent(), None), |info| (info.state, info.migration));
-        let live = self.watch_over(process, state);
+        let live = self.watch_over(process, seat, state);
         if let Some(holding) = &mut self.holding {
             holding.live = Some(live);
         }
@@ -428,8 +431,8 @@ impl Driver {
     }
 
     /// A live machine with its observer.
-    pub(super) fn watch_over(&self, process: VmmProcess, state: VmmState) -> Live {
-        let vmm = UdsClient::new(self.directory.api_socket());
+    pub(super) fn watch_over(&self, process: VmmProcess, seat: Seat, state: VmmState) -> Live {
+        let vmm = UdsClient::new(self.directory.api_socket(seat));
         let observer = Observer::start(self.vm, vmm.clone(), process.id().pid, self.news.clone());
         Live {
             process,

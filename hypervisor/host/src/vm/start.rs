@@ -30,7 +30,7 @@ use std::time::Duration;
 /// How long a VMM process may take until its API answers.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a VMM may take to build a machine: it prefaults all of its memory.
-const BUILD_TIMEOUT: Duration = Duration::from_secs(120);
+pub(super) const BUILD_TIMEOUT: Duration = Duration::from_secs(120);
 /// How long it may take to restore one: it may have to read all of the snapshot first.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(600);
 /// First and longest pause between two looks for the API of a new VMM. A socket that appears announces itself to
@@ -320,13 +320,14 @@ impl Driver {
         let process = VmmProcess::spawn(
             &self.context.program,
             &self.directory,
+            record.seat,
             self.context.after_agent,
         )
         .map_err(|error| self.cannot_spawn(&error))?;
         tracing::debug!(vm = %self.vm, pid = process.id().pid, "VMM process started");
         record.process = Some(process.id());
         let written = self.directory.write_record(&record);
-        let live = self.watch_over(process.clone(), VmmState::Empty);
+        let live = self.watch_over(process.clone(), record.seat, VmmState::Empty);
         let vmm = live.vmm.clone();
         self.refusal = None;
         self.prepared = None;
@@ -343,14 +344,14 @@ impl Driver {
         Ok((vmm, attachments))
     }
 
-    fn cannot_spawn(&self, error: &std::io::Error) -> Problem {
+    pub(super) fn cannot_spawn(&self, error: &std::io::Error) -> Problem {
         let program = self.context.program.display();
         Problem::internal(format!(
             "the VMM program {program} cannot be started: {error}"
         ))
     }
 
-    async fn wait_until_ready(
+    pub(super) async fn wait_until_ready(
         &mut self,
         vmm: &UdsClient,
         process: &VmmProcess,
