@@ -69,6 +69,7 @@ pub(crate) fn decide(
         Intent::CordonHost { host, reason } => host::cordon(view, draft, *host, reason, actor),
         Intent::UncordonHost { host } => host::uncordon(view, draft, *host, actor),
         Intent::EvacuateHost { host, reason } => host::evacuate(view, draft, *host, reason, actor),
+        Intent::UpgradeHost { host } => host::upgrade(view, draft, *host, actor),
         Intent::RemoveHost { host } => host::remove(view, draft, *host, actor),
         Intent::ConfirmHostOff { host } => host::confirm_off(view, draft, *host, actor),
         Intent::CreateImage(new) => storage::create_image(view, draft, new, actor),
@@ -154,6 +155,7 @@ fn cancel_operation(
     let remedy = match &operation.work {
         Work::Start { .. }
         | Work::Migrate { .. }
+        | Work::Upgrade { .. }
         | Work::Evacuate { .. }
         | Work::Provision { .. }
         | Work::CreateImage { .. }

@@ -104,6 +104,11 @@ pub enum Intent {
         /// Why.
         reason: String,
     },
+    /// Hands a host's VMs to VMMs of the program that its agent runs, their memory as it is.
+    UpgradeHost {
+        /// Which host.
+        host: HostId,
+    },
     /// Takes an empty host out of the pool.
     RemoveHost {
         /// Which host.

@@ -23,6 +23,8 @@ mod start;
 
 mod storage;
 
+mod upgrade;
+
 use crate::core::Core;
 use crate::model::{Actor, Operation, OperationState, Subject, Work};
 use context::Context;
@@ -103,6 +105,7 @@ async fn execute(core: &Arc<Core>, id: OperationId) {
         | Work::CreateDisk { .. }
         | Work::GrowDisk { .. }
         | Work::DeleteDisk { .. } => storage::run(&context).await,
+        Work::Upgrade { .. } => upgrade::run(&context).await,
         Work::Evacuate { .. } | Work::Drain { .. } | Work::Restore { .. } => {
             moves::run(&context).await
         }

@@ -573,6 +573,10 @@ impl View {
                     .sum::<f64>()
                     / work.moves().len() as f64
             }
+            Work::Upgrade { vms, .. } => {
+                let done = vms.iter().filter(|task| task.state.is_final()).count();
+                done as f64 / vms.len().max(1) as f64
+            }
             _ => {
                 let done = operation
                     .steps

@@ -28,6 +28,9 @@ pub enum HostCommand {
     Uncordon(NamedArgs),
     /// Move everything off a host that answers but is failing; it stays cordoned.
     Evacuate(EvacuateArgs),
+    /// Hand a host's running VMs to VMMs of the program that its agent runs now, after an upgrade of it; each guest
+    /// stands still for a moment.
+    Upgrade(UpgradeArgs),
     /// Take an empty host out of the pool.
     Remove(NamedArgs),
     /// Confirm that a host that is given up is off, so that its VMs start elsewhere. Whoever says so while it runs
@@ -73,6 +76,15 @@ pub struct EvacuateArgs {
     change: ChangeOptions,
 }
 
+/// A host to upgrade.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// Name or id.
+    host: String,
+    #[command(flatten)]
+    change: ChangeOptions,
+}
+
 impl HostCommand {
     /// Asks the server and prints what it says.
     pub async fn run(self, session: &Session) -> Result<(), Failure> {
@@ -104,6 +116,7 @@ impl HostCommand {
                 mark(session, &arguments, "uncordon", &HostReason::default()).await
             }
             Self::Evacuate(arguments) => evacuate(session, arguments).await,
+            Self::Upgrade(arguments) => upgrade(session, arguments).await,
             Self::ConfirmOff(arguments) => {
                 mark(session, &arguments, "confirm-off", &HostReason::default()).await
             }
@@ -163,6 +176,21 @@ async fn evacuate(session: &Session, arguments: EvacuateArgs) -> Result<(), Fail
     session
         .conclude(change, accepted.operation, || {
             format!("{host} is empty and cordoned.\n")
+        })
+        .await
+}
+
+async fn upgrade(session: &Session, arguments: UpgradeArgs) -> Result<(), Failure> {
+    let UpgradeArgs { host, change } = arguments;
+    let path = change.path(format!("{}/upgrade", path(&host)));
+    let body = HostReason::default();
+    if change.dry_run {
+        return session.print_dry_run(&session.client.post::<DryRun>(&path, &body).await?);
+    }
+    let accepted: HostAccepted = session.client.post(&path, &body).await?;
+    session
+        .conclude(change, accepted.operation, || {
+            format!("Every VM of {host} runs in a VMM of its agent's program.\n")
         })
         .await
 }

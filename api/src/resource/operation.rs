@@ -12,7 +12,7 @@ pub struct Operation {
     /// Never changes.
     pub id: Uuid,
     /// What is done: `create`, `change`, `start`, `stop`, `reboot`, `pause`, `resume`, `migrate`, `delete`, `restart`,
-    /// `evacuate`, `drain`, `restore`, `create_image`, `delete_image`, `create_disk`, `grow_disk` or `delete_disk`.
+    /// `upgrade`, `evacuate`, `drain`, `restore`, `create_image`, `delete_image`, `create_disk`, `grow_disk` or `delete_disk`.
     pub kind: String,
     /// What it is done to.
     pub subject: Subject,

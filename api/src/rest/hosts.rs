@@ -28,6 +28,7 @@ pub(super) fn routes() -> OpenApiRouter<Api> {
         .routes(routes!(cordon))
         .routes(routes!(uncordon))
         .routes(routes!(evacuate))
+        .routes(routes!(upgrade))
         .routes(routes!(confirm_off))
         .routes(routes!(create_join_token))
 }
@@ -134,6 +135,21 @@ async fn evacuate(
         },
     )
     .await
+}
+
+/// Hands a host's running VMs to VMMs of the program that its agent runs; each guest stands still for a moment.
+#[utoipa::path(
+    post, path = "/v1/hosts/{host}/upgrade", tag = "hosts", params(("host" = String, Path, description = "Id or name"), ChangeQuery),
+    responses((status = 200, description = "What would happen (`dry_run`).", body = DryRun), (status = 202, body = HostAccepted), Refused)
+)]
+async fn upgrade(
+    State(api): State<Api>,
+    by: By,
+    PathArgs(name): PathArgs<String>,
+    QueryArgs(query): QueryArgs<ChangeQuery>,
+) -> Result<Response, Refusal> {
+    let host = id(&api, &name)?;
+    carry_out(&api, &by, query, Intent::UpgradeHost { host }).await
 }
 
 /// Confirms that a host that is given up is off: its VMs may be started elsewhere, also those that nothing watches.

@@ -5,7 +5,7 @@ use crate::intent::Resource;
 use crate::ledger::Draft;
 use crate::model::{
     Actor, Cordon, Host, Liveness, MaintenancePlan, MaintenancePolicy, MoveAction, MoveState,
-    MoveTask, Subject, Vm, Work,
+    MoveTask, Subject, UpgradeState, UpgradeTask, Vm, Work,
 };
 use crate::operation::fresh;
 use crate::plan::maintenance::{DrainInput, plan_drain};
@@ -184,6 +184,60 @@ pub(super) fn evacuate(
     decision.preview.plan = Some(plan);
     draft.put_operation(operation);
     draft.put_host(host);
+    Ok(decision)
+}
+
+/// Everything that runs on the host goes on in VMMs of the program that its agent runs now.
+pub(super) fn upgrade(
+    view: &View,
+    draft: &mut Draft<'_>,
+    id: HostId,
+    actor: &Actor,
+) -> Result<Decision, Problem> {
+    let host = find_host(view, id)?;
+    let under_way = view.active_operations().find(|op| {
+        matches!(op.work, Work::Upgrade { host, .. } | Work::Evacuate { host, .. } if host == id)
+    });
+    if let Some(operation) = under_way {
+        let detail = format!(
+            "{} is busy with {} ({})",
+            host.name(),
+            operation.work.kind(),
+            operation.id
+        );
+        return Err(
+            Problem::conflict("busy", detail).with_remedy("wait until it ends, or cancel it")
+        );
+    }
+    if view.liveness(id).is_silent() {
+        let detail = format!("{} is silent, so its agent cannot be told", host.name());
+        return Err(
+            Problem::conflict("host-silent", detail).with_remedy("wait until it is heard again")
+        );
+    }
+    let vms = view.vms_of(id).map(|vm| UpgradeTask {
+        vm: vm.id,
+        vm_name: vm.name.clone(),
+        state: UpgradeState::Waiting,
+    });
+    let vms: Vec<UpgradeTask> = vms.collect();
+    let effect = format!(
+        "{} VMs of {} go on in VMMs of version {}, those that do not yet",
+        vms.len(),
+        host.name(),
+        host.facts.version
+    );
+    let subject = Subject::host(id, host.name());
+    draft.info("host.upgrading", subject.clone(), actor, &effect);
+    let operation = fresh(
+        Work::Upgrade { host: id, vms },
+        subject,
+        actor,
+        None,
+        draft.now(),
+    );
+    let decision = Decision::new(Resource::Host(id), Some(operation.id), effect);
+    draft.put_operation(operation);
     Ok(decision)
 }
 

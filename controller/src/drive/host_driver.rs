@@ -4,8 +4,8 @@ use async_trait::async_trait;
 use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
-    VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, UpgradeVm,
+    UpgradedVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::storage::{
@@ -95,6 +95,14 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         vm: VmId,
         command: &CancelMigration,
     ) -> Result<VmReport, CallError>;
+
+    /// Lets a VMM of the agent's own program take a VM over; answers when it runs there.
+    async fn upgrade_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &UpgradeVm,
+    ) -> Result<UpgradedVm, CallError>;
 
     /// Kills what is left of a VM, up to and including `epoch`, and forgets it. Fine if there is nothing.
     async fn destroy(&self, to: HostAddress, vm: VmId, epoch: Epoch) -> Result<(), CallError>;

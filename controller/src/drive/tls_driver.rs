@@ -11,7 +11,7 @@ use godwit_channel::pki::{Authority, Identity};
 use godwit_channel::tls::{self, TlsClient, TlsError};
 use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, SERIAL_UPGRADE, SetBalloon, StartOutgoing, StartVm, StopMode,
-    StopVm, VmCommand, VmReport,
+    StopVm, UpgradeVm, UpgradedVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, SnapshotId, VmId};
 use godwit_wire::migration::{MigrationIdentity, MigrationRole};
@@ -29,6 +29,8 @@ use std::time::Duration;
 
 /// How long a command may take that starts a process.
 const SPAWN_TIME: Duration = Duration::from_secs(20);
+/// How long a VM may take to change its VMM: the new one maps all of the guest's memory first.
+const UPGRADE_TIME: Duration = Duration::from_secs(180);
 /// How long any other command may take.
 const COMMAND_TIME: Duration = Duration::from_secs(10);
 /// How long the upload of an image may take in all; whoever sends it is bound to keep it going.
@@ -240,6 +242,22 @@ impl HostDriver for TlsDriver {
             COMMAND_TIME,
             Method::POST,
             format!("/v1/vms/{vm}/migration/cancel"),
+            command,
+        )
+        .await
+    }
+
+    async fn upgrade_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &UpgradeVm,
+    ) -> Result<UpgradedVm, CallError> {
+        self.send(
+            to,
+            UPGRADE_TIME,
+            Method::POST,
+            format!("/v1/vms/{vm}/upgrade"),
             command,
         )
         .await

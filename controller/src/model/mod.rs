@@ -41,7 +41,7 @@ pub use migration::{Migration, MigrationState};
 pub use network::Network;
 pub use operation::{
     MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, ProvisionCause,
-    StartCause, Step, StepState, Work,
+    StartCause, Step, StepState, UpgradeState, UpgradeTask, Work,
 };
 pub use rejection::{HostRejection, Rejection};
 pub use snapshot::{AfterSnapshot, Snapshot, SnapshotState, writable_disk};

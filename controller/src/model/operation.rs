@@ -5,7 +5,7 @@ use crate::model::{Actor, AfterSnapshot, DisksOnDelete, MoveAction, Subject};
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{
     DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId,
-    SnapshotId, VmId,
+    SnapshotId, SuccessionId, VmId,
 };
 use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::Problem;
@@ -232,6 +232,13 @@ pub enum Work {
         /// Which.
         snapshot: SnapshotId,
     },
+    /// Hands a host's VMs to VMMs of the program that its agent runs.
+    Upgrade {
+        /// Which host.
+        host: HostId,
+        /// VM by VM.
+        vms: Vec<UpgradeTask>,
+    },
     /// Moves everything off a host.
     Evacuate {
         /// Which host.
@@ -295,6 +302,7 @@ impl Work {
             Self::DeleteDisk { .. } => "delete_disk",
             Self::CreateSnapshot { .. } => "create_snapshot",
             Self::DeleteSnapshot { .. } => "delete_snapshot",
+            Self::Upgrade { .. } => "upgrade",
             Self::Evacuate { .. } => "evacuate",
             Self::Drain { .. } => "drain",
             Self::Restore { .. } => "restore",
@@ -401,6 +409,56 @@ pub enum MigrateCause {
     ByHand,
     /// Part of a drain, an evacuation or a restore: its home stays.
     ByPlan,
+}
+
+/// One VM of an upgrade.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UpgradeTask {
+    /// Which VM.
+    pub vm: VmId,
+    /// Its name.
+    pub vm_name: String,
+    /// Where it stands.
+    pub state: UpgradeState,
+}
+
+/// Where one VM's upgrade stands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum UpgradeState {
+    /// Its turn has not come.
+    Waiting,
+    /// Its host was, or is about to be, told. A resumed executor repeats the same command.
+    Running {
+        /// Names the attempt.
+        succession: SuccessionId,
+        /// Epoch under which the host owns it.
+        epoch: Epoch,
+    },
+    /// It runs in a new VMM.
+    Done {
+        /// How long it stood still, in microseconds.
+        blackout_us: Option<u64>,
+    },
+    /// It ran in a VMM of that program before.
+    Current,
+    /// Nothing to do.
+    Skipped {
+        /// Why.
+        reason: String,
+    },
+    /// It stays in the VMM it runs in.
+    Failed {
+        /// Why.
+        reason: String,
+    },
+}
+
+impl UpgradeState {
+    /// Whether nothing will change any more.
+    pub const fn is_final(&self) -> bool {
+        !matches!(self, Self::Waiting | Self::Running { .. })
+    }
 }
 
 /// One VM of a drain, an evacuation or a restore.

@@ -8,8 +8,8 @@ use async_trait::async_trait;
 use axum::body::Body;
 use godwit_channel::CallError;
 use godwit_wire::host_api::{
-    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, VmCommand,
-    VmReport,
+    CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, UpgradeVm,
+    UpgradedVm, VmCommand, VmReport,
 };
 use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
@@ -160,6 +160,16 @@ impl HostDriver for SimDriver {
         command: &CancelMigration,
     ) -> Result<VmReport, CallError> {
         self.call(to, "cancel", |host| host.cancel_migration(vm, command))
+            .await
+    }
+
+    async fn upgrade_vm(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &UpgradeVm,
+    ) -> Result<UpgradedVm, CallError> {
+        self.call(to, "upgrade", |host| host.upgrade_vm(vm, command))
             .await
     }
 

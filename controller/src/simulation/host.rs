@@ -12,18 +12,19 @@ use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
     CancelMigration, HostFacts, LeasePolicy, PrepareIncoming, SetBalloon, StartOutgoing, StartVm,
-    StopVm, VmCommand, VmReport,
+    StopVm, UpgradeOutcome, UpgradeVm, UpgradedVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, VmId};
+use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, SuccessionId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::migration::{
     MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus, MigrationToken,
 };
 use godwit_wire::problem::Problem;
+use godwit_wire::succession::SuccessionBlackout;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, watch};
@@ -64,6 +65,7 @@ struct SimVm {
     state: Option<VmmState>,
     lease: LeasePolicy,
     migration: Option<MigrationStatus>,
+    successions: BTreeSet<SuccessionId>,
 }
 
 #[derive(Debug)]
@@ -368,6 +370,7 @@ impl SimHost {
                     state: Some(running),
                     lease: command.lease,
                     migration: None,
+                    successions: BTreeSet::new(),
                 },
             );
         }
@@ -420,6 +423,33 @@ impl SimHost {
         })
     }
 
+    /// Repeated with the same succession, it changes nothing.
+    pub(super) fn upgrade_vm(&self, vm: VmId, command: &UpgradeVm) -> Result<UpgradedVm, Problem> {
+        let mut state = self.state();
+        let known = state
+            .vms
+            .get_mut(&vm)
+            .ok_or_else(|| Problem::not_found("VM", vm))?;
+        if known.epoch != command.epoch {
+            return Err(Problem::conflict("stale-epoch", "another epoch"));
+        }
+        known.successions.insert(command.succession);
+        Ok(UpgradedVm {
+            outcome: UpgradeOutcome::Upgraded,
+            pid: 1,
+            blackout: Some(SuccessionBlackout {
+                total_us: 7_000,
+                ..SuccessionBlackout::default()
+            }),
+        })
+    }
+
+    /// How often a VM has changed its VMM here.
+    pub(super) fn successions(&self, vm: VmId) -> usize {
+        let state = self.state();
+        state.vms.get(&vm).map_or(0, |vm| vm.successions.len())
+    }
+
     pub(super) fn prepare_incoming(
         &self,
         vm: VmId,
@@ -446,6 +476,7 @@ impl SimHost {
                     state: Some(VmmState::Incoming),
                     lease: command.lease,
                     migration: Some(status),
+                    successions: BTreeSet::new(),
                 },
             );
         }

@@ -117,6 +117,18 @@ async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_own
     assert!(killed >= 5, "killed {killed} times");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_server_killed_at_any_step_of_an_upgrade_sends_each_command_as_it_was() {
+    let upgrade = |_| Intent::UpgradeHost { host: Pool::id(1) };
+    let look = |pool: &Pool, vm, died: bool| {
+        let changed = pool.host(1).successions(vm);
+        assert!(changed <= 1, "{changed} times");
+        assert!(died || changed == 1);
+    };
+    let killed = at_every_transaction_and_then(one_vm, upgrade, look).await;
+    assert!(killed >= 2, "killed {killed} times");
+}
+
 /// The guest goes ahead of its memory: the source's copy is needed beyond the commit.
 #[tokio::test(start_paused = true)]
 async fn a_server_killed_at_any_step_of_a_post_copy_leaves_the_guest_its_memory() {

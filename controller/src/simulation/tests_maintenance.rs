@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::intent::{NewMaintenance, Resource};
-use crate::model::{MaintenanceState, MoveAction, MovedState, RestoreOnCancel, ReturnPolicy};
+use crate::model::{
+    MaintenanceState, MoveAction, MovedState, RestoreOnCancel, ReturnPolicy, UpgradeState, Work,
+};
 use godwit_wire::id::MaintenanceId;
 use godwit_wire::migration::MigrationPolicy;
 
@@ -393,6 +395,46 @@ async fn an_evacuation_empties_a_host_that_stays_cordoned() {
     assert_eq!(pool.view().vms_of(Pool::id(1)).count(), 0);
     assert_eq!(pool.host_state(1), HostState::Cordoned);
     pool.check();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upgrade_reaches_every_vm_of_a_host_and_tells_what_became_of_each() {
+    let pool = Pool::of(2).await;
+    let mut vms = Vec::new();
+    for n in 0..3 {
+        vms.push(pool.vm(&format!("vm-{n}"), 1).await);
+    }
+    let elsewhere = pool.vm("elsewhere", 2).await;
+    let host = Pool::id(1);
+    let accepted = pool.submit(Intent::UpgradeHost { host }).await.unwrap();
+    pool.succeeds(accepted).await;
+    for vm in &vms {
+        assert_eq!(pool.host(1).successions(*vm), 1);
+        assert_eq!((pool.owner(*vm), pool.runs_on(*vm)), (Some(1), vec![1]));
+    }
+    assert_eq!(pool.host(2).successions(elsewhere), 0);
+    assert_eq!(pool.events("vm.upgraded"), 3);
+    let view = pool.view();
+    let operation = &view.operations[&accepted.operation.unwrap()];
+    let Work::Upgrade { vms, .. } = &operation.work else {
+        panic!("not an upgrade")
+    };
+    let done = UpgradeState::Done {
+        blackout_us: Some(7_000),
+    };
+    assert!(vms.iter().all(|task| task.state == done), "{vms:?}");
+    pool.check();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_host_is_not_upgraded() {
+    let pool = Pool::of(2).await;
+    let host = Pool::id(1);
+    pool.host(1).cut();
+    pool.wait("the host is silent", |view| view.liveness(host).is_silent())
+        .await;
+    let refused = pool.submit(Intent::UpgradeHost { host }).await.unwrap_err();
+    assert_eq!(refused.kind, "host-silent");
 }
 
 #[tokio::test(start_paused = true)]
