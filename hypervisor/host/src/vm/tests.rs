@@ -4,6 +4,7 @@
 mod credentials;
 mod devices;
 pub(crate) mod fake;
+mod upgrade;
 
 use super::*;
 use crate::record::tests::spec;

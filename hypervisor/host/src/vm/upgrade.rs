@@ -57,11 +57,10 @@ impl Driver {
             let detail = format!("VM {} is stopping", self.vm);
             return Err(Problem::conflict("stopping", detail));
         }
-        let pid = live.process.id().pid;
-        let wanted = procfs::program_at(&self.context.program);
-        if wanted.is_some() && procfs::program_of(pid) == wanted {
-            return self.upgraded_already(ask.succession).await;
+        if let Some(upgraded) = self.upgraded_already(ask.succession).await? {
+            return Ok(upgraded);
         }
+        let live = self.live().ok_or_else(|| not_running(self.vm))?;
         let _dirty_log = live.observer.reserve_dirty_log().await;
         let status = self.change_vmm(ask).await.inspect_err(|problem| {
             tracing::warn!(vm = %self.vm, %problem, "the VM stays in its VMM");
@@ -75,23 +74,31 @@ impl Driver {
         })
     }
 
-    /// The machine runs in a VMM of this program; perhaps this very command has brought it there.
-    async fn upgraded_already(&mut self, asked: SuccessionId) -> Result<UpgradedVm, Problem> {
+    /// Whether the machine runs in a VMM of this program; perhaps this very command has brought it there.
+    async fn upgraded_already(
+        &mut self,
+        asked: SuccessionId,
+    ) -> Result<Option<UpgradedVm>, Problem> {
         let live = self.live().ok_or_else(|| not_running(self.vm))?;
-        let vmm = live.vmm.clone();
+        let (vmm, pid) = (live.vmm.clone(), live.process.id().pid);
         let info: VmmInfo = self.vmm_answer(vmm.get("/v1/info")).await?;
-        let by_this = info
-            .succession
-            .filter(|status| status.succession == asked)
-            .filter(|status| status.phase == SuccessionPhase::Completed);
-        Ok(UpgradedVm {
-            outcome: match by_this {
-                Some(_) => UpgradeOutcome::Upgraded,
-                None => UpgradeOutcome::Current,
-            },
+        let by_this = info.succession.filter(|status| {
+            status.succession == asked && status.phase == SuccessionPhase::Completed
+        });
+        if let Some(status) = by_this {
+            return Ok(Some(UpgradedVm {
+                outcome: UpgradeOutcome::Upgraded,
+                pid: info.pid,
+                blackout: status.blackout,
+            }));
+        }
+        let wanted = procfs::program_at(&self.context.program);
+        let current = wanted.is_some() && procfs::program_of(pid) == wanted;
+        Ok(current.then_some(UpgradedVm {
+            outcome: UpgradeOutcome::Current,
             pid: info.pid,
-            blackout: by_this.and_then(|status| status.blackout),
-        })
+            blackout: None,
+        }))
     }
 
     async fn change_vmm(&mut self, ask: UpgradeVm) -> Result<SuccessionStatus, Problem> {

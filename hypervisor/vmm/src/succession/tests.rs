@@ -194,43 +194,22 @@ fn a_succession_that_is_called_off_ends_the_successors_connection() {
 
 #[test]
 fn another_version_and_another_machine_are_refused_by_name() {
-    let hello = |request: &PrepareSuccession| ToPredecessor::Hello {
-        version: SUCCESSION_VERSION,
-        oldest_version: SUCCESSION_VERSION,
-        succession: request.succession,
-        vm: request.vm,
-        epoch: request.epoch,
-    };
-    let later = |request: &PrepareSuccession| match hello(request) {
-        ToPredecessor::Hello {
-            succession,
-            vm,
-            epoch,
-            ..
-        } => ToPredecessor::Hello {
-            version: SUCCESSION_VERSION + 2,
-            oldest_version: SUCCESSION_VERSION + 1,
-            succession,
-            vm,
-            epoch,
-        },
-        other => other,
-    };
-    let older_epoch = |request: &PrepareSuccession| {
-        hello(&PrepareSuccession {
-            epoch: Epoch(EPOCH.0 - 1),
-            ..request.clone()
-        })
-    };
-    let greetings: [(&dyn Fn(&PrepareSuccession) -> ToPredecessor, &str); 2] = [
-        (&later, "succession-version"),
-        (&older_epoch, "succession-failed"),
-    ];
-    for (greeting, kind) in greetings {
+    let older_epoch = Epoch(EPOCH.0 - 1);
+    for (version, epoch, kind) in [
+        (SUCCESSION_VERSION + 1, EPOCH, "succession-version"),
+        (SUCCESSION_VERSION, older_epoch, "succession-failed"),
+    ] {
         let fixture = predecessor();
         let stream = UnixStream::connect(&fixture.request.socket).unwrap();
         let channel = Channel::new(stream).unwrap();
-        channel.send(&greeting(&fixture.request), &[]).unwrap();
+        let hello = ToPredecessor::Hello {
+            version,
+            oldest_version: version,
+            succession: fixture.request.succession,
+            vm: fixture.request.vm,
+            epoch,
+        };
+        channel.send(&hello, &[]).unwrap();
         let (ToSuccessor::Refuse { problem }, lent) = channel.receive().unwrap() else {
             panic!("it must be refused")
         };

@@ -24,6 +24,9 @@ use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, VmId};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
 use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
+use godwit_wire::succession::{
+    SuccessionBlackout, SuccessionPhase, SuccessionRole, SuccessionStatus,
+};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{Counters, IncomingReady, PauseReason, StopReason, VmmInfo, VmmState};
 use serde_json::{Value, json};
@@ -175,6 +178,7 @@ impl Drop for Host {
 pub(crate) struct Fakes {
     shared: Arc<Mutex<Shared>>,
     asked: watch::Sender<u64>,
+    called: watch::Sender<Vec<String>>,
     root: PathBuf,
     _listener: Arc<JoinHandle<()>>,
 }
@@ -182,6 +186,9 @@ pub(crate) struct Fakes {
 #[derive(Default)]
 struct Shared {
     machines: BTreeMap<VmId, Arc<Machine>>,
+    /// Every one there ever was, oldest first.
+    born: Vec<Arc<Machine>>,
+    scripted: BTreeMap<&'static str, Scripted>,
     spawned: usize,
     next_machine: NextMachine,
 }
@@ -190,6 +197,15 @@ struct Shared {
 enum NextMachine {
     #[default]
     Works,
+    Refused,
+    Hangs,
+}
+
+/// What becomes of the next call of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scripted {
+    /// The VMM does not know the path.
+    Unknown,
     Refused,
     Hangs,
 }
@@ -205,6 +221,7 @@ struct Inner {
     epoch: Epoch,
     state: VmmState,
     migration: Option<MigrationStatus>,
+    succession: Option<SuccessionStatus>,
     calls: Vec<String>,
     /// What the latest `incoming` or `outgoing` said.
     handover: Value,
@@ -235,16 +252,18 @@ impl Fakes {
             .unwrap();
         let shared = Arc::new(Mutex::new(Shared::default()));
         let asked = watch::Sender::new(0);
-        let (machines, asks) = (shared.clone(), asked.clone());
+        let called = watch::Sender::new(Vec::new());
+        let (machines, asks, calls) = (shared.clone(), asked.clone(), called.clone());
         let listener = tokio::spawn(async move {
             let mut lines = BufReader::new(births).lines();
             while let Ok(Some(line)) = lines.next_line().await {
-                born(&machines, &asks, &line);
+                born(&machines, &asks, &calls, &line);
             }
         });
         Self {
             shared,
             asked,
+            called,
             root: root.to_owned(),
             _listener: Arc::new(listener),
         }
@@ -276,6 +295,31 @@ impl Fakes {
             .wait_for(|asked| *asked > 0)
             .await
             .unwrap();
+    }
+
+    /// Decides what becomes of the next call of `path` by whatever VMM.
+    pub(crate) fn script(&self, path: &'static str, how: Scripted) {
+        self.shared.lock().unwrap().scripted.insert(path, how);
+    }
+
+    pub(crate) async fn until_called(&self, path: &str) {
+        let mut called = self.called.subscribe();
+        let comes = called.wait_for(|calls| calls.iter().any(|call| call == path));
+        tokio::time::timeout(PATIENCE, comes)
+            .await
+            .expect("nobody called")
+            .unwrap();
+    }
+
+    /// The latest VMM that was to be succeeded, how it is, and what it was told.
+    pub(crate) fn predecessor(&self, vm: VmId) -> (VmmProcess, VmmState, Vec<String>) {
+        let machine = predecessor(&self.shared, vm);
+        let inner = machine.inner.lock().unwrap();
+        (
+            machine.process.clone(),
+            inner.state.clone(),
+            inner.calls.clone(),
+        )
     }
 
     pub(crate) fn set_state(&self, vm: VmId, state: VmmState) {
@@ -345,7 +389,7 @@ impl Fakes {
                 .write(true)
                 .open(self.root.join(format!("block.{pid}")));
         }
-        for machine in self.shared.lock().unwrap().machines.values() {
+        for machine in &self.shared.lock().unwrap().born {
             let pid = rustix::process::Pid::from_raw(machine.process.id().pid).unwrap();
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
@@ -353,7 +397,12 @@ impl Fakes {
 }
 
 /// A script has started: serve the API it would serve.
-fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
+fn born(
+    shared: &Arc<Mutex<Shared>>,
+    asked: &watch::Sender<u64>,
+    called: &watch::Sender<Vec<String>>,
+    line: &str,
+) {
     let (pid, socket) = line.split_once(' ').unwrap();
     let pid: i32 = pid.parse().unwrap();
     // Killed again already: nobody will ask.
@@ -383,6 +432,7 @@ fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
             epoch: Epoch(0),
             state: VmmState::Empty,
             migration: None,
+            succession: None,
             calls: Vec::new(),
             handover: Value::Null,
             committed: None,
@@ -395,6 +445,7 @@ fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
         let mut shared = shared.lock().unwrap();
         shared.spawned += 1;
         shared.machines.insert(vm, machine.clone());
+        shared.born.push(machine.clone());
     }
     let listener = uds::Listener::bind(socket).unwrap();
     let router = Router::new()
@@ -403,6 +454,7 @@ fn born(shared: &Arc<Mutex<Shared>>, asked: &watch::Sender<u64>, line: &str) {
             machine,
             shared: shared.clone(),
             asked: asked.clone(),
+            called: called.clone(),
         });
     tokio::spawn(uds::serve(listener, router, async move {
         process.exited().await;
@@ -414,6 +466,7 @@ struct Api {
     machine: Arc<Machine>,
     shared: Arc<Mutex<Shared>>,
     asked: watch::Sender<u64>,
+    called: watch::Sender<Vec<String>>,
 }
 
 impl Machine {
@@ -445,7 +498,7 @@ impl Machine {
             vcpus: Vec::new(),
             devices: Vec::new(),
             migration: inner.migration.clone(),
-            succession: None,
+            succession: inner.succession.clone(),
         }
     }
 }
@@ -502,6 +555,19 @@ async fn answer(
         .unwrap()
         .calls
         .push(format!("/v1/{path}"));
+    let scripted = api.shared.lock().unwrap().scripted.remove(path.as_str());
+    api.called.send_modify(|calls| calls.push(path.clone()));
+    match scripted {
+        None => {}
+        Some(Scripted::Hangs) => std::future::pending().await,
+        Some(Scripted::Unknown) => return Err(Refusal(Problem::not_found("path", path))),
+        Some(Scripted::Refused) => {
+            return Err(Refusal(Problem::conflict("scripted", "it will not")));
+        }
+    }
+    if let Some(step) = path.strip_prefix("succession/") {
+        return Ok(Json(json!(succession(&api, step, &body))));
+    }
     match path.as_str() {
         "machine" | "incoming" => {
             let next = std::mem::take(&mut api.shared.lock().unwrap().next_machine);
@@ -595,6 +661,65 @@ async fn answer(
         other => panic!("no fake answer for {other}"),
     }
     Ok(Json(json!(machine.info())))
+}
+
+/// The latest machine that was offered to a successor.
+fn predecessor(shared: &Mutex<Shared>, vm: VmId) -> Arc<Machine> {
+    let shared = shared.lock().unwrap();
+    let offered = |machine: &&Arc<Machine>| {
+        let inner = machine.inner.lock().unwrap();
+        let role = inner.succession.as_ref().map(|status| status.role);
+        inner.vm == Some(vm) && role == Some(SuccessionRole::Predecessor)
+    };
+    shared.born.iter().rev().find(offered).unwrap().clone()
+}
+
+/// What a VMM does when it is taken over, or takes a machine over.
+fn succession(api: &Api, step: &str, body: &Value) -> SuccessionStatus {
+    let mut inner = api.machine.inner.lock().unwrap();
+    let begin = |role| SuccessionStatus {
+        succession: serde_json::from_value(body["succession"].clone()).unwrap(),
+        role,
+        phase: SuccessionPhase::Prepared,
+        blackout: None,
+        reason: None,
+    };
+    match step {
+        "offer" => inner.succession = Some(begin(SuccessionRole::Predecessor)),
+        "prepare" => {
+            inner.succession = Some(begin(SuccessionRole::Successor));
+            inner.vm = serde_json::from_value(body["vm"].clone()).unwrap();
+            inner.epoch = serde_json::from_value(body["epoch"].clone()).unwrap();
+            inner.state = VmmState::Incoming;
+        }
+        "take" => {
+            let vm = inner.vm.unwrap();
+            drop(inner);
+            let former = predecessor(&api.shared, vm);
+            inner = api.machine.inner.lock().unwrap();
+            for inner in [&mut *inner, &mut *former.inner.lock().unwrap()] {
+                inner.state = VmmState::Paused {
+                    reason: PauseReason::HandOver,
+                };
+                inner.succession.as_mut().unwrap().phase = SuccessionPhase::Ready;
+            }
+        }
+        "commit" | "abort" => {
+            inner.state = VmmState::Running;
+            let status = inner.succession.as_mut().unwrap();
+            if step == "commit" {
+                status.phase = SuccessionPhase::Completed;
+                status.blackout = Some(SuccessionBlackout {
+                    total_us: 4_321,
+                    ..SuccessionBlackout::default()
+                });
+            } else {
+                status.phase = SuccessionPhase::Failed;
+            }
+        }
+        other => panic!("no fake step {other}"),
+    }
+    inner.succession.clone().unwrap()
 }
 
 /// A server that answers commits and questions once the test has said what; until then it keeps them waiting.
