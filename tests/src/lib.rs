@@ -30,6 +30,8 @@ pub mod kept;
 
 pub mod migration;
 
+pub mod succession;
+
 pub mod soak;
 
 pub mod cluster;

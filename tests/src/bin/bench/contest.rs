@@ -5,6 +5,7 @@
 
 mod dirtying;
 mod downtime;
+mod hand_over;
 mod homecoming;
 mod throughput;
 mod zero;
@@ -32,6 +33,11 @@ pub(crate) async fn measure(
     }
     if chosen("downtime") {
         downtime::measure(report, linux).await.context("downtime")?;
+    }
+    if chosen("hand-over") {
+        hand_over::measure(report, linux)
+            .await
+            .context("hand-over")?;
     }
     if chosen("dirtying") {
         dirtying::measure(report, linux).await.context("dirtying")?;

@@ -6,10 +6,12 @@ use godwit_tests::kept::HeldMemory;
 use godwit_tests::linux::{AGENT_CMDLINE, LinuxGuest};
 use godwit_tests::migration::Flight;
 use godwit_tests::serial::Serial;
+use godwit_tests::succession::Succession;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::machine::Boot;
 use godwit_wire::migration::{MigrationPolicy, MigrationStatus};
+use godwit_wire::succession::SuccessionBlackout;
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::CreateRequest;
 use std::time::Instant;
@@ -158,6 +160,23 @@ impl Shuttle {
             status,
             guest_blackout_ms: ticks.number("max_blackout_us") as f64 / 1e3,
         })
+    }
+
+    /// Lets a fresh VMM take the guest over on this host; gives what its blackout consisted of, and the longest gap that
+    /// the guest itself saw, in milliseconds.
+    pub(crate) async fn change_vmm(&mut self) -> anyhow::Result<(SuccessionBlackout, f64)> {
+        self.flights += 1;
+        let there = Vmm::start(&self.dir, &format!("vmm-{}", self.flights)).await?;
+        self.shell().await?.command("ticks reset").await?;
+        let status = Succession::of(&self.dir, &self.here, &there, &self.request)
+            .complete()
+            .await?;
+        self.here = there;
+        let ticks = self.shell().await?.command("ticks").await?;
+        let blackout = status
+            .blackout
+            .context("the successor knows the blackout")?;
+        Ok((blackout, ticks.number("max_blackout_us") as f64 / 1e3))
     }
 
     /// What flew that often must still be whole.

@@ -5,6 +5,7 @@ use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
 use godwit_tests::migration::{Flight, migrate};
 use godwit_tests::require;
 use godwit_tests::skip;
+use godwit_tests::succession::Succession;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::{Disk, DiskAccess, DiskFormat, DiskSource};
@@ -160,6 +161,32 @@ async fn a_guest_that_writes_its_disk_survives_live_migration() {
         super::verify(&mut here.shell().await.expect("shell")).await;
     }
     assert!(stop_load_and_verify(&here).await > 8);
+}
+
+#[tokio::test]
+async fn a_guest_that_writes_its_disk_goes_on_in_another_process() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let request = with_disk(&guest, blank_disk(&dir), 2);
+    let mut here = boot(&dir, "vmm-0", &request).await;
+    let mut shell = here.shell().await.expect("shell");
+    shell.command("fill 32").await.expect("fill");
+    shell.command("disk load /dev/vda 16").await.expect("load");
+    for number in 1..=4 {
+        another_round(&here).await;
+        let there = Vmm::start(&dir, &format!("vmm-{number}"))
+            .await
+            .expect("a successor");
+        let status = Succession::of(&dir, &here, &there, &request)
+            .complete()
+            .await
+            .unwrap_or_else(|error| panic!("{number}: {error:#}"));
+        println!("{:?}", status.blackout);
+        here = there;
+        another_round(&here).await;
+        super::verify(&mut here.shell().await.expect("shell")).await;
+    }
+    assert!(stop_load_and_verify(&here).await > 4);
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ mod serial_console;
 mod sizes;
 mod snapshots;
 mod soak;
+mod succession;
 
 use godwit_tests::serial::Serial;
 use godwit_tests::test_dir::TestDir;

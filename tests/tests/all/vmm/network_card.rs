@@ -5,6 +5,7 @@ use godwit_tests::linux::{LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
 use godwit_tests::migration::migrate;
 use godwit_tests::require;
 use godwit_tests::serial::Serial;
+use godwit_tests::succession::Succession;
 use godwit_tests::tap::{self, Bridge, Tap};
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
@@ -95,18 +96,9 @@ async fn exchange(connection: &mut TcpStream, number: u32) {
     assert_eq!(heard, said);
 }
 
-#[tokio::test]
-async fn a_connection_to_a_linux_guest_survives_live_migration_to_another_tap() {
-    let guest = require!(LinuxGuest::prepare());
-    require!(tap::available());
-    let dir = TestDir::new();
-    let bridge = Bridge::new("br", &format!("{}/24", address(1))).expect("a bridge");
-    let taps = ["ta", "tb"].map(|label| Tap::new(label).expect("a tap"));
-    for tap in &taps {
-        bridge.plug(tap).expect("plug in");
-    }
-    let mut request = with_card(&guest, &taps[0]);
-    let mut here = Vmm::boot(&dir, "vmm-0", &request).await.expect("boot");
+/// Boots a guest that answers, and connects to it.
+async fn boot_and_connect(dir: &TestDir, request: &CreateRequest) -> (Vmm, TcpStream) {
+    let here = Vmm::boot(dir, "vmm-0", request).await.expect("boot");
     let mut serial = here.serial().await.expect("console");
     serial
         .wait_for(SHELL_GREETING, BOOT_PATIENCE)
@@ -119,6 +111,51 @@ async fn a_connection_to_a_linux_guest_survives_live_migration_to_another_tap() 
         .expect("in time")
         .expect("connect");
     exchange(&mut connection, 0).await;
+    (here, connection)
+}
+
+#[tokio::test]
+async fn a_connection_to_a_linux_guest_survives_a_change_of_vmms_on_the_same_tap() {
+    let guest = require!(LinuxGuest::prepare());
+    require!(tap::available());
+    let dir = TestDir::new();
+    let bridge = Bridge::new("bs", &format!("{}/24", address(1))).expect("a bridge");
+    let tap = Tap::new("ts").expect("a tap");
+    bridge.plug(&tap).expect("plug in");
+    let request = with_card(&guest, &tap);
+    let (mut here, mut connection) = boot_and_connect(&dir, &request).await;
+
+    for change in 1..=4u32 {
+        let there = Vmm::start(&dir, &format!("vmm-{change}"))
+            .await
+            .expect("a successor");
+        let talk = async {
+            for number in 1..=20 {
+                exchange(&mut connection, change << 16 | number).await;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let succession = Succession::of(&dir, &here, &there, &request);
+        let (done, ()) = tokio::join!(succession.complete(), talk);
+        let status = done.unwrap_or_else(|error| panic!("{change}: {error:#}"));
+        println!("{:?}", status.blackout);
+        here = there;
+        exchange(&mut connection, change << 16).await;
+    }
+}
+
+#[tokio::test]
+async fn a_connection_to_a_linux_guest_survives_live_migration_to_another_tap() {
+    let guest = require!(LinuxGuest::prepare());
+    require!(tap::available());
+    let dir = TestDir::new();
+    let bridge = Bridge::new("br", &format!("{}/24", address(1))).expect("a bridge");
+    let taps = ["ta", "tb"].map(|label| Tap::new(label).expect("a tap"));
+    for tap in &taps {
+        bridge.plug(tap).expect("plug in");
+    }
+    let mut request = with_card(&guest, &taps[0]);
+    let (mut here, mut connection) = boot_and_connect(&dir, &request).await;
 
     for flight in 1..=4u32 {
         // There and back: each VMM has the tap that the one before it does not have.
