@@ -19,6 +19,8 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 pub const OPERATION_PATIENCE: Duration = Duration::from_secs(120);
 /// A VMM that does not answer within this time is dead or frozen.
 const VMM_PATIENCE: Duration = Duration::from_secs(1);
+/// Where the VMMs of a VM listen, in its directory.
+pub const VMM_SOCKETS: [&str; 2] = ["vmm.sock", "vmm-2.sock"];
 /// How often a resource is looked at while waiting for it to change.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
@@ -214,26 +216,53 @@ impl Cluster {
             .await
     }
 
-    /// The VMM of VM `id` on host `host`, asked directly; `None` if there is none that answers.
-    pub async fn vmm(&self, host: &str, id: &str) -> Option<VmmInfo> {
-        let socket = self.vm_dir(host, id).join("vmm.sock");
-        tokio::time::timeout(VMM_PATIENCE, Client::unix(&socket).get("/v1/info"))
-            .await
-            .ok()?
-            .ok()
+    /// Restarts a host's agent with another file of the same program: VMMs that run are of an older one then. Returns
+    /// the new program's path.
+    pub fn upgrade_agent(&mut self, name: &str, file: &str) -> anyhow::Result<PathBuf> {
+        const OPTION: &str = "--vmm-program";
+        let program = self.dir.join(file);
+        std::fs::copy(program::godwit(), &program).context("a copy of the program")?;
+        self.kill_agent(name);
+        let host = self
+            .hosts
+            .iter_mut()
+            .find(|host| host.name == name)
+            .context("no such host")?;
+        if let Some(at) = host.command_line.iter().position(|word| word == OPTION) {
+            host.command_line.truncate(at);
+        }
+        let option = [OPTION.to_owned(), program.display().to_string()];
+        host.command_line.extend(option);
+        self.revive_agent(name)?;
+        Ok(program)
     }
 
-    /// The hosts on which VM `id` runs, its VMMs asked directly.
+    /// The VMM of VM `id` on host `host`, asked directly, the one that runs if there are two; `None` if there is none
+    /// that answers.
+    pub async fn vmm(&self, host: &str, id: &str) -> Option<VmmInfo> {
+        let mut found = self.vmms(host, id).await;
+        found.sort_by_key(|vmm| vmm.state != VmmState::Running);
+        found.into_iter().next()
+    }
+
+    /// Every VMM of VM `id` on host `host` that answers: two while one takes it over from the other.
+    pub async fn vmms(&self, host: &str, id: &str) -> Vec<VmmInfo> {
+        let mut found = Vec::new();
+        for name in VMM_SOCKETS {
+            let client = Client::unix(&self.vm_dir(host, id).join(name));
+            let asked = tokio::time::timeout(VMM_PATIENCE, client.get("/v1/info")).await;
+            found.extend(asked.ok().and_then(Result::ok));
+        }
+        found
+    }
+
+    /// The hosts on which VM `id` runs, its VMMs asked directly; a host twice if both of its VMMs run it.
     pub async fn running_on(&self, id: &str) -> Vec<String> {
         let mut found = Vec::new();
         for host in &self.hosts {
-            if self
-                .vmm(&host.name, id)
-                .await
-                .is_some_and(|vmm| vmm.state == VmmState::Running)
-            {
-                found.push(host.name.clone());
-            }
+            let vmms = self.vmms(&host.name, id).await;
+            let running = vmms.iter().filter(|vmm| vmm.state == VmmState::Running);
+            found.extend(running.map(|_| host.name.clone()));
         }
         found
     }
@@ -245,7 +274,14 @@ impl Cluster {
             vm["id"].as_str().context("an id")?,
             vm["host_name"].as_str().context("a host")?,
         );
-        let mut serial = Serial::attach(&self.vm_dir(host, id).join("serial.sock")).await?;
+        let directory = self.vm_dir(host, id);
+        let record: Value = serde_json::from_slice(&std::fs::read(directory.join("vm.json"))?)?;
+        let socket = if record["seat"] == "second" {
+            "tty-2.sock"
+        } else {
+            "serial.sock"
+        };
+        let mut serial = Serial::attach(&directory.join(socket)).await?;
         serial.sync().await?;
         Ok(serial)
     }

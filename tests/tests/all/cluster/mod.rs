@@ -8,6 +8,7 @@ mod maintenance;
 mod restarts;
 mod returning;
 mod snapshots;
+mod upgrade;
 
 use godwit_tests::cluster::{Cluster, OPERATION_PATIENCE};
 use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};

@@ -116,6 +116,7 @@ impl Driver {
         admit_epoch(request.epoch, self.epoch)?;
         if let Some(status) = self.succession_status()
             && status.succession == request.succession
+            && status.phase != SuccessionPhase::Failed
         {
             return Ok(status);
         }
