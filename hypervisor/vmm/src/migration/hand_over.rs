@@ -16,6 +16,10 @@
 //! The source may run its guest in `Copying` and `Returned`, the target in `Running`. `done_sent` is the point
 //! after which the target may be granted the VM, so from there on the source cannot go back by itself. A source that
 //! still owes memory (post-copy) keeps it until the target has all of it, but never runs it again.
+//!
+//! A succession (another process of the same host takes the machine over) is decided by the same two, with the record of
+//! the host's agent in the place of the store: the predecessor is a source that is aborted or killed, the successor a
+//! target that succeeds under the epoch there was.
 
 use godwit_wire::id::Epoch;
 

@@ -491,6 +491,11 @@ impl Driver {
     }
 
     fn handle_event(&mut self, event: MachineEvent) {
+        if self.has_yielded() {
+            // Its vCPUs and devices stood still, and had been heard out, before its state was saved.
+            tracing::error!("a machine that is another process's reports something; it is ignored");
+            return;
+        }
         match event {
             MachineEvent::LeaseExpired => {
                 if *self.state.borrow() != VmmState::Running {

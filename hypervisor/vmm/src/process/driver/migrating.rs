@@ -312,6 +312,10 @@ impl Driver {
 
     /// Lets a guest that was paused for the hand-over go on here as it was, if it may.
     fn resume_after_migration(&mut self) {
+        // An earlier migration has no say over a guest that stands still for a successor.
+        if self.admit_without_succession().is_err() {
+            return;
+        }
         let may_run = match &self.migration {
             Migration::Outgoing(outgoing) => outgoing.ledger.hand_over().may_run(),
             _ => false,

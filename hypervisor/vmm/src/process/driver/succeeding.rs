@@ -7,7 +7,6 @@ use crate::migration::HandOverError;
 use crate::succession::{
     Arrived, Handed, Offered, Offering, PredecessorMachine, SuccessionError, yield_machine,
 };
-use godwit_wire::id::SuccessionId;
 use godwit_wire::succession::{
     Offer, OfferSuccession, PrepareSuccession, SUCCESSION_VERSION, SuccessionCommand,
     SuccessionPhase, SuccessionStatus,
@@ -136,7 +135,7 @@ impl Driver {
         let yielding = Arc::new(Yielding::new(request.succession));
         let predecessor = Predecessor {
             driver: self.handle.clone(),
-            succession: request.succession,
+            yielding: yielding.clone(),
         };
         let ours = yielding.clone();
         spawn("succession", move || {
@@ -371,13 +370,26 @@ impl Driver {
         }
     }
 
-    fn is_current_succession(&self, succession: SuccessionId) -> bool {
-        self.succession_status()
-            .is_some_and(|status| status.succession == succession)
+    /// Whether this very attempt is the latest: the thread of an earlier one may still be ending, and has no say, also
+    /// where both have the same name.
+    fn is_current_succession(&self, attempt: &Arc<Yielding>) -> bool {
+        matches!(&self.succession, Succession::Yielding(latest) if Arc::ptr_eq(latest, attempt))
     }
 
-    /// Lets a guest that was paused for its successor go on here as it was, if it may.
+    /// Whether the machine's state has been handed to a successor: nothing but the agent's word lets it run here.
+    pub(super) fn has_yielded(&self) -> bool {
+        matches!(&self.succession, Succession::Yielding(yielding) if !yielding.hand_over().may_run())
+    }
+
+    /// Lets a guest that was paused for its successor go on here as it was, if it may. One that stands still for a
+    /// migration is none of this one's business.
     fn resume_after_succession(&mut self) {
+        if self
+            .migration_status()
+            .is_some_and(|status| !status.phase.is_final())
+        {
+            return;
+        }
         let may_run = match &self.succession {
             Succession::Yielding(yielding) => yielding.hand_over().may_run(),
             _ => false,
@@ -437,7 +449,7 @@ fn listen(path: &Path) -> io::Result<UnixListener> {
 /// The driver, as the thread of one succession knows it.
 struct Predecessor {
     driver: DriverHandle,
-    succession: SuccessionId,
+    yielding: Arc<Yielding>,
 }
 
 impl Predecessor {
@@ -446,9 +458,9 @@ impl Predecessor {
         &self,
         step: impl FnOnce(&mut Driver) -> Result<T, MachineError> + Send + 'static,
     ) -> Result<T, MachineError> {
-        let succession = self.succession;
+        let attempt = self.yielding.clone();
         let done = self.driver.call_blocking(move |driver| {
-            if driver.is_current_succession(succession) {
+            if driver.is_current_succession(&attempt) {
                 step(driver)
             } else {
                 Err(MachineError::BadState(
@@ -470,9 +482,9 @@ impl PredecessorMachine for Predecessor {
     }
 
     fn resume(&self) {
-        let succession = self.succession;
+        let attempt = self.yielding.clone();
         self.driver.post(move |driver| {
-            if driver.is_current_succession(succession) {
+            if driver.is_current_succession(&attempt) {
                 driver.resume_after_succession();
             }
         });
