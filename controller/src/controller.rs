@@ -11,6 +11,8 @@ use crate::ledger::{Blocking, Ledger};
 use crate::loops;
 use crate::model::limits::MAX_JOIN_TOKENS;
 use crate::model::{Actor, Event, ImageState, JoinToken, Subject};
+use crate::plan::contract::foresee_move;
+use crate::plan::dirtying::Dirtying;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Store, StoreError};
 use crate::view::View;
@@ -20,6 +22,7 @@ use godwit_channel::tls::{self, Listener};
 use godwit_wire::id::{ImageId, VmId};
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::storage::ImportSource;
+use godwit_wire::vmm_api::DirtyRateRequest;
 use jiff::Timestamp;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -36,6 +39,14 @@ const MAX_TOKEN_LIFE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// How long an upload waits until a host has been told to receive it.
 const RECEIVER_TIME: Duration = Duration::from_secs(10);
+
+/// How a guest is watched for a forecast.
+const WATCHED: DirtyRateRequest = DirtyRateRequest {
+    window_ms: 1_000,
+    readings: 5,
+};
+/// How long that may take in all; whoever asks is waiting.
+const WATCHED_WITHIN: Duration = Duration::from_secs(5);
 
 /// How a server's controller is set up.
 #[derive(Clone, Debug)]
@@ -248,6 +259,37 @@ impl Controller {
         }
         crate::operation::spawn_all(&self.core);
         Ok(decision.accepted)
+    }
+
+    /// As [`preview`](Self::preview); of a migration it also says what will become of it, for which the guest is
+    /// watched for a second. Where it cannot be watched, what is known of it must do.
+    pub async fn foresee(&self, intent: &Intent) -> Result<Preview, Problem> {
+        let mut preview = self.preview(intent)?;
+        let Intent::MigrateVm { vm, policy, .. } = intent else {
+            return Ok(preview);
+        };
+        let Some(target) = preview.placement.as_ref().map(|placement| placement.host) else {
+            return Ok(preview);
+        };
+        let owner = self.view().vms.get(vm).and_then(|vm| vm.owner);
+        let Some(source) = owner.and_then(|owner| self.core.address(owner)) else {
+            return Ok(preview);
+        };
+        let asked = self.core.driver.dirty_rate(source, *vm, &WATCHED);
+        let watched = match tokio::time::timeout(WATCHED_WITHIN, asked).await {
+            Ok(Ok(rate)) => Some(Dirtying::sampled(rate)),
+            Ok(Err(error)) => {
+                tracing::info!(%vm, %error, "the guest was not watched");
+                None
+            }
+            Err(_) => None,
+        };
+        let view = self.view();
+        if let (Some(watched), Some(vm)) = (watched, view.vms.get(vm)) {
+            let forecast = foresee_move(&view, vm, target, policy, Some(watched));
+            preview.forecast = Some(forecast);
+        }
+        Ok(preview)
     }
 
     /// What [`submit`](Self::submit) would do or refuse; changes nothing.

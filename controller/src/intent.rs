@@ -11,6 +11,7 @@ use crate::model::{
     DisksOnDelete, HostRejection, MaintenancePlan, MaintenancePolicy, PowerIntent, RestoreOnCancel,
     ReturnPolicy,
 };
+use crate::plan::forecast::Forecast;
 use godwit_wire::host_api::{LeasePolicy, StopMode};
 use godwit_wire::id::{
     DiskId, HostId, ImageId, MaintenanceId, NetworkId, OperationId, SnapshotId, VmId,
@@ -271,6 +272,8 @@ pub struct Preview {
     pub placement: Option<Placement>,
     /// Every move, if VMs would be moved.
     pub plan: Option<MaintenancePlan>,
+    /// What will become of a migration.
+    pub forecast: Option<Forecast>,
 }
 
 /// Where a VM goes, and why not elsewhere.

@@ -17,6 +17,8 @@ mod tests_crash;
 
 mod tests_failover;
 
+mod tests_forecast;
+
 mod tests_maintenance;
 
 mod tests_snapshots;

@@ -37,6 +37,8 @@ pub struct Flight<'a> {
     pub token: MigrationToken,
     /// What the source proves itself with, on an encrypted flight.
     pub identity: Option<MigrationIdentity>,
+    /// What earlier flights showed of the cost of a blackout.
+    pub fixed_cost_us: Option<u64>,
 }
 
 impl<'a> Flight<'a> {
@@ -114,6 +116,7 @@ impl<'a> Flight<'a> {
             address: ready.address,
             token: ready.token,
             identity: identities.map(|(source, _)| source),
+            fixed_cost_us: None,
         })
     }
 
@@ -143,6 +146,7 @@ impl<'a> Flight<'a> {
             target: address,
             token: self.token.clone(),
             policy,
+            fixed_cost_us: self.fixed_cost_us,
             identity: self.identity.clone(),
         };
         self.source

@@ -7,6 +7,7 @@ import { hosts } from '../lib/pool.js';
 import { useStore } from '../lib/store.js';
 import { Dialog } from '../parts/dialog.js';
 import { Field, fieldError } from '../parts/field.js';
+import { Forecast } from '../parts/forecast.js';
 import { perform } from '../parts/notices.js';
 import { Loading } from '../parts/placeholder.js';
 import { ProblemNote } from '../parts/problem.js';
@@ -15,6 +16,8 @@ import { useAnswer } from './form.js';
 const DOWNTIME_LIMIT_MS = 300;
 const MAX_THROTTLE_PERCENT = 80;
 const MIB = 2 ** 20;
+/** The guest is watched for each question, so the form must have come to rest. */
+const ASK_AFTER_MS = 600;
 
 export function MigrateDialog({ vm, close }) {
   const pool = useStore();
@@ -27,23 +30,31 @@ export function MigrateDialog({ vm, close }) {
   const [verify, setVerify] = useState(false);
   const [postCopy, setPostCopy] = useState(false);
   const path = `/v1/vms/${vm.id}/migrate`;
+  const policy = {
+    downtime_limit_ms: Number(limit),
+    max_throttle_percent: Number(throttle),
+    compression: compress ? 'auto' : 'off',
+    verify: verify ? 'whole_memory' : 'frames',
+    ...(bandwidth ? { max_bandwidth_bytes_per_s: Number(bandwidth) * MIB } : {}),
+    ...(postCopy ? { allow_postcopy: true } : {}),
+    ...(deadline ? { deadline_s: Number(deadline) } : {}),
+  };
+  const body = { ...(target ? { target } : {}), policy };
+  // Where it could go does not depend on what is chosen; what will become of it does.
   const dry = useAnswer(vm.id, (signal) => tryPost(path, {}, signal));
+  const asked = JSON.stringify(body);
+  const [usual] = useState(asked);
+  // What is usual has been asked for already.
+  const ask = (signal) => (asked === usual ? Promise.resolve(null) : tryPost(path, body, signal));
+  const look = useAnswer(`${vm.id} ${asked}`, ask, ASK_AFTER_MS);
+  const forecast = (asked === usual ? dry : look).answer?.forecast;
   const placement = dry.answer?.placement;
   const others = hosts(pool).filter((host) => host.id !== vm.host);
   const nowhere = others.length === 0;
   const submit = (event) => {
     event.preventDefault();
-    const policy = {
-      downtime_limit_ms: Number(limit),
-      max_throttle_percent: Number(throttle),
-      compression: compress ? 'auto' : 'off',
-      verify: verify ? 'whole_memory' : 'frames',
-      ...(bandwidth ? { max_bandwidth_bytes_per_s: Number(bandwidth) * MIB } : {}),
-      ...(postCopy ? { allow_postcopy: true } : {}),
-      ...(deadline ? { deadline_s: Number(deadline) } : {}),
-    };
     close();
-    perform(`Migrate ${vm.name}`, () => post(path, { ...(target ? { target } : {}), policy }));
+    perform(`Migrate ${vm.name}`, () => post(path, body));
   };
   return html`<${Dialog} title="Migrate ${vm.name}" close=${close} testid="migrate">
     <form onSubmit=${submit} class="dialog-form">
@@ -64,7 +75,7 @@ export function MigrateDialog({ vm, close }) {
           <summary>Limits</summary>
           <div class="fields">
             <${Field} label="Longest blackout, ms" hint="the guest is paused once the rest fits into this"
-              error=${fieldError(dry.problem, 'policy.downtime_limit_ms')}>
+              error=${fieldError(look.problem, 'policy.downtime_limit_ms')}>
               <input type="number" min="1" max="60000" value=${limit} onInput=${(event) => setLimit(event.target.value)} /><//>
             <${Field} label="Slow the guest by at most, %" hint="only when it changes memory faster than it can be sent; 0 never slows it">
               <input type="number" min="0" max="99" value=${throttle} onInput=${(event) => setThrottle(event.target.value)} /><//>
@@ -84,7 +95,8 @@ export function MigrateDialog({ vm, close }) {
                 disabled=${postCopy} onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>
           </div>
         </details>
-        <${ProblemNote} problem=${dry.problem} />
+        ${forecast && html`<${Forecast} forecast=${forecast} busy=${look.busy} />`}
+        <${ProblemNote} problem=${dry.problem ?? look.problem} />
       </div>
       <footer class="dialog-foot">
         <button type="button" class="button" onClick=${() => close()}>Cancel</button>

@@ -301,6 +301,9 @@ fn migrations_show_how_far_they_are() {
     ended["progress"]["kept_pages"] = json!(1_024);
     ended["progress"]["saved_bytes"] = json!(104_857_600);
     ended["progress"]["prefault_ms"] = json!(120);
+    ended["foreseen"] = json!({
+        "verdict": "converges", "took_ms": 2_100, "mib": 720, "blackout_ms": 11, "throttle_percent": 0
+    });
     ended["progress"]["blackout"] = json!({
         "predicted_us": 9_000, "pause_us": 312, "save_us": 1_100, "pages_us": 2_400, "restore_us": 1_900, "commit_us": 2_600
     });
@@ -331,6 +334,7 @@ fn migrations_show_how_far_they_are() {
             Prefault:  120 ms
             Time:      2.3 s
             Downtime:  8.3 ms (measured)
+            Foreseen:  converges: 2.1 s, 720.0 MiB, blackout 11 ms
             Blackout:  pause 0.3 ms, save 1.1 ms, pages 2.4 ms, restore 1.9 ms, commit 2.6 ms, predicted 9.0 ms
         "#]],
     );
@@ -358,6 +362,52 @@ fn a_dry_run_says_what_would_happen_and_why_not_elsewhere() {
 
         HOST TURNED DOWN  FILTER  WHY
         host-1            memory  72 MiB needed, 8 MiB of 768 MiB free
+    "#]],
+    );
+}
+
+#[test]
+fn a_dry_run_of_a_move_says_what_will_become_of_it() {
+    let summary = "will not converge under the limit of 300 ms because of its guest";
+    let dry_run: DryRun = read(json!({
+        "dry_run": true,
+        "changes": ["db-1 moves from host-1 to host-2", format!("the migration {summary}")],
+        "forecast": {
+            "verdict": "will_not_converge", "summary": summary, "downtime_limit_ms": 300, "seconds": 88.4, "mib": 4096,
+            "blackout_ms": 2_730, "throttle_percent": 80, "rounds": 30, "rest_bytes": 536_870_912,
+            "because": { "kind": "dirties_too_fast", "detail": "the guest dirties too fast" },
+            "options": [
+                { "kind": "allow_post_copy", "detail": "allow post-copy" },
+                { "kind": "raise_downtime_limit", "detail": "raise the downtime limit to 3010 ms", "value": 3010 }
+            ],
+            "measured": {
+                "dirty_from": "sampled", "dirty_bytes_per_s": 536_870_912,
+                "dirty_series": [{ "after_us": 500_000, "bytes": 268_435_456 }, { "after_us": 1_000_123, "bytes": 536_870_912 }],
+                "vcpus": [{ "index": 0, "busy_percent": 97 }, { "index": 1, "busy_percent": 3 }],
+                "resident_bytes": 1_073_741_824, "bytes_per_s": 209_715_200, "bytes_per_s_from": "pair",
+                "fixed_us": 10_000, "fixed_from": "assumed"
+            }
+        }
+    }));
+    check(
+        render::dry_run(&dry_run),
+        expect![[r#"
+        Dry run, nothing was changed. It would:
+          - db-1 moves from host-1 to host-2
+
+        Forecast:   will not converge under the limit
+        Because:    the guest dirties too fast
+        Given up:   1 min 28 s in 30 rounds
+        To send:    4.0 GiB
+        Blackout:   2730 ms, limit 300 ms
+        Slowed:     by up to 80% of its time
+        Dirties:    512.0 MiB/s; 256.0 MiB after 500 ms, 512.0 MiB after 1000 ms
+        vCPUs busy: 0 97%, 1 3%
+        Link:       200.0 MiB/s, from earlier migrations between these hosts
+        Fixed cost: 10.0 ms, assumed: nothing has been measured yet
+        Any one of these would help:
+          - allow post-copy
+          - raise the downtime limit to 3010 ms
     "#]],
     );
 }

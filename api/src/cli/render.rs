@@ -1,5 +1,6 @@
 //! Resources as text: pure functions, so that their output can be held against golden files.
 
+mod forecast;
 mod plan;
 mod storage;
 
@@ -410,6 +411,10 @@ pub(super) fn migration(migration: &Migration) -> String {
         )
         .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
         .maybe("Downtime", blackout)
+        .maybe(
+            "Foreseen",
+            migration.foreseen.as_ref().map(forecast::foreseen),
+        )
         .maybe("Blackout", progress.blackout.as_ref().map(blackout_parts))
         .maybe("Post-copy", progress.post_copy.as_ref().map(post_copy))
         .to_string()

@@ -30,6 +30,9 @@ pub struct Migration {
     pub progress: MigrationProgress,
     /// Why it failed or was cancelled.
     pub reason: Option<String>,
+    /// What was foreseen when it began; absent until then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreseen: Option<Foreseen>,
     /// When it began.
     pub started_at: Timestamp,
     /// When it ended.
@@ -146,8 +149,135 @@ pub struct Blackout {
     pub save_us: u64,
     /// Sending the last dirty pages.
     pub pages_us: u64,
+    /// How much of them that was.
+    #[serde(default)]
+    pub rest_bytes: u64,
     /// Until the target held and had checked everything and had restored the machine.
     pub restore_us: u64,
     /// Until the target told that the guest runs: the store's commit.
     pub commit_us: u64,
+}
+
+/// What will or would become of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrationOutlook {
+    /// It gets below the downtime limit.
+    Converges,
+    /// It does not, and the guest goes ahead of its memory, as `allow_postcopy` lets it.
+    GoesAhead,
+    /// It does not, and the guest stays where it is.
+    WillNotConverge,
+}
+
+/// What was foreseen of a migration when it began, to be compared with what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Foreseen {
+    /// What would become of it.
+    pub verdict: MigrationOutlook,
+    /// From start to end.
+    pub took_ms: u64,
+    /// Guest memory sent.
+    pub mib: u64,
+    /// Time the guest stands still.
+    pub blackout_ms: u64,
+    /// How much the guest is slowed down.
+    pub throttle_percent: u8,
+}
+
+/// What a migration would do if it began now.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Forecast {
+    /// What would become of it.
+    pub verdict: MigrationOutlook,
+    /// The same in words, with the reason and the options.
+    pub summary: String,
+    /// Downtime limit it was made for.
+    pub downtime_limit_ms: u64,
+    /// From start to end; if it will not converge, until it is given up.
+    pub seconds: f64,
+    /// Guest memory sent.
+    pub mib: u64,
+    /// Time the guest stands still; if it will not converge, what it would be.
+    pub blackout_ms: u64,
+    /// How much the guest is slowed down; 0 if that is not needed.
+    pub throttle_percent: u8,
+    /// Rounds while it runs.
+    pub rounds: u32,
+    /// What is left then: sent during the blackout, or afterwards by post-copy.
+    pub rest_bytes: u64,
+    /// Why it will not converge.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub because: Option<ForecastReason>,
+    /// What would help, each of it alone.
+    #[serde(default)]
+    pub options: Vec<ForecastOption>,
+    /// What it was made from.
+    pub measured: ForecastFigures,
+}
+
+/// Why a migration will not converge.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForecastReason {
+    /// `fixed_cost`, `dirties_too_fast`, `rounds`, `deadline`.
+    pub kind: String,
+    /// With the numbers.
+    pub detail: String,
+}
+
+/// What would make a migration arrive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForecastOption {
+    /// `allow_post_copy`, `raise_downtime_limit`, `allow_throttling`, `raise_bandwidth_limit`, `faster_link`,
+    /// `allow_rounds`, `allow_time`.
+    pub kind: String,
+    /// In words.
+    pub detail: String,
+    /// What the limit would have to be, in the unit that the policy has it in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<u64>,
+}
+
+/// What a forecast was made from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ForecastFigures {
+    /// `sampled`: the guest was watched just now; `last_known`: only an earlier rate is known, not the working set.
+    pub dirty_from: String,
+    /// Distinct memory that the guest dirties per second, over all of the time it was watched for.
+    pub dirty_bytes_per_s: u64,
+    /// Distinct memory it has dirtied after a time: a small working set hardly grows.
+    #[serde(default)]
+    pub dirty_series: Vec<DirtyReading>,
+    /// What its vCPUs did meanwhile. Which of them wrote a page is not known.
+    #[serde(default)]
+    pub vcpus: Vec<VcpuBusy>,
+    /// Memory it has touched.
+    pub resident_bytes: u64,
+    /// What the link carries.
+    pub bytes_per_s: u64,
+    /// `lanes` or `pair`: earlier migrations between these hosts (with as many connections); `pool`: between any hosts;
+    /// `assumed`: none has been measured.
+    pub bytes_per_s_from: String,
+    /// What a blackout takes beside sending the rest.
+    pub fixed_us: u64,
+    /// As `bytes_per_s_from`.
+    pub fixed_from: String,
+}
+
+/// One look at what a guest has dirtied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DirtyReading {
+    /// Since everything counted as clean.
+    pub after_us: u64,
+    /// Distinct memory written since.
+    pub bytes: u64,
+}
+
+/// What a vCPU did while its guest was watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VcpuBusy {
+    /// Number, from 0.
+    pub index: u8,
+    /// Share of the time for which it ran.
+    pub busy_percent: u8,
 }

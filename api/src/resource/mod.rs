@@ -29,7 +29,9 @@ pub use maintenance::{
     MoveAction, MovedState, PlannedMove, ReturnPolicy, VmOverride,
 };
 pub use migration::{
-    Blackout, Migration, MigrationPhase, MigrationProgress, MigrationState, PostCopy,
+    Blackout, DirtyReading, Forecast, ForecastFigures, ForecastOption, ForecastReason, Foreseen,
+    Migration, MigrationOutlook, MigrationPhase, MigrationProgress, MigrationState, PostCopy,
+    VcpuBusy,
 };
 pub use network::{CreateNetwork, Lease, Network, NetworkAccepted, Subnet, Transport};
 pub use operation::{
@@ -79,6 +81,9 @@ pub struct DryRun {
     /// Every move, when VMs would be moved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub plan: Option<MaintenancePlan>,
+    /// What would become of it, when a VM would be migrated.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forecast: Option<Forecast>,
 }
 
 /// The host a VM would be placed on, and why not the others.

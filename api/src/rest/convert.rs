@@ -1,5 +1,6 @@
 //! From the controller's records and observations to the resources of the API.
 
+mod forecast;
 mod storage;
 
 pub(super) use storage::{disk, image, network, pool, snapshot};
@@ -271,6 +272,7 @@ pub(super) fn migration(view: &View, migration: &model::Migration) -> api::Migra
         }),
         progress: progress(&figures.progress),
         reason,
+        foreseen: migration.foreseen.as_ref().map(forecast::foreseen),
         started_at: migration.started_at,
         ended_at: migration.ended_at,
     }
@@ -298,6 +300,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
             pause_us: parts.pause_us,
             save_us: parts.save_us,
             pages_us: parts.pages_us,
+            rest_bytes: parts.rest_bytes,
             restore_us: parts.restore_us,
             commit_us: parts.commit_us,
         }),
@@ -483,11 +486,19 @@ pub(super) fn event(event: &model::Event) -> api::Event {
 
 /// What a change would do.
 pub(super) fn dry_run(preview: Preview) -> api::DryRun {
+    let mut changes = preview.effects;
+    changes.extend(
+        preview
+            .forecast
+            .as_ref()
+            .map(|forecast| format!("the migration {forecast}")),
+    );
     api::DryRun {
         dry_run: true,
-        changes: preview.effects,
+        changes,
         placement: preview.placement.map(placement),
         plan: preview.plan.as_ref().map(plan),
+        forecast: preview.forecast.as_ref().map(forecast::forecast),
     }
 }
 

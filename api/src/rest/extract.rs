@@ -201,7 +201,7 @@ pub(super) async fn submit(
     intent: Intent,
 ) -> Result<Outcome, Refusal> {
     if query.dry_run {
-        let preview = api.controller.preview(&intent)?;
+        let preview = api.controller.foresee(&intent).await?;
         return Ok(Outcome::DryRun(
             Json(convert::dry_run(preview)).into_response(),
         ));

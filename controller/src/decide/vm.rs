@@ -2,7 +2,7 @@
 
 use super::devices::{apply, in_request};
 use super::storage::hold_origin;
-use super::{Decision, find_vm, idle_vm};
+use super::{Decision, idle_vm};
 use crate::intent::{NewVm, Placement, Resource, VmChange};
 use crate::ledger::Draft;
 use crate::model::limits::MAX_VMS;
@@ -12,7 +12,7 @@ use crate::model::{
     VmState, Work, name,
 };
 use crate::operation::fresh;
-use crate::plan::estimate;
+use crate::plan::contract;
 use crate::plan::picture::{self, Demand};
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
@@ -594,29 +594,17 @@ pub(super) fn migrate(
         migration: None,
     };
     let operation = begin(draft, &mut vm, work, actor);
-    let usage = view.vm_usage(find_vm(view, id).as_ref().unwrap_or(&vm));
-    let resident = if usage.rss_bytes.0 > 0 {
-        usage.rss_bytes
-    } else {
-        vm.spec.memory_mib.bytes()
-    };
-    let cost = estimate::live(
-        resident,
-        usage.dirty_bytes_per_s,
-        estimate::bandwidth(view).min(policy.max_bandwidth_bytes_per_s.unwrap_or(u64::MAX)),
-        policy.downtime_limit_ms,
-    );
+    // From what is known; whoever only asks has the guest watched, too.
+    let forecast = contract::foresee_move(view, &vm, placement.host, policy, None);
     let effect = format!(
-        "{} moves from {} to {} in about {:.1} s, {} on the wire, blackout about {} ms",
+        "{} moves from {} to {}",
         vm.name,
         view.host_name(source),
-        placement.host_name,
-        cost.seconds,
-        cost.mib,
-        cost.blackout_ms
+        placement.host_name
     );
     draft.put_vm(vm);
     let mut decision = Decision::new(Resource::Vm(id), Some(operation), effect);
     decision.preview.placement = Some(placement);
+    decision.preview.forecast = Some(forecast);
     Ok(decision)
 }

@@ -11,7 +11,7 @@ use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::IncomingReady;
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
 use std::fmt;
 use std::net::SocketAddr;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -87,6 +87,14 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         vm: VmId,
         command: &StartOutgoing,
     ) -> Result<VmReport, CallError>;
+
+    /// Asks how fast a VM's guest dirties memory, which takes as long as it is watched. Changes nothing.
+    async fn dirty_rate(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        ask: &DirtyRateRequest,
+    ) -> Result<DirtyRate, CallError>;
 
     /// Calls a migration off at one end.
     async fn cancel_migration(

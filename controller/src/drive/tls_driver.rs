@@ -19,7 +19,7 @@ use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::IncomingReady;
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -229,6 +229,17 @@ impl HostDriver for TlsDriver {
             &command,
         )
         .await
+    }
+
+    async fn dirty_rate(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        ask: &DirtyRateRequest,
+    ) -> Result<DirtyRate, CallError> {
+        let path = format!("/v1/vms/{vm}/dirty-rate");
+        let within = COMMAND_TIME + Duration::from_millis(ask.window_ms);
+        self.send(to, within, Method::POST, path, ask).await
     }
 
     async fn cancel_migration(

@@ -44,10 +44,40 @@ pub struct Migration {
     pub phase: Option<MigrationPhase>,
     /// Figures of the source, once the migration has ended.
     pub progress: Option<MigrationProgress>,
+    /// What was foreseen when it began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub foreseen: Option<Foreseen>,
     /// When it began.
     pub started_at: Timestamp,
     /// When it was decided.
     pub ended_at: Option<Timestamp>,
+}
+
+/// What was foreseen of a migration when it began, to be compared with what came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Foreseen {
+    /// What would become of it.
+    pub outcome: ForeseenOutcome,
+    /// From start to end.
+    pub took_ms: u64,
+    /// Guest memory sent.
+    pub mib: u64,
+    /// Time the guest stands still.
+    pub blackout_ms: u64,
+    /// How much it is slowed down.
+    pub throttle_percent: u8,
+}
+
+/// What would become of a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ForeseenOutcome {
+    /// It gets below the downtime limit.
+    Converges,
+    /// The guest goes ahead of its memory.
+    GoesAhead,
+    /// It does not get below the downtime limit.
+    WillNotConverge,
 }
 
 /// Who owns the VM, as far as this migration matters.

@@ -185,6 +185,7 @@ fn begin_in_turn(
         state: MigrationState::Open,
         phase: None,
         progress: None,
+        foreseen: None,
         started_at: draft.now(),
         ended_at: None,
     };

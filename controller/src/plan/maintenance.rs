@@ -5,7 +5,7 @@ use crate::model::{
     Blocker, BlockerKind, HostRejection, HostState, MaintenancePlan, MaintenancePolicy, MoveAction,
     PlannedMove, VmState,
 };
-use crate::plan::estimate::{self, Estimate};
+use crate::plan::estimate::{self, Estimate, Figures};
 use crate::plan::picture::{self, Demand, Hosts};
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
@@ -44,8 +44,8 @@ pub struct DrainInput {
     pub hosts: Hosts,
     /// The VMs of the host.
     pub leaving: Vec<Leaving>,
-    /// Transfer rate to expect.
-    pub bytes_per_s: u64,
+    /// Rate and fixed cost to expect.
+    pub figures: Figures,
 }
 
 impl DrainInput {
@@ -80,7 +80,7 @@ impl DrainInput {
             in_maintenance: view.hosts.get(&host).and_then(|host| host.maintenance),
             hosts: picture::hosts(view),
             leaving: leaving.collect(),
-            bytes_per_s: estimate::bandwidth(view),
+            figures: estimate::pool_figures(view),
         }
     }
 }
@@ -195,8 +195,7 @@ fn plan_one(input: &DrainInput, hosts: &Hosts, vm: &Leaving) -> Result<Planned, 
         let choice = choose(hosts, &vm.demand, Among::default());
         if let Some((to, _)) = choice.best {
             let limit = MigrationPolicy::default().downtime_limit_ms;
-            let estimate =
-                estimate::live(vm.resident, vm.dirty_bytes_per_s, input.bytes_per_s, limit);
+            let estimate = estimate::live(vm.resident, vm.dirty_bytes_per_s, &input.figures, limit);
             return Ok((MoveAction::Migrate, Some(to), estimate));
         }
         if vm.policy == MaintenancePolicy::Migrate {
@@ -285,7 +284,7 @@ mod tests {
             in_maintenance: None,
             hosts,
             leaving: vms.into_iter().map(here).collect(),
-            bytes_per_s: 100 << 20,
+            figures: Figures::assumed(),
         }
     }
 

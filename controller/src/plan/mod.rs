@@ -7,6 +7,12 @@ pub mod placement;
 
 pub mod estimate;
 
+pub mod dirtying;
+
+pub mod forecast;
+
+pub mod contract;
+
 pub mod maintenance;
 
 pub mod restore;

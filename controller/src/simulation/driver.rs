@@ -16,7 +16,7 @@ use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::IncomingReady;
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -150,6 +150,16 @@ impl HostDriver for SimDriver {
         command: &StartOutgoing,
     ) -> Result<VmReport, CallError> {
         self.call(to, "outgoing", |host| host.start_outgoing(vm, command))
+            .await
+    }
+
+    async fn dirty_rate(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        ask: &DirtyRateRequest,
+    ) -> Result<DirtyRate, CallError> {
+        self.call(to, "dirty rate", |host| host.dirty_rate(vm, ask))
             .await
     }
 

@@ -23,7 +23,9 @@ use godwit_wire::problem::Problem;
 use godwit_wire::succession::SuccessionBlackout;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::VmUsage;
-use godwit_wire::vmm_api::{IncomingReady, PauseReason, StopReason, VmmState};
+use godwit_wire::vmm_api::{
+    DirtyRate, DirtyRateRequest, IncomingReady, PauseReason, StopReason, VmmState,
+};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
@@ -87,6 +89,10 @@ struct State {
     hides: bool,
     /// Guests that could not go on because memory they had gone ahead of was given up.
     memory_lost: usize,
+    /// How its guests dirty memory.
+    dirtying: DirtyRate,
+    /// What sources were told of the cost of a blackout, in order.
+    told_fixed_cost_us: Vec<Option<u64>>,
     pools: Vec<SimPool>,
 }
 
@@ -128,6 +134,8 @@ impl SimHost {
                 destructions_refused: 0,
                 hides: false,
                 memory_lost: 0,
+                dirtying: DirtyRate::default(),
+                told_fixed_cost_us: Vec::new(),
                 pools: Vec::new(),
             }),
             linked: watch::Sender::new(true),
@@ -522,6 +530,10 @@ impl SimHost {
             });
             Ok(())
         })?;
+        if begun {
+            let told = command.fixed_cost_us;
+            self.state().told_fixed_cost_us.push(told);
+        }
         let hosts = self.hosts.get().unwrap();
         let target = hosts
             .values()
@@ -537,6 +549,33 @@ impl SimHost {
             ));
         }
         Ok(report)
+    }
+
+    pub(super) fn dirty_rate(
+        &self,
+        vm: VmId,
+        ask: &DirtyRateRequest,
+    ) -> Result<DirtyRate, Problem> {
+        assert_eq!(ask.problems(), []);
+        let state = self.state();
+        let known = state
+            .vms
+            .get(&vm)
+            .ok_or_else(|| Problem::not_found("VM", vm))?;
+        match &known.migration {
+            Some(status) if !status.phase.is_final() => Err(refuse("migrating")),
+            _ => Ok(state.dirtying.clone()),
+        }
+    }
+
+    /// From now on its guests dirty memory like that.
+    pub(super) fn dirty_like(&self, dirtying: DirtyRate) {
+        self.state().dirtying = dirtying;
+    }
+
+    /// What its VMMs were told of the cost of a blackout when they were told to send.
+    pub(super) fn told_fixed_cost_us(&self) -> Vec<Option<u64>> {
+        self.state().told_fixed_cost_us.clone()
     }
 
     pub(super) fn cancel_migration(

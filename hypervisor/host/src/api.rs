@@ -3,26 +3,33 @@
 mod storage;
 
 use crate::facts::HostSampler;
+use crate::record::{Seat, VmDirectory};
 use crate::vm::{Command, Registry, Reply};
 use axum::extract::{DefaultBodyLimit, Request, State};
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode};
 use axum::response::Response;
-use axum::routing::{MethodFilter, MethodRouter, get, on};
+use axum::routing::{MethodFilter, MethodRouter, get, on, post};
 use axum::{Json, Router, middleware};
 use godwit_channel::problem::{self, Answer, JsonBody, PathArgs, QueryArgs, Refusal};
+use godwit_channel::uds::UdsClient;
 use godwit_channel::{tls, upgrade};
 use godwit_wire::host_api::{HostFacts, HostReport, SERIAL_UPGRADE};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::HostUsage;
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::UnixStream;
 
 /// Longest command; a spec is the longest thing in it.
 const MAX_COMMAND_BYTES: usize = 256 * 1024;
+
+/// How long a VMM may take to tell a dirty rate, beside the watching itself: another watcher may be first.
+const DIRTY_RATE_SLACK: Duration = Duration::from_secs(8);
 
 /// What the handlers and the heartbeats share.
 #[derive(Debug)]
@@ -74,6 +81,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
             hand_on(POST, Command::Cancel),
         )
         .route("/v1/vms/{vm}/upgrade", hand_on(POST, Command::Upgrade))
+        .route("/v1/vms/{vm}/dirty-rate", post(dirty_rate))
         .route("/v1/vms/{vm}/serial", get(serial))
         .merge(storage::routes())
         .fallback(problem::no_such_path)
@@ -123,20 +131,57 @@ async fn destroy(
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// Hands the question to the VMM. It changes nothing, so the VM's driver need not take turns for it; the VMM refuses
+/// while a migration or a snapshot uses the dirty log, and ends it for one that begins.
+async fn dirty_rate(
+    State(agent): Shared,
+    PathArgs(vm): PathArgs<VmId>,
+    JsonBody(ask): JsonBody<DirtyRateRequest>,
+) -> Answer<DirtyRate> {
+    let problems = ask.problems();
+    if !problems.is_empty() {
+        return Err(Refusal(Problem::invalid(problems)));
+    }
+    let context = agent.registry.context();
+    let reports = context.board.reports();
+    if !reports
+        .iter()
+        .any(|report| report.vm == vm && report.state.is_some())
+    {
+        let detail = format!("VM {vm} does not run here");
+        return Err(Refusal(
+            Problem::conflict("not-running", detail)
+                .with_remedy("start the VM, or ask the host it runs on"),
+        ));
+    }
+    let limit = Duration::from_millis(ask.window_ms) + DIRTY_RATE_SLACK;
+    let (directory, seat) = seat_of(context.state.vm(vm)).await?;
+    UdsClient::new(directory.api_socket(seat))
+        .request_within(limit, Method::POST, "/v1/dirty-rate", Some(&ask))
+        .await
+        .map(Json)
+        .map_err(|error| Refusal(error.into_problem()))
+}
+
+/// Which of two VMMs the machine is in, as its record says, should one be taking it over from the other.
+async fn seat_of(directory: VmDirectory) -> Result<(VmDirectory, Seat), Refusal> {
+    tokio::task::spawn_blocking(move || {
+        let record = directory.read_record().ok().flatten();
+        let seat = record.map(|record| record.seat).unwrap_or_default();
+        (directory, seat)
+    })
+    .await
+    .map_err(|error| Refusal(Problem::internal(error.to_string())))
+}
+
 /// Joins the caller to the VM's serial socket; the VMM sends its ring first.
 async fn serial(
     State(agent): Shared,
     PathArgs(vm): PathArgs<VmId>,
     request: Request,
 ) -> Result<Response, Refusal> {
-    let directory = agent.registry.context().state.vm(vm);
-    // The record says which of two VMMs the machine is in, should one be taking it over from the other.
-    let path = tokio::task::spawn_blocking(move || {
-        let seat = directory.read_record().ok().flatten();
-        directory.serial_socket(seat.map(|record| record.seat).unwrap_or_default())
-    })
-    .await
-    .map_err(|error| Refusal(Problem::internal(error.to_string())))?;
+    let (directory, seat) = seat_of(agent.registry.context().state.vm(vm)).await?;
+    let path = directory.serial_socket(seat);
     let mut console = UnixStream::connect(&path).await.map_err(|error| {
         let detail = format!("VM {vm} has no serial console here: {error}");
         Refusal(

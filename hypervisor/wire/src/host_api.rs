@@ -11,6 +11,7 @@
 //! | `POST /v1/vms/{vm}/balloon` | [`SetBalloon`] | [`VmReport`] |
 //! | `PUT /v1/vms/{vm}/incoming` | [`PrepareIncoming`] | [`IncomingReady`](crate::vmm_api::IncomingReady) |
 //! | `POST /v1/vms/{vm}/outgoing` | [`StartOutgoing`] | [`VmReport`] |
+//! | `POST /v1/vms/{vm}/dirty-rate` | [`DirtyRateRequest`](crate::vmm_api::DirtyRateRequest) | [`DirtyRate`](crate::vmm_api::DirtyRate) |
 //! | `POST /v1/vms/{vm}/migration/cancel` | [`CancelMigration`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/upgrade` | [`UpgradeVm`] | [`UpgradedVm`]; the machine runs in a VMM of the agent's program then |
 //! | `DELETE /v1/vms/{vm}?epoch=E` | | `204`; kills what is left of the VM and forgets it |
@@ -252,6 +253,9 @@ pub struct StartOutgoing {
     pub token: MigrationToken,
     /// Limits.
     pub policy: MigrationPolicy,
+    /// As in [`OutgoingRequest`](crate::vmm_api::OutgoingRequest).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed_cost_us: Option<u64>,
     /// What the source's VMM proves itself with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,

@@ -59,6 +59,8 @@ mod held;
 mod identity;
 mod policy;
 
+pub mod convergence;
+
 pub use frame::{Codec, FrameError, FrameHeader, FrameKind, checksum};
 pub use held::{HeldError, HeldPages, PAGE_HASH_BYTES};
 pub use identity::{MigrationIdentity, MigrationToken};
@@ -178,6 +180,38 @@ pub struct MigrationProgress {
     pub post_copy: Option<PostCopyProgress>,
 }
 
+/// A last pass that should take at most so long shows what a pass costs beside its pages; of a longer one nobody can
+/// say whether it was the cost or the link.
+const SHORT_PASS_US: u64 = 20_000;
+
+impl MigrationProgress {
+    /// What the blackout took beside sending the rest, in microseconds: what the next one between the same hosts will
+    /// take too. `None` when it is not known, or the guest went ahead of its memory.
+    pub fn fixed_cost_us(&self) -> Option<u64> {
+        let parts = self.blackout.filter(|_| self.post_copy.is_none())?;
+        let beside = match parts.rest_bytes_per_s {
+            0 => 0,
+            rate => {
+                let sending = u128::from(parts.rest_bytes) * 1_000_000 / u128::from(rate);
+                match u64::try_from(sending) {
+                    Ok(sending_us) if sending_us <= SHORT_PASS_US => {
+                        parts.pages_us.saturating_sub(sending_us)
+                    }
+                    _ => 0,
+                }
+            }
+        };
+        let whole = [
+            parts.pause_us,
+            parts.save_us,
+            beside,
+            parts.restore_us,
+            parts.commit_us,
+        ];
+        Some(whole.into_iter().fold(0, u64::saturating_add))
+    }
+}
+
 /// Memory that follows a guest which runs at the target already.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -210,6 +244,10 @@ pub struct Blackout {
     pub save_us: u64,
     /// Sending the last dirty pages.
     pub pages_us: u64,
+    /// How much of them that was; 0 from a source that does not tell.
+    pub rest_bytes: u64,
+    /// Transfer rate that the prediction reckoned with; 0 from a source that does not tell.
+    pub rest_bytes_per_s: u64,
     /// From everything sent to the target whole: its last pages, its checks, restoring the machine.
     pub restore_us: u64,
     /// From there until the target told that the guest runs: the store's commit.
@@ -461,4 +499,54 @@ pub enum ToSource {
         /// Why.
         reason: String,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn progress(rest_bytes: u64, pages_us: u64) -> MigrationProgress {
+        MigrationProgress {
+            blackout: Some(Blackout {
+                pause_us: 1_000,
+                save_us: 2_000,
+                pages_us,
+                rest_bytes,
+                rest_bytes_per_s: 100_000_000,
+                restore_us: 3_000,
+                commit_us: 4_000,
+                ..Blackout::default()
+            }),
+            ..MigrationProgress::default()
+        }
+    }
+
+    #[test]
+    fn what_a_short_pass_takes_beside_its_pages_is_a_fixed_cost() {
+        // 100,000 bytes take 1 ms.
+        assert_eq!(progress(100_000, 1_500).fixed_cost_us(), Some(10_500));
+        assert_eq!(progress(100_000, 500).fixed_cost_us(), Some(10_000));
+    }
+
+    #[test]
+    fn of_a_long_pass_nothing_is_a_fixed_cost() {
+        assert_eq!(progress(10_000_000, 500_000).fixed_cost_us(), Some(10_000));
+    }
+
+    #[test]
+    fn a_guest_that_went_ahead_shows_no_fixed_cost() {
+        let ahead = MigrationProgress {
+            post_copy: Some(PostCopyProgress::default()),
+            ..progress(0, 0)
+        };
+        assert_eq!(ahead.fixed_cost_us(), None);
+        assert_eq!(MigrationProgress::default().fixed_cost_us(), None);
+    }
+
+    #[test]
+    fn parts_told_by_an_older_source_are_read() {
+        let told = r#"{"blackout":{"predicted_us":9,"pause_us":1,"save_us":2,"pages_us":3,"restore_us":4,"commit_us":5}}"#;
+        let read: MigrationProgress = serde_json::from_str(told).unwrap();
+        assert_eq!(read.fixed_cost_us(), Some(12));
+    }
 }

@@ -37,12 +37,15 @@ use crate::devices::Attachments;
 use crate::id::{Epoch, MigrationId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
 use crate::migration::{MigrationIdentity, MigrationPolicy, MigrationStatus, MigrationToken};
+use crate::problem::FieldProblem;
 use crate::succession::SuccessionStatus;
 use crate::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Name of the memfd that is a guest's memory, as `/proc/<pid>/fd` shows it.
 pub const GUEST_MEMORY_NAME: &str = "godwit-guest-ram";
@@ -132,6 +135,10 @@ pub struct OutgoingRequest {
     /// Limits.
     #[serde(default)]
     pub policy: MigrationPolicy,
+    /// What a blackout takes beside sending the rest, as earlier migrations showed it; bounded by the source (see
+    /// [`fixed_cost`](crate::migration::convergence::fixed_cost)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fixed_cost_us: Option<u64>,
     /// What this end proves itself with, if the target asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,
@@ -244,18 +251,88 @@ pub enum DriverState {
     },
 }
 
-/// Asks how fast the guest dirties memory.
+/// Shortest and longest time for which a guest is watched.
+pub const DIRTY_WINDOW_MS: RangeInclusive<u64> = 10..=5_000;
+/// Most readings within that time.
+pub const MAX_DIRTY_READINGS: u8 = 8;
+
+/// Asks how fast the guest dirties memory. Refused while a migration or a snapshot uses the dirty log; one that
+/// begins meanwhile ends the watching.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirtyRateRequest {
-    /// How long to watch, 10 to 2,000 ms.
+    /// How long to watch, within [`DIRTY_WINDOW_MS`].
     pub window_ms: u64,
+    /// How often to look, 1 to [`MAX_DIRTY_READINGS`]: at the end, after half of the time, after a quarter, and so on.
+    #[serde(default = "one_reading")]
+    pub readings: u8,
+}
+
+const fn one_reading() -> u8 {
+    1
+}
+
+impl DirtyRateRequest {
+    /// What is wrong with it.
+    pub fn problems(&self) -> Vec<FieldProblem> {
+        let mut found = Vec::new();
+        if !DIRTY_WINDOW_MS.contains(&self.window_ms) {
+            found.push(FieldProblem::new(
+                "window_ms",
+                format!("{} is outside {DIRTY_WINDOW_MS:?}", self.window_ms),
+                "choose a window within the limits",
+            ));
+        }
+        if !(1..=MAX_DIRTY_READINGS).contains(&self.readings) {
+            found.push(FieldProblem::new(
+                "readings",
+                format!("{} is outside 1..={MAX_DIRTY_READINGS}", self.readings),
+                "look at least once and no more often than that",
+            ));
+        }
+        found
+    }
+
+    /// When to look, in order.
+    pub fn moments(&self) -> Vec<Duration> {
+        let window = Duration::from_millis(self.window_ms);
+        (0..u32::from(self.readings.min(MAX_DIRTY_READINGS)))
+            .rev()
+            .map(|halvings| window / (1 << halvings))
+            .collect()
+    }
 }
 
 /// How fast the guest dirties memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DirtyRate {
     /// Distinct pages dirtied in the window, as bytes per second.
     pub bytes_per_s: u64,
+    /// What was dirty at each reading, in order. A guest that writes the same memory over and over dirties hardly more
+    /// in a longer time; one that goes through its memory does.
+    #[serde(default)]
+    pub series: Vec<DirtyReading>,
+    /// What each vCPU did meanwhile. KVM does not tell which vCPU wrote a page, so this is its share of CPU time and
+    /// says only which one may have.
+    #[serde(default)]
+    pub vcpus: Vec<VcpuBusy>,
+}
+
+/// One look at what a guest has dirtied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DirtyReading {
+    /// Since everything counted as clean.
+    pub after_us: u64,
+    /// Distinct memory that the guest and its devices have written since.
+    pub bytes: u64,
+}
+
+/// What a vCPU did for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuBusy {
+    /// Number, from 0.
+    pub index: u8,
+    /// Share of the time for which its thread ran, 0 to 100.
+    pub busy_percent: u8,
 }
 
 /// What a VMM is doing.
@@ -413,4 +490,38 @@ pub struct VmmInfo {
     /// The latest succession.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub succession: Option<SuccessionStatus>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_window_is_halved_for_each_further_reading() {
+        let ask = DirtyRateRequest {
+            window_ms: 1_000,
+            readings: 4,
+        };
+        assert_eq!(ask.problems(), []);
+        assert_eq!(
+            ask.moments(),
+            [125, 250, 500, 1_000].map(Duration::from_millis)
+        );
+    }
+
+    #[test]
+    fn a_caller_that_knows_nothing_of_readings_gets_one() {
+        let ask: DirtyRateRequest = serde_json::from_str(r#"{"window_ms":200}"#).unwrap();
+        assert_eq!(ask.moments(), [Duration::from_millis(200)]);
+    }
+
+    #[test]
+    fn a_window_or_readings_out_of_bounds_are_named() {
+        let ask = DirtyRateRequest {
+            window_ms: 5_001,
+            readings: 0,
+        };
+        let fields: Vec<_> = ask.problems().into_iter().map(|p| p.field).collect();
+        assert_eq!(fields, ["window_ms", "readings"]);
+    }
 }

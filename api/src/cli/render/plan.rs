@@ -126,8 +126,15 @@ fn reserve(mib_left: i64) -> String {
 /// What a change would do.
 pub(in crate::cli) fn dry_run(dry_run: &DryRun) -> String {
     let mut text = String::from("Dry run, nothing was changed. It would:\n");
+    let forecast = dry_run.forecast.as_ref();
     for change in &dry_run.changes {
-        let _ = writeln!(text, "  - {change}");
+        // It is told in full below.
+        if !forecast.is_some_and(|forecast| change.ends_with(&forecast.summary)) {
+            let _ = writeln!(text, "  - {change}");
+        }
+    }
+    if let Some(forecast) = forecast {
+        let _ = write!(text, "\n{}", super::forecast::forecast(forecast));
     }
     if let Some(placement) = &dry_run.placement
         && !placement.rejections.is_empty()

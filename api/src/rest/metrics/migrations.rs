@@ -4,7 +4,7 @@
 //! figures, each once. Those that ended before this process began were for the process before it to tell; a counter that
 //! starts again at zero must not tell them once more.
 
-use godwit_controller::model::{Migration, MigrationState};
+use godwit_controller::model::{ForeseenOutcome, Migration, MigrationState};
 use godwit_controller::view::View;
 use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationPhase, MigrationProgress};
@@ -50,6 +50,7 @@ pub(super) struct MigrationFigures {
     transferred: Family<OutcomeLabel, Histogram, fn() -> Histogram>,
     downtime: Histogram,
     blackout_error: Histogram,
+    foreseen_error: Histogram,
 }
 
 impl MigrationFigures {
@@ -62,6 +63,7 @@ impl MigrationFigures {
             transferred: Family::new_with_constructor(|| Histogram::new(TRANSFERRED_BUCKETS_BYTES)),
             downtime: Histogram::new(DOWNTIME_BUCKETS_S),
             blackout_error: Histogram::new(ERROR_BUCKETS),
+            foreseen_error: Histogram::new(ERROR_BUCKETS),
         }
     }
 
@@ -99,6 +101,9 @@ impl MigrationFigures {
         if let Some(error) = blackout_error(progress) {
             self.blackout_error.observe(error);
         }
+        if let Some(error) = foreseen_error(migration) {
+            self.foreseen_error.observe(error);
+        }
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {
@@ -126,6 +131,12 @@ impl MigrationFigures {
             Unit::Other("ratio".into()),
             self.blackout_error.clone(),
         );
+        registry.register_with_unit(
+            "migration_foreseen_blackout_error",
+            "How far the blackout that was foreseen when a migration began was from the real one, as a share of the real one",
+            Unit::Other("ratio".into()),
+            self.foreseen_error.clone(),
+        );
     }
 }
 
@@ -152,9 +163,21 @@ fn blackout_error(progress: &MigrationProgress) -> Option<f64> {
     Some(predicted.abs_diff(actual) as f64 / actual as f64)
 }
 
+/// Of a migration that arrived; where none was expected to, nothing was foreseen of its blackout.
+fn foreseen_error(migration: &Migration) -> Option<f64> {
+    let foreseen = migration
+        .foreseen
+        .filter(|foreseen| foreseen.outcome != ForeseenOutcome::WillNotConverge)?;
+    let progress = migration.progress.as_ref()?;
+    let actual = progress.downtime_us.filter(|us| *us > 0)?;
+    let predicted = foreseen.blackout_ms.saturating_mul(1_000);
+    Some(predicted.abs_diff(actual) as f64 / actual as f64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use godwit_controller::model::Foreseen;
     use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
     use godwit_wire::migration::{Blackout, MigrationPolicy};
     use godwit_wire::unit::Bytes;
@@ -189,6 +212,13 @@ mod tests {
                     ..Blackout::default()
                 }),
                 ..MigrationProgress::default()
+            }),
+            foreseen: Some(Foreseen {
+                outcome: ForeseenOutcome::Converges,
+                took_ms: 7_000,
+                mib: 1_024,
+                blackout_ms: 60,
+                throttle_percent: 0,
             }),
             started_at: at(ended_at - 7),
             ended_at: Some(at(ended_at)),
@@ -228,7 +258,9 @@ mod tests {
             migration_downtime_seconds_sum 0.04
             migration_downtime_seconds_count 1
             migration_blackout_error_ratio_sum 0.25
-            migration_blackout_error_ratio_count 1"#]]
+            migration_blackout_error_ratio_count 1
+            migration_foreseen_blackout_error_ratio_sum 0.5
+            migration_foreseen_blackout_error_ratio_count 1"#]]
         .assert_eq(&told(&figures).join("\n"));
         figures.observe(&view(&[&one, &two]));
         let counts = told(&figures);
@@ -252,6 +284,15 @@ mod tests {
         open.state = MigrationState::Open;
         figures.observe(&view(&[&open]));
         assert!(told(&figures).contains(&"migration_downtime_seconds_count 0".to_owned()));
+    }
+
+    #[test]
+    fn where_no_arrival_was_foreseen_no_blackout_was() {
+        let mut migration = committed(200);
+        assert_eq!(foreseen_error(&migration), Some(0.5));
+        let foreseen = migration.foreseen.as_mut().expect("it is there");
+        foreseen.outcome = ForeseenOutcome::WillNotConverge;
+        assert_eq!(foreseen_error(&migration), None);
     }
 
     #[test]

@@ -2,16 +2,27 @@
 
 use crate::model::{Liveness, Migration};
 use crate::operation::context::{Context, Sent};
+use crate::plan::contract::foresee_move;
+use crate::plan::dirtying::Dirtying;
+use crate::plan::estimate::figures;
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::View;
 use godwit_wire::host_api::{PrepareIncoming, StartOutgoing, VmReport};
 use godwit_wire::id::HostId;
 use godwit_wire::migration::{MigrationPhase, MigrationStatus};
-use godwit_wire::vmm_api::VmmState;
+use godwit_wire::vmm_api::{DirtyRateRequest, VmmState};
+use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
 /// How long the source may not mention a migration it has accepted.
 const MENTION_TIME: Duration = Duration::from_secs(10);
+
+/// How the guest is watched while the target is made ready: short enough to be done by then, most of the time.
+const AT_THE_START: DirtyRateRequest = DirtyRateRequest {
+    window_ms: 100,
+    readings: 3,
+};
 
 /// Why an open migration cannot go on.
 #[derive(Clone, Debug)]
@@ -61,16 +72,17 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
             || view.liveness(migration.source) == Liveness::RestartAllowed
             || view.liveness(migration.target) == Liveness::RestartAllowed
     };
-    let prepared = context
-        .send(
-            migration.target,
-            |to| driver.prepare_incoming(to, vm.id, &prepare),
-            over,
-        )
-        .await;
+    let prepared = context.send(
+        migration.target,
+        |to| driver.prepare_incoming(to, vm.id, &prepare),
+        over,
+    );
+    let (prepared, watched) =
+        with_what_is_known_by_then(prepared, watch_guest(context, migration)).await;
     let Some(ready) = answer(prepared, &migration.target_name)? else {
         return watch(context, migration, None).await;
     };
+    let figures = figures(&view, migration.source, migration.target, &migration.policy);
     let outgoing = StartOutgoing {
         epoch: migration.epoch,
         generation: migration.send_generation,
@@ -79,20 +91,11 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         // Not kept: after a restart the target is prepared again and repeats it.
         token: ready.token,
         policy: migration.policy.clone(),
+        fixed_cost_us: figures.learned_fixed_us(),
         identity: None,
     };
-    let noted = context
-        .change(|_, draft, operation| {
-            operation.begin_step(
-                "copy",
-                format!("to {} at {}", migration.target_name, ready.address),
-                draft.now(),
-            );
-        })
-        .await;
-    if noted.is_err() {
-        return Err(Why::failed("the store failed"));
-    }
+    let detail = format!("to {} at {}", migration.target_name, ready.address);
+    note_copying(context, migration, watched.flatten(), detail).await?;
     let told = context
         .send(
             migration.source,
@@ -107,6 +110,61 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         Some(tokio::time::Instant::now() + MENTION_TIME),
     )
     .await
+}
+
+/// How the guest dirties memory, watched while the target is made ready. `None` is no reason to wait.
+async fn watch_guest(context: &Context<'_>, migration: &Migration) -> Option<Dirtying> {
+    let source = context.core.address(migration.source)?;
+    let asked = context
+        .core
+        .driver
+        .dirty_rate(source, migration.vm, &AT_THE_START);
+    match asked.await {
+        Ok(rate) => Some(Dirtying::sampled(rate)),
+        Err(error) => {
+            tracing::debug!(migration = %migration.id, %error, "the guest was not watched");
+            None
+        }
+    }
+}
+
+/// What `main` comes to, and what was found `aside` if that was sooner.
+async fn with_what_is_known_by_then<T, A>(
+    main: impl Future<Output = T>,
+    aside: impl Future<Output = A>,
+) -> (T, Option<A>) {
+    let (mut main, aside) = (pin!(main), pin!(aside));
+    tokio::select! {
+        biased;
+        found = aside => (main.await, Some(found)),
+        done = &mut main => (done, None),
+    }
+}
+
+/// Records that the source is told to copy, and what is foreseen of it: once, as it was at the start.
+async fn note_copying(
+    context: &Context<'_>,
+    migration: &Migration,
+    watched: Option<Dirtying>,
+    detail: String,
+) -> Result<(), Why> {
+    let noted = context
+        .change(|view, draft, operation| {
+            operation.begin_step("copy", detail.clone(), draft.now());
+            let record = view.migrations.get(&migration.id).filter(|record| {
+                // Decided meanwhile, it is not touched any more.
+                record.is_open() && record.foreseen.is_none()
+            });
+            if let (Some(record), Some(vm)) = (record, view.vms.get(&migration.vm)) {
+                let policy = &migration.policy;
+                let forecast = foresee_move(view, vm, migration.target, policy, watched.clone());
+                let mut record = record.as_ref().clone();
+                record.foreseen = Some(forecast.foreseen());
+                draft.put_migration(record);
+            }
+        })
+        .await;
+    noted.map_err(|_| Why::failed("the store failed"))
 }
 
 /// `None` when a condition that [`watch`] will name came up first.

@@ -4,7 +4,7 @@ use super::SimHost;
 use crate::simulation::driver::LATENCY;
 use godwit_wire::host_api::{CommitReply, CommitRequest, Resolution, ResolveRequest};
 use godwit_wire::id::{Epoch, MigrationId, VmId};
-use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
+use godwit_wire::migration::{Blackout, MigrationPhase, MigrationRole, PostCopy};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{PauseReason, StopReason, VmmState};
 use std::sync::Arc;
@@ -14,6 +14,17 @@ use std::time::Duration;
 const COPY_TIME: Duration = Duration::from_millis(1_500);
 /// How long the blackout takes before the commit.
 const BLACKOUT_TIME: Duration = Duration::from_millis(30);
+/// What it consists of, the commit included, as the source tells it.
+const BLACKOUT: Blackout = Blackout {
+    predicted_us: 36_000,
+    pause_us: 2_000,
+    save_us: 8_000,
+    pages_us: 5_000,
+    rest_bytes: 0,
+    rest_bytes_per_s: 0,
+    restore_us: 15_000,
+    commit_us: 10_000,
+};
 /// How long a source waits for word of the target before it asks the store.
 const RESOLVE_AFTER: Duration = Duration::from_secs(2);
 /// How long memory takes to follow a guest that went ahead.
@@ -131,7 +142,9 @@ async fn receive(
                 {
                     source.with_migration(vm, migration, |known, _| {
                         known.enter(MigrationPhase::Completed);
-                        known.migration.as_mut().unwrap().progress.downtime_us = Some(40_000);
+                        let progress = &mut known.migration.as_mut().unwrap().progress;
+                        progress.downtime_us = Some(40_000);
+                        progress.blackout = Some(BLACKOUT);
                         known.state = Some(VmmState::Stopped {
                             reason: StopReason::MigratedAway,
                         });

@@ -53,6 +53,8 @@ pub(super) struct Observer {
     pid: i32,
     /// Held by whoever uses the VM's dirty log: a sample, or a migration.
     dirty_log: Arc<Mutex<()>>,
+    /// How many migrations wait for it.
+    dirty_log_needed: Arc<watch::Sender<u32>>,
     pace: watch::Sender<Duration>,
     _task: AbortOnDropHandle<()>,
 }
@@ -61,6 +63,7 @@ impl Observer {
     pub(super) fn start(vm: VmId, vmm: UdsClient, pid: i32, news: mpsc::Sender<News>) -> Self {
         let turn = Arc::new(AtomicU64::new(0));
         let dirty_log = Arc::new(Mutex::new(()));
+        let dirty_log_needed = Arc::new(watch::Sender::new(0));
         let (pace, paces) = watch::channel(STEADY);
         let looker = Looker {
             vm,
@@ -69,6 +72,7 @@ impl Observer {
             news,
             turn: turn.clone(),
             dirty_log: dirty_log.clone(),
+            dirty_log_needed: dirty_log_needed.clone(),
             before: None,
         };
         let task = tokio::spawn(looker.keep_looking(paces));
@@ -76,6 +80,7 @@ impl Observer {
             turn,
             pid,
             dirty_log,
+            dirty_log_needed,
             pace,
             _task: AbortOnDropHandle::new(task),
         }
@@ -102,9 +107,13 @@ impl Observer {
         self.pace.send_modify(|_| {});
     }
 
-    /// Keeps samples away from the dirty log as long as the guard lives; waits for one under way.
+    /// Keeps samples away from the dirty log as long as the guard lives; one under way is given up. The VMM, which
+    /// may still be watching, lets the migration have the log.
     pub(super) async fn reserve_dirty_log(&self) -> OwnedMutexGuard<()> {
-        self.dirty_log.clone().lock_owned().await
+        self.dirty_log_needed.send_modify(|waiting| *waiting += 1);
+        let guard = self.dirty_log.clone().lock_owned().await;
+        self.dirty_log_needed.send_modify(|waiting| *waiting -= 1);
+        guard
     }
 
     /// The same without waiting, for a migration found under way: nothing else can hold it.
@@ -120,6 +129,7 @@ struct Looker {
     news: mpsc::Sender<News>,
     turn: Arc<AtomicU64>,
     dirty_log: Arc<Mutex<()>>,
+    dirty_log_needed: Arc<watch::Sender<u32>>,
     before: Option<Sample>,
 }
 
@@ -206,11 +216,21 @@ impl Looker {
         let _ours = self.dirty_log.try_lock().ok()?;
         let window_ms = u64::try_from(DIRTY_RATE_WINDOW.as_millis()).ok()?;
         let limit = DIRTY_RATE_WINDOW + LOOK_TIMEOUT;
-        let request = DirtyRateRequest { window_ms };
-        let rate = self
-            .vmm
-            .request_within::<DirtyRate>(limit, Method::POST, "/v1/dirty-rate", Some(&request))
-            .await;
+        let request = DirtyRateRequest {
+            window_ms,
+            readings: 1,
+        };
+        let mut needed = self.dirty_log_needed.subscribe();
+        let asked = self.vmm.request_within::<DirtyRate>(
+            limit,
+            Method::POST,
+            "/v1/dirty-rate",
+            Some(&request),
+        );
+        let rate = tokio::select! {
+            rate = asked => rate,
+            _ = needed.wait_for(|waiting| *waiting > 0) => return None,
+        };
         match rate {
             Ok(rate) => Some(rate.bytes_per_s),
             Err(error) => {

@@ -42,6 +42,7 @@ impl Driver {
             target: ask.target,
             token: ask.token.clone(),
             policy: ask.policy.clone(),
+            fixed_cost_us: ask.fixed_cost_us,
             identity: ask.identity.clone(),
         };
         let vmm = live.vmm.clone();

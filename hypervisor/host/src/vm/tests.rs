@@ -407,6 +407,7 @@ async fn sending(host: &mut Host, vm: VmId) -> MigrationId {
         target: ([127, 0, 0, 1], 9).into(),
         token: credentials::token(),
         policy: MigrationPolicy::default(),
+        fixed_cost_us: Some(12_000),
         identity: Some(credentials::identity()),
     };
     let report = host

@@ -6,7 +6,8 @@
 
 use super::{DirtyLogging, KvmError, ioctl, map_memory};
 use kvm_ioctls::VmFd;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// One bit per page of one memory slot.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -148,11 +149,30 @@ pub struct LoggedSlot {
 }
 
 /// A machine's dirty log, which one user at a time may switch on: a second one would switch it off under the first.
+/// Whoever needs it ([`start`](Self::start)) makes whoever only watches ([`start_watching`](Self::start_watching)) let
+/// go.
 #[derive(Clone, Debug)]
 pub struct DirtyLogSource {
     vm: Arc<VmFd>,
     slots: Arc<[LoggedSlot]>,
-    in_use: Arc<(Mutex<bool>, Condvar)>,
+    turn: Arc<(Mutex<Turn>, Condvar)>,
+}
+
+/// Whose turn it is.
+#[derive(Clone, Copy, Debug, Default)]
+struct Turn {
+    taken: bool,
+    /// How many wait who need the log.
+    needed_by: u32,
+}
+
+/// What a watcher of the log shall do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watch {
+    /// Go on.
+    GoOn,
+    /// Let go: somebody needs the log.
+    LetGo,
 }
 
 /// The dirty log of all of a machine's memory, switched on while this value lives.
@@ -191,23 +211,46 @@ impl DirtyLogSource {
         Self {
             vm,
             slots: slots.into(),
-            in_use: Arc::default(),
+            turn: Arc::default(),
         }
     }
 
-    /// Switches the log on, as soon as nobody else uses it. Every page counts as dirty until it has been cleared
-    /// once.
+    /// Switches the log on, as soon as nobody else uses it; a watcher lets go at once. Every page counts as dirty until
+    /// it has been cleared once.
     pub fn start(&self) -> Result<DirtyLog, KvmError> {
-        let mut in_use = self.in_use.0.lock().unwrap_or_else(PoisonError::into_inner);
-        while *in_use {
-            in_use = self
-                .in_use
-                .1
-                .wait(in_use)
-                .unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.turn();
+        turn.needed_by += 1;
+        self.turn.1.notify_all();
+        turn = self
+            .turn
+            .1
+            .wait_while(turn, |turn| turn.taken)
+            .unwrap_or_else(PoisonError::into_inner);
+        turn.needed_by -= 1;
+        turn.taken = true;
+        drop(turn);
+        self.switch_on()
+    }
+
+    /// The same for one who can do without: `None` when somebody else needs the log or `patience` was not enough.
+    pub fn start_watching(&self, patience: Duration) -> Result<Option<DirtyLog>, KvmError> {
+        let (mut turn, _) = self
+            .turn
+            .1
+            .wait_timeout_while(self.turn(), patience, |turn| {
+                turn.taken && turn.needed_by == 0
+            })
+            .unwrap_or_else(PoisonError::into_inner);
+        if turn.taken || turn.needed_by > 0 {
+            return Ok(None);
         }
-        *in_use = true;
-        drop(in_use);
+        turn.taken = true;
+        drop(turn);
+        self.switch_on().map(Some)
+    }
+
+    /// Whoever calls this has the turn.
+    fn switch_on(&self) -> Result<DirtyLog, KvmError> {
         let manual = u64::from(kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
         let offered = self.vm.check_extension_raw(manual);
         let protocol = if offered & 2 != 0 {
@@ -222,6 +265,11 @@ impl DirtyLogSource {
         };
         self.switch(DirtyLogging::On)?;
         Ok(log)
+    }
+
+    fn turn(&self) -> MutexGuard<'_, Turn> {
+        // Each change of it is one assignment.
+        self.turn.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn switch(&self, logging: DirtyLogging) -> Result<(), KvmError> {
@@ -296,17 +344,18 @@ impl DirtyLog {
         }
     }
 
-    /// Bytes of all of memory that the guest wrote within `window`, which starts now.
-    pub fn watch(&self, window: std::time::Duration) -> Result<u64, KvmError> {
-        for (index, bitmap) in self.first_round().iter().enumerate() {
-            self.clear(index, bitmap, 0..bitmap.pages())?;
+    /// Waits until `moment`, but not when somebody needs the log.
+    pub fn watch_until(&self, moment: Instant) -> Watch {
+        let left = moment.saturating_duration_since(Instant::now());
+        let turn = &self.source.turn;
+        let (turn, _) = turn
+            .1
+            .wait_timeout_while(self.source.turn(), left, |turn| turn.needed_by == 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        match turn.needed_by {
+            0 => Watch::GoOn,
+            _ => Watch::LetGo,
         }
-        // Waiting is what is asked for here: the guest's writes announce themselves to nobody.
-        std::thread::sleep(window);
-        Ok(
-            self.read()?.iter().map(DirtyBitmap::count).sum::<u64>()
-                * godwit_wire::unit::PAGE_BYTES,
-        )
     }
 }
 
@@ -316,13 +365,8 @@ impl Drop for DirtyLog {
         if let Err(error) = self.source.switch(DirtyLogging::Off) {
             tracing::warn!(%error, "the dirty log could not be switched off");
         }
-        *self
-            .source
-            .in_use
-            .0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = false;
-        self.source.in_use.1.notify_one();
+        self.source.turn().taken = false;
+        self.source.turn.1.notify_all();
     }
 }
 

@@ -12,7 +12,7 @@ mod vm_state;
 
 pub use cpu_state::{ClockAdvance, VcpuState, is_settled};
 pub use cpuid::{cpu_facts, guest_cpu, guest_cpuid, tsc_scaling};
-pub use dirty_log::{DirtyBitmap, DirtyLog, DirtyLogSource, LoggedSlot, words_of};
+pub use dirty_log::{DirtyBitmap, DirtyLog, DirtyLogSource, LoggedSlot, Watch, words_of};
 pub use error::KvmError;
 pub use irq::Interrupts;
 pub use kick::{Kick, Kickable, install_kick_handler};

@@ -1,10 +1,10 @@
 //! Live migration between two VMM processes.
 //!
 //! ```text
-//! convergence  pure: another round, pause now, or give up
 //! hand_over    pure: who may still go back, and when only the store decides
 //! ledger       what the API tells of a migration; the one place its state changes
 //! pace         pure: the limit on what all lanes send together
+//! link_rate    pure: how fast the link carries pages, from the latest rounds
 //! squeeze      pure: whether compressing pays
 //! round        one pass over dirty memory, shared out among the lanes
 //! claims       pages that a guest which runs at the target already still lacks, each sent once
@@ -16,7 +16,11 @@
 //! lane, crew   connections that carry pages, each with a thread, at the source
 //! source       the sending end
 //! target       the receiving end
+//! watching     how fast a guest dirties memory, when no migration is under way
 //! ```
+//!
+//! Whether to copy another round, to pause the guest or to give up is decided by
+//! [`convergence`](godwit_wire::migration::convergence), which the controller foresees migrations with.
 //!
 //! Whatever fails before the source has sent `Done` leaves the source running: its memory is untouched, and the
 //! next attempt starts with every page dirty, so no dirty bit can be lost.
@@ -28,11 +32,11 @@
 mod claims;
 mod compare;
 mod connection;
-mod convergence;
 mod crew;
 mod hand_over;
 mod lane;
 mod ledger;
+mod link_rate;
 mod maps;
 mod pace;
 mod round;
@@ -41,9 +45,11 @@ mod source;
 mod squeeze;
 mod stream;
 mod target;
+mod watching;
 
 pub use hand_over::{HandOverError, Memory, SourceHandOver, TargetHandOver};
 pub use ledger::Ledger;
 pub use source::{Outgoing, SourceMachine, send_machine};
 pub use stream::StreamError;
 pub use target::{Incoming, MigrationListener, TargetMachine, ThisCpu, receive_machine};
+pub use watching::watch_dirtying;

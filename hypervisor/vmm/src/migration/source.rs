@@ -182,6 +182,8 @@ struct Rest {
     round: u32,
     dirty: Vec<DirtyBitmap>,
     predicted: Duration,
+    /// Rate that was reckoned with.
+    bytes_per_s: u64,
     /// Whether the guest goes ahead of it.
     ahead: bool,
 }
@@ -271,8 +273,4 @@ struct Shared<'a> {
     /// For urgent lanes: the guest waits for what they carry.
     at_once: Pace,
     tally: Tally,
-}
-
-fn per_second(bytes: u64, duration: Duration) -> u64 {
-    (bytes as f64 / duration.as_secs_f64().max(1e-6)) as u64
 }

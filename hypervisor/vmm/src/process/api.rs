@@ -6,7 +6,7 @@ use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use godwit_channel::problem::{Answer, JsonBody, QueryArgs, Refusal, no_such_path};
 use godwit_wire::migration::MigrationStatus;
-use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::problem::Problem;
 use godwit_wire::succession::{
     OfferSuccession, PrepareSuccession, SuccessionCommand, SuccessionStatus,
 };
@@ -15,13 +15,10 @@ use godwit_wire::vmm_api::{
     ResizeDisk, RestoreRequest, SnapshotInfo, SnapshotRequest, VmmInfo,
 };
 use serde::Deserialize;
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// Longest a caller may wait for news of a migration in one request.
 const MAX_WAIT_MS: u64 = 60_000;
-/// Sensible windows for watching dirty pages.
-const DIRTY_WINDOW_MS: RangeInclusive<u64> = 10..=2_000;
 
 pub(super) fn router(driver: DriverHandle) -> Router {
     Router::new()
@@ -159,23 +156,7 @@ async fn dirty_rate(
     State(driver): State<DriverHandle>,
     JsonBody(request): JsonBody<DirtyRateRequest>,
 ) -> Answer<DirtyRate> {
-    if !DIRTY_WINDOW_MS.contains(&request.window_ms) {
-        return Err(Refusal(Problem::invalid(vec![FieldProblem::new(
-            "window_ms",
-            format!("{} is outside {DIRTY_WINDOW_MS:?}", request.window_ms),
-            "choose a window within the limits",
-        )])));
-    }
-    let source = driver.call(|d| d.dirty_log()).await?;
-    let window = Duration::from_millis(request.window_ms);
-    let watched =
-        tokio::task::spawn_blocking(move || source.start().and_then(|log| log.watch(window)))
-            .await
-            .map_err(|error| Problem::internal(error.to_string()))?
-            .map_err(|error| Problem::internal(error.to_string()))?;
-    Ok(Json(DirtyRate {
-        bytes_per_s: watched * 1_000 / request.window_ms,
-    }))
+    blocking(move || driver.watch_dirtying(request)).await
 }
 
 #[derive(Debug, Deserialize)]

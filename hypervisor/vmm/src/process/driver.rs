@@ -34,6 +34,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc as tokio_mpsc, oneshot, watch};
 
 mod devices;
+mod dirtying;
 mod migrating;
 mod snapshots;
 mod succeeding;
@@ -406,22 +407,6 @@ impl Driver {
         let info = self.info();
         let _ = self.end.try_send(Outcome::Stopped(StopReason::Killed));
         info
-    }
-
-    /// Where to watch dirty pages, if nothing else does.
-    pub(super) fn dirty_log(&self) -> Result<DirtyLogSource, Problem> {
-        self.admit_without_snapshot()?;
-        self.admit_without_succession()?;
-        if self
-            .migration_status()
-            .is_some_and(|status| !status.phase.is_final())
-        {
-            return Err(
-                Problem::conflict("migrating", "a migration is watching dirty pages")
-                    .with_remedy("read the dirty rate from the migration's progress"),
-            );
-        }
-        Ok(self.machine()?.dirty_log().clone())
     }
 
     fn build(

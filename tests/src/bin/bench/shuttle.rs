@@ -43,6 +43,8 @@ pub(crate) struct Shuttle {
     request: CreateRequest,
     fill: Mib,
     flights: usize,
+    /// What the flights so far showed of the cost of a blackout, as the store remembers it.
+    fixed_costs_us: Vec<u64>,
 }
 
 /// What one flight took.
@@ -96,6 +98,7 @@ impl Shuttle {
             request,
             fill,
             flights: 0,
+            fixed_costs_us: Vec::new(),
         };
         shuttle
             .shell()
@@ -142,15 +145,19 @@ impl Shuttle {
         let there = Vmm::start(&self.dir, &format!("vmm-{}", self.flights)).await?;
         self.shell().await?.command("ticks reset").await?;
         let (here, request) = (&self.here, &self.request);
-        let flight = match way {
+        let mut flight = match way {
             Way::Plain => Flight::prepare(here, &there, request).await?,
             Way::Tls => Flight::prepare_encrypted(here, &there, request).await?,
             Way::Home(kept) => Flight::prepare_home(here, &there, request, kept.place()?).await?,
         };
+        self.fixed_costs_us.sort_unstable();
+        let median = self.fixed_costs_us.get(self.fixed_costs_us.len() / 2);
+        flight.fixed_cost_us = median.copied();
         warm(self.fill);
         let start = Instant::now();
         flight.send(policy).await?;
         let status = flight.land().await?;
+        self.fixed_costs_us.extend(status.progress.fixed_cost_us());
         let seconds = start.elapsed().as_secs_f64();
         self.request.epoch = self.request.epoch.next();
         self.here = there;

@@ -2,6 +2,7 @@
 
 mod fail_over;
 mod figures;
+mod forecast;
 mod full_pool;
 mod kills;
 mod maintenance;

@@ -158,7 +158,13 @@ async fn the_dirty_rate_of_a_guest_can_be_asked() {
     let (vmm, _) = boot_dirtying_pilot(&dir, "vmm", 1).await;
     let rate: DirtyRate = vmm
         .api
-        .post("/v1/dirty-rate", &DirtyRateRequest { window_ms: 500 })
+        .post(
+            "/v1/dirty-rate",
+            &DirtyRateRequest {
+                window_ms: 500,
+                readings: 1,
+            },
+        )
         .await
         .expect("a rate");
     // 20 MiB/s over a working set of 16 MiB; a busy machine may not give the guest all its time.

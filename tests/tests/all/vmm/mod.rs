@@ -1,6 +1,7 @@
 //! One or two `godwit vmm` processes, the test in the place of agents and store.
 
 mod devices;
+mod dirty_rate;
 mod hand_over;
 mod hostile_peers;
 mod lanes;

@@ -32,6 +32,8 @@ struct Still {
     then: Arrival,
     /// Every page that is not at the target as it is here.
     dirty: Vec<DirtyBitmap>,
+    /// What of it is sent while the guest stands still.
+    rest_bytes: u64,
 }
 
 impl Session<'_> {
@@ -50,6 +52,7 @@ impl Session<'_> {
         control.limit_writes(patience).map_err(StreamError::from)?;
         let dirty = std::mem::take(&mut still.dirty);
         let round = Round::new(rest.round + 1, Guest::Paused, dirty, crew.lanes());
+        still.rest_bytes = round.bytes();
         self.send_round((crew, tally), round, Some(still.since + patience))?;
         self.send_done(control, still, (rest.round + 1, tally), &rest, Vec::new())
     }
@@ -111,6 +114,7 @@ impl Session<'_> {
             sampled,
             then,
             dirty,
+            rest_bytes: 0,
         })
     }
 
@@ -174,6 +178,8 @@ impl Session<'_> {
                 pause_us: micros(still.since, still.paused),
                 save_us: micros(still.paused, still.saved_at),
                 pages_us: micros(still.saved_at, sent),
+                rest_bytes: still.rest_bytes,
+                rest_bytes_per_s: rest.bytes_per_s,
                 ..Blackout::default()
             },
             owed,

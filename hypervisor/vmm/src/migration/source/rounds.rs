@@ -2,24 +2,20 @@
 
 use super::connect::Agreed;
 use super::error::{SourceError, out_of_turn};
-use super::{Rest, Session, per_second};
+use super::{Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::Throttling;
-use crate::migration::convergence::{Decision, RoundOutcome};
 use crate::migration::crew::Crew;
 use crate::migration::hand_over::SourceHandOver;
 use crate::migration::lane::PagesError;
+use crate::migration::link_rate::{LinkRate, SentRound, TELLING_ROUND, per_second};
 use crate::migration::round::{Guest, Round, Sent, Tally, bytes_of};
 use crate::migration::stream::FrameStream;
+use godwit_wire::migration::convergence::{Decision, RoundOutcome, fixed_cost};
 use godwit_wire::migration::{PostCopy, ToSource, ToTarget};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
-
-/// Pause, device state, last acknowledgement and commit, before they have been measured.
-const EXPECTED_FIXED_COST: Duration = Duration::from_millis(10);
-/// Rounds shorter than this say little about the link.
-const TELLING_ROUND: Duration = Duration::from_millis(50);
 
 impl Session<'_> {
     /// Rounds with the guest running, until pausing it is the next thing to do.
@@ -37,7 +33,9 @@ impl Session<'_> {
             _ => policy.post_copy,
         };
         let mut dirty = log.first_round();
-        let (mut rest_bytes, mut rate, mut throttle_percent) = (bytes_of(&dirty), 0, 0);
+        let (mut rest_bytes, mut throttle_percent) = (bytes_of(&dirty), 0);
+        let mut link = LinkRate::new(policy.max_bandwidth_bytes_per_s);
+        let fixed_cost = fixed_cost(self.request.fixed_cost_us);
         for number in 1.. {
             let (began, before) = (Instant::now(), tally.read());
             let round = match agreed.seed.filter(|_| number == 1) {
@@ -57,25 +55,25 @@ impl Session<'_> {
                 other => return Err(out_of_turn(other, "RoundReceived")),
             }
             let duration = began.elapsed();
-            let measured = per_second(
-                (sent.content_pages - before.content_pages) * PAGE_BYTES,
-                duration,
-            );
-            // A short round says little, and one over untouched or kept memory sends little; but what was seen can
-            // be done.
-            if duration >= TELLING_ROUND && measured * 2 > rate || measured > rate {
-                rate = measured;
-            }
+            link.observe(SentRound {
+                content_pages: sent.content_pages - before.content_pages,
+                bare_pages: sent.zero_pages + sent.kept_pages
+                    - (before.zero_pages + before.kept_pages),
+                wire_bytes: sent.bytes - before.bytes,
+                took: duration,
+            });
+            let rate = link.bytes_per_s();
             let previous_rest_bytes = rest_bytes;
             dirty = self.read_dirty(log)?;
             rest_bytes = bytes_of(&dirty);
             let outcome = RoundOutcome {
                 round: number,
                 elapsed: self.started.elapsed(),
+                took: duration,
                 rest_bytes,
                 previous_rest_bytes,
                 bytes_per_s: rate,
-                fixed_cost: EXPECTED_FIXED_COST,
+                fixed_cost,
                 throttle_percent,
                 post_copy,
             };
@@ -117,6 +115,7 @@ impl Session<'_> {
                         round: number,
                         dirty,
                         predicted,
+                        bytes_per_s: rate,
                         ahead: false,
                     });
                 }
@@ -124,7 +123,8 @@ impl Session<'_> {
                     return Ok(Rest {
                         round: number,
                         dirty,
-                        predicted: EXPECTED_FIXED_COST,
+                        predicted: fixed_cost,
+                        bytes_per_s: rate,
                         ahead: true,
                     });
                 }

@@ -1,4 +1,5 @@
-//! When to stop copying a running guest (pure).
+//! When to stop copying a running guest (pure). The source decides by it, and whoever foresees a migration reckons
+//! with the same rules.
 //!
 //! A guest that dirties memory slower than the link carries it has less to send after every round. Pausing is
 //! *allowed* as soon as the rest fits the downtime limit; it is *wise* when another round would not make the rest
@@ -6,8 +7,19 @@
 //! down, step by step and as far as the policy allows. One that never gets below the limit within the round limit or
 //! the deadline is left where it is.
 
-use godwit_wire::migration::{MigrationPolicy, PostCopy};
+use super::{MigrationPolicy, PostCopy};
 use std::time::Duration;
+
+/// Pause, device state, last acknowledgement and commit, where no earlier migration has shown them.
+pub const EXPECTED_FIXED_COST: Duration = Duration::from_millis(10);
+/// No blackout is shorter.
+pub const LEAST_FIXED_COST: Duration = Duration::from_millis(1);
+/// More than this is not reckoned with, whatever earlier migrations showed: a guest that stays under the usual limit
+/// otherwise must get the chance to show that the cost has come down again.
+pub const MOST_FIXED_COST: Duration = Duration::from_millis(200);
+
+/// From the decision to pause the guest until it stands still, in which it goes on dirtying memory.
+const PAUSE_LAG: Duration = Duration::from_millis(2);
 
 /// A rest this small is sent in less time than the fixed costs take; another round gains nothing.
 const SMALL_REST_BYTES: u64 = 256 * 1024;
@@ -19,30 +31,39 @@ const TELLING_ROUNDS: u32 = 2;
 /// How much more it is slowed down each time.
 const THROTTLE_STEP_PERCENT: u8 = 25;
 
+/// The cost to reckon with, from what earlier migrations showed.
+pub fn fixed_cost(learned_us: Option<u64>) -> Duration {
+    learned_us.map_or(EXPECTED_FIXED_COST, |us| {
+        Duration::from_micros(us).clamp(LEAST_FIXED_COST, MOST_FIXED_COST)
+    })
+}
+
 /// What one finished round showed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct RoundOutcome {
+pub struct RoundOutcome {
     /// Number of the round, from 1.
-    pub(super) round: u32,
+    pub round: u32,
     /// Since the migration began.
-    pub(super) elapsed: Duration,
+    pub elapsed: Duration,
+    /// The round alone.
+    pub took: Duration,
     /// Bytes the guest dirtied meanwhile: the rest.
-    pub(super) rest_bytes: u64,
+    pub rest_bytes: u64,
     /// Rest after the round before; all of memory for the first.
-    pub(super) previous_rest_bytes: u64,
+    pub previous_rest_bytes: u64,
     /// Rate of the link, from the rounds that were long enough to tell.
-    pub(super) bytes_per_s: u64,
+    pub bytes_per_s: u64,
     /// Pause, device state and commit, which no round makes shorter.
-    pub(super) fixed_cost: Duration,
+    pub fixed_cost: Duration,
     /// How much the guest is slowed down already.
-    pub(super) throttle_percent: u8,
+    pub throttle_percent: u8,
     /// Whether both ends can and may do post-copy.
-    pub(super) post_copy: PostCopy,
+    pub post_copy: PostCopy,
 }
 
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Decision {
+pub enum Decision {
     /// Copy another round.
     AnotherRound,
     /// Copy another round with the guest slowed down to this.
@@ -62,13 +83,20 @@ pub(super) enum Decision {
 
 impl RoundOutcome {
     /// How long the guest would stand still if it were paused now.
-    pub(super) fn predicted_blackout(&self) -> Duration {
+    pub fn predicted_blackout(&self) -> Duration {
+        self.fixed_cost + self.predicted_pass()
+    }
+
+    /// How long the last pass would take: the rest, and what the guest adds to it until it stands still.
+    pub fn predicted_pass(&self) -> Duration {
+        let lag = PAUSE_LAG.as_secs_f64();
+        let growth = 1.0 + lag / self.took.as_secs_f64().max(lag);
         let rate = self.bytes_per_s.max(1);
-        self.fixed_cost + Duration::from_secs_f64(self.rest_bytes as f64 / rate as f64)
+        Duration::from_secs_f64(self.rest_bytes as f64 * growth / rate as f64)
     }
 
     /// Decides under `policy`.
-    pub(super) fn decide(&self, policy: &MigrationPolicy) -> Decision {
+    pub fn decide(&self, policy: &MigrationPolicy) -> Decision {
         let fits = self.predicted_blackout() <= Duration::from_millis(policy.downtime_limit_ms);
         let shrinking =
             self.rest_bytes as f64 <= self.previous_rest_bytes as f64 * WORTHWHILE_SHARE;
@@ -109,6 +137,7 @@ mod tests {
         RoundOutcome {
             round,
             elapsed: Duration::from_secs(u64::from(round)),
+            took: Duration::from_secs(1),
             throttle_percent: 0,
             post_copy: PostCopy::Forbidden,
             rest_bytes,
@@ -208,6 +237,29 @@ mod tests {
             round(10, 9 << 20, 100 << 20).decide(&policy),
             Decision::Pause
         );
+    }
+
+    #[test]
+    fn a_guest_that_dirties_while_it_is_being_paused_stands_still_for_longer() {
+        let long = round(3, 10 << 20, 10 << 20);
+        let short = RoundOutcome {
+            took: Duration::from_millis(4),
+            ..long
+        };
+        assert!(short.predicted_pass() > long.predicted_pass());
+        assert!(short.predicted_pass() < long.predicted_pass() * 2);
+        assert_eq!(
+            round(3, 0, 10 << 20).predicted_blackout(),
+            Duration::from_millis(5)
+        );
+    }
+
+    #[test]
+    fn a_learned_cost_is_taken_within_reason() {
+        assert_eq!(fixed_cost(None), EXPECTED_FIXED_COST);
+        assert_eq!(fixed_cost(Some(25_000)), Duration::from_millis(25));
+        assert_eq!(fixed_cost(Some(0)), LEAST_FIXED_COST);
+        assert_eq!(fixed_cost(Some(u64::MAX)), MOST_FIXED_COST);
     }
 
     proptest! {
