@@ -152,7 +152,7 @@ fn judged(upgraded: UpgradedVm) -> (UpgradeState, String) {
         ),
         UpgradeOutcome::Upgraded => {
             let word = match blackout_us {
-                Some(us) => format!("it stood still for {:.1} ms", us as f64 / 1e3),
+                Some(us) => format!("it stood still for {:.3} ms", us as f64 / 1e3),
                 None => "it stood still for a moment".into(),
             };
             (UpgradeState::Done { blackout_us }, word)
