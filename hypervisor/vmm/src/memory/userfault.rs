@@ -121,7 +121,9 @@ impl UserFault {
 
     /// Nobody waits in this range any more; what is not there reads as zeros.
     pub(super) fn unregister(&self, start: u64, len: u64) -> io::Result<()> {
-        self.call(UFFDIO_UNREGISTER, &mut Range { start, len })
+        self.call(UFFDIO_UNREGISTER, &mut Range { start, len })?;
+        // The kernel wakes who waits before it stops watching; whoever comes in between would wait for ever.
+        self.wake(start, len)
     }
 
     /// Lets those go on that wait in this range, to look again.

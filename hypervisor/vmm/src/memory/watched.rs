@@ -81,14 +81,17 @@ impl Watched {
     pub fn fill_zeros(&self, file_offset: u64) -> io::Result<()> {
         let bytes = self.ram.page_bytes();
         let file_offset = file_offset / bytes * bytes;
-        match self.ram.backing() {
-            MemoryBacking::Standard => {
-                self.fault.zero(self.host(file_offset, bytes)?, bytes)?;
-            }
+        let host = self.host(file_offset, bytes)?;
+        let filled = match self.ram.backing() {
+            MemoryBacking::Standard => self.fault.zero(host, bytes).map(drop),
             // The kernel has no zeros of that size to give.
-            MemoryBacking::Huge2M => self.fill(file_offset, &vec![0; bytes as usize])?,
+            MemoryBacking::Huge2M => self.fill(file_offset, &vec![0; bytes as usize]),
+        };
+        match filled {
+            // The watch has ended since somebody was seen to wait: the kernel has let go of them, and gives zeros.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+            filled => filled.and_then(|()| self.let_go(file_offset, bytes)),
         }
-        self.let_go(file_offset, bytes)
     }
 
     /// Lets go on who waits for the range: it looks again.

@@ -400,6 +400,30 @@ mod tests {
         bench.waits_for(Bytes(0));
     }
 
+    /// Whoever is seen to wait for zeros at the moment when everything has come is let go by the kernel.
+    #[test]
+    fn zeros_that_are_touched_while_the_last_piece_comes_lose_nothing() {
+        const ROUNDS: usize = 40;
+        for _ in 0..ROUNDS {
+            let (mut bench, snapshot) = Bench::new();
+            let Some(filler) = bench.start(snapshot) else {
+                return;
+            };
+            let ram = bench.ram.clone();
+            let toucher = std::thread::spawn(move || {
+                for address in (USED.end as u64..SIZE.bytes().0).step_by(PAGE_BYTES as usize) {
+                    let mut byte = [9];
+                    ram.read(address, &mut byte).unwrap();
+                    assert_eq!(byte, [0]);
+                }
+            });
+            filler.fill_rest().unwrap();
+            toucher.join().unwrap();
+            bench.waits_for(Bytes(0));
+            assert!(bench.losses.try_recv().is_err(), "nothing is lost");
+        }
+    }
+
     #[test]
     fn memory_that_was_given_back_does_not_come_again() {
         let (mut bench, snapshot) = Bench::new();
