@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -105,6 +106,8 @@ pub struct DiskLock {
     vm: VmId,
     host: Option<String>,
     state: Mutex<State>,
+    /// A record was written and may not have reached the disk.
+    unsure: AtomicBool,
 }
 
 impl DiskLock {
@@ -128,6 +131,7 @@ impl DiskLock {
             vm,
             host: host.map(|name| name.trim().to_owned()),
             state: Mutex::new(State::Unclaimed),
+            unsure: AtomicBool::new(false),
         })
     }
 
@@ -232,7 +236,7 @@ impl DiskLock {
         };
         // It is there already when the machine goes on in another process of its host, which stands still meanwhile:
         // the disk is not waited for.
-        if self.read()?.as_ref() == Some(&record) {
+        if !self.unsure.load(Ordering::Relaxed) && self.read()?.as_ref() == Some(&record) {
             return Ok(());
         }
         let mut bytes = serde_json::to_vec(&record)
@@ -247,11 +251,15 @@ impl DiskLock {
         }
         bytes.resize(RECORD_BYTES - 1, b' ');
         bytes.push(b'\n');
+        self.unsure.store(true, Ordering::Relaxed);
         let written = pwrite(&self.file, &bytes, 0)
             .and_then(|written| fdatasync(&self.file).map(|()| written))
             .map_err(|error| self.failed("cannot write", error.into()))?;
         match written {
-            RECORD_BYTES => Ok(()),
+            RECORD_BYTES => {
+                self.unsure.store(false, Ordering::Relaxed);
+                Ok(())
+            }
             _ => Err(self.failed("cannot write", io::ErrorKind::WriteZero.into())),
         }
     }

@@ -403,6 +403,13 @@ impl VirtioDevice for Block {
         let Some(lock) = self.shared.lock.clone() else {
             return Ok(());
         };
+        // Held all along: what is only in this process must be in the file before that is read anew. A lock that was
+        // lost, or not taken yet, fails the check.
+        if lock.check().is_ok()
+            && let Some(image) = self.shared.image()
+        {
+            image.write_back().map_err(|error| self.failed(&error))?;
+        }
         lock.claim(epoch).map_err(|error| DeviceError::Held {
             device: self.config.name.clone(),
             reason: told(&error),
@@ -420,6 +427,15 @@ impl VirtioDevice for Block {
                 let _ = lock.release();
                 Err(self.failed(&error))
             }
+        }
+    }
+
+    fn flush(&self) -> Result<(), DeviceError> {
+        match self.shared.image() {
+            Some(image) if self.shared.writable => {
+                image.flush().map_err(|error| self.failed(&error))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -59,6 +59,24 @@ fn what_is_written_to_an_image_is_there_after_it_is_opened_again() {
 }
 
 #[test]
+fn an_image_that_is_claimed_again_by_who_holds_it_keeps_what_was_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk.qcow2");
+    create(&path, 4 << 20, None);
+    let config = BlockConfig {
+        lock: Some(path.with_extension("lock")),
+        ..qcow2(&path)
+    };
+    let (mut driver, _heard) = driver(config);
+    driver.device_mut().claim(Epoch(1)).unwrap();
+    assert_eq!(write(&mut driver, 2048, &pattern(7, 4096)), STATUS_OK);
+    driver.pause().unwrap();
+    driver.device_mut().claim(Epoch(1)).unwrap();
+    driver.device_mut().resume().unwrap();
+    assert_eq!(read(&mut driver, 2048, 4096), pattern(7, 4096));
+}
+
+#[test]
 fn several_requests_on_an_image_are_under_way_at_once() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("disk.qcow2");
