@@ -95,7 +95,7 @@ pub fn figures(view: &View, source: HostId, target: HostId, policy: &MigrationPo
     Figures {
         bytes_per_s,
         bytes_per_s_from,
-        fixed_us: fixed_cost(learned_us).as_micros() as u64,
+        fixed_us: fixed_cost(learned_us, policy.downtime_limit_ms).as_micros() as u64,
         fixed_from,
     }
 }
@@ -313,7 +313,7 @@ mod tests {
     #[test]
     fn a_cost_beyond_reason_is_not_handed_on() {
         let figures = between(&view(vec![moved(1, (1, 2), 1, 9_000_000)]), 1, 2);
-        assert_eq!(figures.fixed_us, 200_000);
+        assert_eq!(figures.fixed_us, 150_000, "half the limit of 300 ms");
     }
 
     #[test]

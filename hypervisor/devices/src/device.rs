@@ -241,6 +241,11 @@ pub trait VirtioDevice: Send + Debug {
         Ok(())
     }
 
+    /// Makes sure that what the driver was told is written outlives a power cut of the host. The device is paused.
+    fn flush(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Gives up what [`Self::claim`] took: the machine is paused and may go on elsewhere.
     fn release(&mut self) -> Result<(), DeviceError> {
         Ok(())

@@ -145,7 +145,11 @@ impl KeptMemories {
     /// Keeps the memory of a VM that has moved away.
     pub(crate) fn keep(&self, vm: VmId, kept: Kept) {
         tracing::info!(%vm, epoch = %kept.epoch, bytes = %kept.bytes, "the VM's memory is kept for its return");
-        self.inner().kept.insert(vm, kept);
+        let mut inner = self.inner();
+        // It has left: its memory is what is kept, and nothing beside that is promised to it.
+        inner.promised.remove(&vm);
+        inner.kept.insert(vm, kept);
+        drop(inner);
         self.changed.notify_one();
     }
 
@@ -189,6 +193,10 @@ impl KeptMemories {
     pub(crate) async fn make_room(&self, vm: VmId, memory: Mib, already: Bytes) {
         self.promise(vm, Some(memory));
         let needed = memory.bytes().0.saturating_sub(already.0);
+        // What was given up a moment ago may be exactly what it needs.
+        if let Err(error) = tokio::task::spawn_blocking(memory::wait_for_given_up).await {
+            tracing::warn!(%error, "memory that was given up is not waited for");
+        }
         self.shrink(Bytes(needed)).await;
     }
 

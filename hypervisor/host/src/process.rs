@@ -93,14 +93,21 @@ impl VmmProcess {
             .ok_or(io::ErrorKind::NotFound)?;
         // The child is not reaped before `wait`, so the number is still its own.
         let pidfd = Arc::new(open(pid)?);
-        let start_ticks = procfs::process_stat(pid).map_or(0, |stat| stat.start_ticks);
+        let Some(stat) = procfs::process_stat(pid) else {
+            // Without it nobody could tell this process from another with its number.
+            child.start_kill()?;
+            return Err(io::Error::other(format!("/proc/{pid}/stat cannot be read")));
+        };
         let (exited, exit) = watch::channel(None);
         tokio::spawn(async move {
             let how = child.wait().await.map_or(Exit::Unknown, Exit::Status);
             exited.send_replace(Some(how));
         });
         Ok(Self {
-            id: ProcessId { pid, start_ticks },
+            id: ProcessId {
+                pid,
+                start_ticks: stat.start_ticks,
+            },
             pidfd,
             exit,
         })
@@ -239,7 +246,8 @@ pub(crate) async fn kill_all_but(
     let_go: Duration,
 ) -> io::Result<()> {
     for stray in VmmProcess::find_strays(directory).await? {
-        if stray.id == kept {
+        // One that lives owns its number.
+        if stray.id.pid == kept.pid {
             continue;
         }
         tracing::info!(pid = stray.id.pid, directory = %directory.path().display(), "ending a VMM that the VM is not in");

@@ -423,6 +423,11 @@ impl VirtioPci {
         self.device.claim(epoch)
     }
 
+    /// See [`VirtioDevice::flush`].
+    pub fn flush(&mut self) -> Result<(), DeviceError> {
+        self.device.flush()
+    }
+
     /// See [`VirtioDevice::release`].
     pub fn release(&mut self) -> Result<(), DeviceError> {
         self.device.release()

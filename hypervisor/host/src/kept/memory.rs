@@ -8,6 +8,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::thread::JoinHandle;
 
 /// The memfd behind a guest's memory. As long as this is held, the memory is there, whatever becomes of the VMM.
 ///
@@ -63,11 +65,26 @@ impl Drop for HeldMemory {
     fn drop(&mut self) {
         if let Some(file) = self.0.take() {
             // Without a thread it is closed here.
-            drop(
-                std::thread::Builder::new()
-                    .name("memory".to_owned())
-                    .spawn(move || drop(file)),
-            );
+            let going = std::thread::Builder::new()
+                .name("memory".to_owned())
+                .spawn(move || drop(file));
+            if let Ok(thread) = going {
+                let mut threads = GOING.lock().unwrap_or_else(PoisonError::into_inner);
+                threads.retain(|thread| !thread.is_finished());
+                threads.push(thread);
+            }
         }
+    }
+}
+
+/// Threads that give memory back to the kernel.
+static GOING: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+
+/// Blocks until the kernel has back what was dropped so far.
+pub(crate) fn wait_for_given_up() {
+    let going = std::mem::take(&mut *GOING.lock().unwrap_or_else(PoisonError::into_inner));
+    for thread in going {
+        // Closing a file does not panic.
+        let _ = thread.join();
     }
 }

@@ -9,8 +9,9 @@ use super::driver::Driver;
 use super::handover::not_running;
 use crate::storage::StorageError;
 use godwit_channel::uds::UdsClient;
-use godwit_wire::devices::Attachments;
+use godwit_wire::devices::{Attachments, DiskAccess, DiskSource};
 use godwit_wire::id::{Epoch, SnapshotId, VmId};
+use godwit_wire::machine::MachineSpec;
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{DISKS_MOVED_ON, RestoreFrom, SnapshotReport, TakeSnapshot};
 use godwit_wire::vmm_api::{SnapshotInfo, SnapshotRequest};
@@ -56,16 +57,19 @@ impl Driver {
         let memory = holding.record.spec.memory_mib.bytes();
         let storage = self.context.storage.clone();
         let runtime = self.context.runtime.clone();
+        let spec = holding.record.spec.clone();
         let begun = tokio::task::spawn_blocking(move || {
-            storage.take_snapshot(ask.pool, snapshot, memory, move |directory| {
-                runtime.block_on(write(vmm, epoch, directory.to_owned()))
-            })
+            without_devices(&spec)?;
+            storage
+                .take_snapshot(ask.pool, snapshot, memory, move |directory| {
+                    runtime.block_on(write(vmm, epoch, directory.to_owned()))
+                })
+                .map_err(|error| error.problem())
         });
         self.unless_doomed(async move {
             begun
                 .await
                 .map_err(|error| Problem::internal(error.to_string()))?
-                .map_err(|error| error.problem())
         })
         .await
     }
@@ -74,6 +78,7 @@ impl Driver {
     pub(super) async fn saved_machine(
         &mut self,
         from: RestoreFrom,
+        spec: &MachineSpec,
         attachments: &Attachments,
     ) -> Result<PathBuf, Problem> {
         let storage = self.context.storage.clone();
@@ -83,7 +88,9 @@ impl Driver {
             .iter()
             .filter_map(|disk| disk.lock.clone())
             .collect();
+        let spec = spec.clone();
         let look = tokio::task::spawn_blocking(move || {
+            without_devices(&spec)?;
             for lock in &locks {
                 unclaimed_since(lock, vm, from.epoch)?;
             }
@@ -104,6 +111,26 @@ async fn write(vmm: UdsClient, epoch: Epoch, directory: PathBuf) -> Result<Snaps
     vmm.request_within(SAVE_TIMEOUT, Method::POST, "/v1/snapshot", Some(&request))
         .await
         .map_err(|error| error.into_problem().detail)
+}
+
+/// Refuses a machine that writes to a device: it has no lock beside it, so nothing tells who wrote it last. May block.
+fn without_devices(spec: &MachineSpec) -> Result<(), Problem> {
+    let device = spec.devices.disks.iter().find(|disk| {
+        disk.access == DiskAccess::ReadWrite
+            && matches!(&disk.source, DiskSource::File { path, .. }
+                if std::fs::metadata(path).is_ok_and(|found| !found.is_file()))
+    });
+    match device {
+        None => Ok(()),
+        Some(disk) => Err(Problem::conflict(
+            DISKS_MOVED_ON,
+            format!(
+                "disk {} is a device: nothing tells whether it is written after the snapshot is taken",
+                disk.name
+            ),
+        )
+        .with_remedy("start the VM instead, or put the disk into a storage pool")),
+    }
 }
 
 /// Whether nobody has claimed the disk since `vm` had it under `epoch`.

@@ -136,7 +136,7 @@ impl Driver {
                     vm: self.vm,
                     epoch: command.epoch,
                     lease,
-                    directory: self.saved_machine(from, &attachments).await?,
+                    directory: self.saved_machine(from, &spec, &attachments).await?,
                     attachments,
                     verify: VerifyMemory::default(),
                 };
@@ -355,7 +355,7 @@ impl Driver {
         &mut self,
         vmm: &UdsClient,
         process: &VmmProcess,
-    ) -> Result<(), Problem> {
+    ) -> Result<VmmInfo, Problem> {
         let answers = async {
             let mut pause = FIRST_LOOK;
             loop {
@@ -364,7 +364,7 @@ impl Driver {
                     .await
                 {
                     Err(CallError::Unreachable { .. }) => tokio::time::sleep(pause).await,
-                    other => return other.map(drop),
+                    other => return other,
                 }
                 pause = (pause * 2).min(LONGEST_LOOK);
             }

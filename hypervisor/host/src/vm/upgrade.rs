@@ -19,7 +19,7 @@ use super::ledger::unwritable;
 use super::start::BUILD_TIMEOUT;
 use crate::process::{self, VmmProcess};
 use crate::procfs;
-use crate::record::{Seat, VmDirectory};
+use crate::record::{Purpose, Seat, VmDirectory};
 use crate::succession::{Settlement, settlement};
 use godwit_channel::uds::UdsClient;
 use godwit_wire::host_api::{UpgradeOutcome, UpgradeVm, UpgradedVm};
@@ -82,7 +82,7 @@ impl Driver {
         let live = self.live().ok_or_else(|| not_running(self.vm))?;
         let (vmm, pid) = (live.vmm.clone(), live.process.id().pid);
         let info: VmmInfo = self.vmm_answer(vmm.get("/v1/info")).await?;
-        let by_this = info.succession.filter(|status| {
+        let by_this = info.succession.clone().filter(|status| {
             status.succession == asked && status.phase == SuccessionPhase::Completed
         });
         if let Some(status) = by_this {
@@ -92,6 +92,8 @@ impl Driver {
                 blackout: status.blackout,
             }));
         }
+        // What a former agent left half done must not stand in the way of this attempt.
+        self.settle_succession(info.succession.as_ref()).await;
         let wanted = procfs::program_at(&self.context.program);
         let current = wanted.is_some() && procfs::program_of(pid) == wanted;
         Ok(current.then_some(UpgradedVm {
@@ -107,6 +109,8 @@ impl Driver {
             // An agent that had no time to write it down when it started the VMM must not leave this open now.
             record.process = process;
             record.succession = Some(ask.succession);
+            // Nothing of a migration is under way here, or this were not allowed.
+            record.purpose = Purpose::Owned;
         })?;
         match self.hand_to_successor(ask).await {
             Ok(successor) => self.commit_to(successor, ask).await,
@@ -123,7 +127,10 @@ impl Driver {
         let holding = self.holding.as_ref();
         let seat = holding.map_or(Seat::First, |holding| holding.record.seat.other());
         let live = self.live().ok_or_else(|| not_running(self.vm))?;
-        let predecessor = live.vmm.clone();
+        let (predecessor, named) = (live.vmm.clone(), live.process.id());
+        process::kill_all_but(&self.directory, named, LET_GO_TIME)
+            .await
+            .map_err(|error| Problem::internal(format!("another VMM of this VM stays: {error}")))?;
         self.directory
             .clear_seat(seat)
             .map_err(|error| unwritable(&error))?;
@@ -136,7 +143,12 @@ impl Driver {
         .map_err(|error| self.cannot_spawn(&error))?;
         tracing::debug!(vm = %self.vm, pid = process.id().pid, "a second VMM process started");
         let vmm = UdsClient::new(self.directory.api_socket(seat));
-        self.wait_until_ready(&vmm, &process).await?;
+        let info = self.wait_until_ready(&vmm, &process).await?;
+        if i32::try_from(info.pid) != Ok(process.id().pid) {
+            return Err(Problem::internal(
+                "another VMM answers in the new one's place",
+            ));
+        }
         let offer = OfferSuccession {
             epoch: ask.epoch,
             succession: ask.succession,

@@ -187,6 +187,11 @@ impl PciDevices {
         self.each(|function| function.claim(epoch))
     }
 
+    /// Makes sure that everything written outlives a power cut of the host.
+    pub(super) fn flush(&self) -> Result<(), DeviceError> {
+        self.each(VirtioPci::flush)
+    }
+
     /// Gives up what [`Self::claim`] took.
     pub(super) fn release(&self) -> Result<(), DeviceError> {
         self.each(VirtioPci::release)

@@ -104,6 +104,11 @@ pub enum MachineError {
 }
 
 impl MachineError {
+    /// Whether the host has no memory for the machine now.
+    pub const fn lacks_memory(&self) -> bool {
+        matches!(self, Self::Ram(RamError::NotEnough { .. }))
+    }
+
     /// The same as an API problem, with the field at fault and the remedy.
     pub fn problem(&self, prefix: &str) -> Problem {
         let at = |field: &str| format!("{prefix}.{field}");

@@ -229,6 +229,11 @@ impl Machine {
         Ok(self.pci.as_ref().map_or(Ok(()), |pci| pci.claim(epoch))?)
     }
 
+    /// Makes sure that everything the guest has written outlives a power cut of the host. It must be paused.
+    pub fn flush(&self) -> Result<(), MachineError> {
+        Ok(self.pci.as_ref().map_or(Ok(()), PciDevices::flush)?)
+    }
+
     /// Gives up what [`Self::claim`] took, because the machine may go on elsewhere. It must be paused.
     pub fn release(&self) -> Result<(), MachineError> {
         Ok(self.pci.as_ref().map_or(Ok(()), PciDevices::release)?)

@@ -42,9 +42,9 @@ mod succeeding;
 /// The byte that asks a guest without ACPI to stop: end of transmission, as a terminal's Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;
 
-/// How often a machine that restarts is tried again while another process of its host may still be letting go of it,
-const LET_GO_ATTEMPTS: u32 = 20;
-/// and after which pause.
+/// For how long a machine that restarts is tried again while somebody may still be letting go of what it needs,
+const LET_GO_TIME: Duration = Duration::from_secs(15);
+/// and after which pause each time.
 const LET_GO_PAUSE: Duration = Duration::from_millis(100);
 
 type Work = Box<dyn FnOnce(&mut Driver) + Send>;
@@ -537,15 +537,16 @@ impl Driver {
             return;
         };
         let mut booted = self.boot_anew(vm, &spec, &before);
-        if !matches!(self.succession, Succession::None) {
-            // The other process may still hold what this host gives only once, or the former memory.
-            for _ in 0..LET_GO_ATTEMPTS {
-                if booted.is_ok() {
-                    break;
-                }
-                std::thread::sleep(LET_GO_PAUSE);
-                booted = self.boot_anew(vm, &spec, &before);
-            }
+        // Whoever else holds the former memory (another process, a migration that is being called off) may need a
+        // moment to let go, and the kernel another to have it back; so may the other process of a succession with what
+        // this host gives only once.
+        let let_go_by = Instant::now() + LET_GO_TIME;
+        while Instant::now() < let_go_by
+            && let Err(error) = &booted
+            && (error.lacks_memory() || !matches!(self.succession, Succession::None))
+        {
+            std::thread::sleep(LET_GO_PAUSE);
+            booted = self.boot_anew(vm, &spec, &before);
         }
         match booted {
             Ok((machine, state)) => {

@@ -31,10 +31,14 @@ const TELLING_ROUNDS: u32 = 2;
 /// How much more it is slowed down each time.
 const THROTTLE_STEP_PERCENT: u8 = 25;
 
-/// The cost to reckon with, from what earlier migrations showed.
-pub fn fixed_cost(learned_us: Option<u64>) -> Duration {
+/// The cost to reckon with, from what earlier migrations showed. What is beyond the expected counts up to half the limit:
+/// one that was slow once must not keep guests with a small limit from ever moving, and so from showing better.
+pub fn fixed_cost(learned_us: Option<u64>, downtime_limit_ms: u64) -> Duration {
+    let most = EXPECTED_FIXED_COST.max(Duration::from_millis(downtime_limit_ms) / 2);
     learned_us.map_or(EXPECTED_FIXED_COST, |us| {
-        Duration::from_micros(us).clamp(LEAST_FIXED_COST, MOST_FIXED_COST)
+        Duration::from_micros(us)
+            .clamp(LEAST_FIXED_COST, MOST_FIXED_COST)
+            .min(most)
     })
 }
 
@@ -256,10 +260,15 @@ mod tests {
 
     #[test]
     fn a_learned_cost_is_taken_within_reason() {
+        let fixed_cost = |learned_us| fixed_cost(learned_us, 1_000);
         assert_eq!(fixed_cost(None), EXPECTED_FIXED_COST);
         assert_eq!(fixed_cost(Some(25_000)), Duration::from_millis(25));
         assert_eq!(fixed_cost(Some(0)), LEAST_FIXED_COST);
         assert_eq!(fixed_cost(Some(u64::MAX)), MOST_FIXED_COST);
+        assert_eq!(
+            super::fixed_cost(Some(u64::MAX), 100),
+            Duration::from_millis(50)
+        );
     }
 
     proptest! {

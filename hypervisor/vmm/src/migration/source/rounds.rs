@@ -35,7 +35,7 @@ impl Session<'_> {
         let mut dirty = log.first_round();
         let (mut rest_bytes, mut throttle_percent) = (bytes_of(&dirty), 0);
         let mut link = LinkRate::new(policy.max_bandwidth_bytes_per_s);
-        let fixed_cost = fixed_cost(self.request.fixed_cost_us);
+        let fixed_cost = fixed_cost(self.request.fixed_cost_us, policy.downtime_limit_ms);
         for number in 1.. {
             let (began, before) = (Instant::now(), tally.read());
             let round = match agreed.seed.filter(|_| number == 1) {

@@ -35,6 +35,13 @@ impl Driver {
                 "choose an amount within the machine's memory",
             )]));
         }
+        if self.machine()?.ram().expected() > Bytes(0) {
+            return Err(Problem::conflict(
+                "memory-arriving",
+                "memory of the snapshot that the machine goes on from is still being read",
+            )
+            .with_remedy("repeat this when all of it is there"));
+        }
         if !self.machine()?.keep_memory(request.keep_mib) {
             return Err(Problem::conflict(
                 "no-balloon",

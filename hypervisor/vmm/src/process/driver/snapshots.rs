@@ -178,8 +178,11 @@ impl Driver {
         let saved_at_unix_ns = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_nanos() as u64);
-        let saved = machine
-            .save()
+        // A machine that stood still may be stopped with its snapshot: its disks must be as the guest knows them then,
+        // whatever becomes of the host. One that runs on flushes them when it sees fit.
+        let durable = if was_running { Ok(()) } else { machine.flush() };
+        let saved = durable
+            .and_then(|()| machine.save())
             .map_err(SnapshotError::from)
             .and_then(|(saved, _)| writer.copy_rest(log).map(|()| saved));
         if was_running && let Err(problem) = self.let_run(machine) {

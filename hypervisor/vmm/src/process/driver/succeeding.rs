@@ -7,6 +7,7 @@ use crate::migration::HandOverError;
 use crate::succession::{
     Arrived, Handed, Offered, Offering, PredecessorMachine, SuccessionError, yield_machine,
 };
+use godwit_wire::devices::{DiskAccess, DiskFormat, MemoryBacking};
 use godwit_wire::succession::{
     Offer, OfferSuccession, PrepareSuccession, SUCCESSION_VERSION, SuccessionCommand,
     SuccessionPhase, SuccessionStatus,
@@ -33,9 +34,13 @@ impl DriverHandle {
             .call_blocking(move |driver| driver.build_successor(&ask, offer, memory, ours))
             .ok_or_else(ending)??;
         // So that the guest does not wait for each page once it runs here.
-        let mapped = ram
-            .touched(MAX_MAPPED_STRETCHES)
-            .and_then(|stretches| ram.populate_all(&stretches, &|| taking.waits()));
+        let mapped = match ram.backing() {
+            MemoryBacking::Standard => ram
+                .touched(MAX_MAPPED_STRETCHES)
+                .and_then(|stretches| ram.populate_all(&stretches, &|| taking.waits())),
+            // The kernel does not tell which of these were ever touched, and there are few to wait for.
+            MemoryBacking::Huge2M => Ok(()),
+        };
         if let Err(error) = mapped {
             tracing::warn!(%error, "guest memory is mapped page by page");
         }
@@ -151,6 +156,26 @@ impl Driver {
         let (Some(vm), Some(spec)) = (self.vm, self.spec.clone()) else {
             return Err(Problem::internal("a machine without identity"));
         };
+        let unguarded =
+            spec.devices
+                .disks
+                .iter()
+                .zip(&self.attachments.disks)
+                .find(|(disk, file)| {
+                    disk.access == DiskAccess::ReadWrite
+                        && file.lock.is_none()
+                        && file.format == DiskFormat::Qcow2
+                });
+        if let Some((disk, _)) = unguarded {
+            return Err(Problem::conflict(
+                "disk-without-lock",
+                format!(
+                    "disk {} is a qcow2 image on a device: two processes cannot have it open in turn",
+                    disk.name
+                ),
+            )
+            .with_remedy("stop and start the VM instead"));
+        }
         let machine = self.machine()?;
         if machine.ram().expected() > Bytes(0) {
             return Err(Problem::conflict(
@@ -460,11 +485,11 @@ impl Predecessor {
     ) -> Result<T, MachineError> {
         let attempt = self.yielding.clone();
         let done = self.driver.call_blocking(move |driver| {
-            if driver.is_current_succession(&attempt) {
+            if driver.is_current_succession(&attempt) && attempt.is_under_way() {
                 step(driver)
             } else {
                 Err(MachineError::BadState(
-                    "another succession has taken its place".into(),
+                    "the succession was called off".into(),
                 ))
             }
         });
