@@ -2,6 +2,7 @@
 //!
 //! Everything bypasses the page cache, so what is read comes from the device.
 
+use crate::sys;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,7 +14,8 @@ const BLOCK_BYTES: usize = 4096;
 const WORDS: usize = BLOCK_BYTES / 8;
 /// Blocks written or read by one request of this program (64 KiB).
 const BLOCKS_PER_REQUEST: usize = 16;
-const BLOCKS_PER_MIB: u64 = (1 << 20) / BLOCK_BYTES as u64;
+const BYTES_PER_MIB: u64 = 1 << 20;
+const BLOCKS_PER_MIB: u64 = BYTES_PER_MIB / BLOCK_BYTES as u64;
 /// `O_DIRECT` on x86-64.
 const O_DIRECT: i32 = 0o40000;
 
@@ -155,6 +157,8 @@ pub(crate) fn execute(current: &Current, words: &[&str]) -> Result<String, Strin
                 Err(format!("corrupt wrong_blocks={wrong}"))
             }
         }
+        ["zero", device, first, mib] => on_range(device, (first, mib), sys::write_zeroes),
+        ["discard", device, first, mib] => on_range(device, (first, mib), sys::discard),
         ["size", device] => size(device)
             .map(|bytes| format!("ok bytes={bytes}"))
             .map_err(|error| format!("{device}: {error}")),
@@ -175,6 +179,24 @@ pub(crate) fn execute(current: &Current, words: &[&str]) -> Result<String, Strin
             Some(load) => load.stop().map(|seed| format!("ok seed={seed}")),
             None => Err("no load is running".into()),
         },
-        _ => Err("usage: disk write|verify DEVICE SEED MIB, disk size DEVICE, disk load DEVICE MIB, disk rounds, disk stop".into()),
+        _ => Err("usage: disk write|verify DEVICE SEED MIB, disk zero|discard DEVICE FIRST-MIB MIB, disk size DEVICE, disk load DEVICE MIB, disk rounds, disk stop".into()),
     }
+}
+
+/// Does something to `mib` MiB of `device` from the MiB `first` on.
+fn on_range(
+    device: &str,
+    (first, mib): (&str, &str),
+    act: fn(&File, u64, u64) -> io::Result<()>,
+) -> Result<String, String> {
+    let bytes = |argument: &str, text: &str| {
+        super::number(argument, text)?
+            .checked_mul(BYTES_PER_MIB)
+            .ok_or_else(|| format!("argument <{argument}> is beyond any disk: '{text}'"))
+    };
+    let (offset, length) = (bytes("first MiB", first)?, bytes("MiB", mib)?);
+    open(device)
+        .and_then(|file| act(&file, offset, length))
+        .map(|()| "ok done".into())
+        .map_err(|error| format!("{device}: {error}"))
 }

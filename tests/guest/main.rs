@@ -10,6 +10,7 @@ mod disk;
 mod memory;
 mod sys;
 mod ticks;
+mod vsock;
 
 use dirtier::Dirtier;
 use memory::{Memory, PAGES_PER_MIB};
@@ -21,8 +22,9 @@ use ticks::Ticks;
 const RESERVE_MIB: u64 = 24;
 /// Received alone on a line, this byte (Ctrl-D, EOT) powers the guest off.
 const POWER_OFF_BYTE: u8 = 0x04;
-const HELP: &str = "ok commands=ticks,fill,dirty,stop,verify,disk,uptime,halt,reset,help \
-usage=\"ticks [reset] | fill <MiB> | dirty <MiB/s> <working set MiB> | stop | verify | disk … | uptime | halt | reset\"";
+const HELP: &str = "ok commands=ticks,fill,dirty,stop,verify,disk,vsock,uptime,halt,reset,help \
+usage=\"ticks [reset] | fill <MiB> | dirty <MiB/s> <working set MiB> | stop | verify | disk … | vsock … | uptime | \
+halt | reset\"";
 
 fn main() {
     sys::mount_kernel_filesystems();
@@ -98,6 +100,7 @@ impl Agent {
             }
             ["verify"] => self.verify(),
             ["disk", words @ ..] => disk::execute(&self.disk, words),
+            ["vsock", words @ ..] => vsock::execute(words),
             ["uptime"] => Ok(format!("ok uptime_ms={}", sys::uptime_ms())),
             ["halt"] => halt(),
             ["reset"] => {

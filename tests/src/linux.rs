@@ -19,6 +19,8 @@ const AGENT_SOURCE: &str = "tests/guest/main.rs";
 
 /// Makes `guest-agent` the init program.
 pub const AGENT_CMDLINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/guest-agent";
+/// The same on the virtio console: the serial port stays silent.
+pub const HVC_AGENT_CMDLINE: &str = "console=hvc0 quiet panic=-1 rdinit=/guest-agent";
 /// Makes an interactive busybox shell the init program.
 pub const SHELL_CMDLINE: &str = "console=ttyS0 quiet panic=-1 rdinit=/init";
 /// The line with which the shell's init says that it is there.
@@ -116,8 +118,7 @@ fn decompressed(kernel: &Path) -> anyhow::Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The guest has no dynamic loader, so its init is linked statically.
-/// Compiles `guest-agent` into `folder`.
+/// Compiles `guest-agent` into `folder`. The guest has no dynamic loader, so its init is linked statically.
 pub fn build_agent(folder: &Path) -> anyhow::Result<PathBuf> {
     let agent = folder.join("guest-agent");
     let status = Command::new(std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()))

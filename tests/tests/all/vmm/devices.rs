@@ -15,6 +15,7 @@ use godwit_wire::vmm_api::{
     BalloonRequest, CreateRequest, DriverState, ResizeDisk, VmmInfo, VmmState,
 };
 use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -137,6 +138,48 @@ async fn what_a_guest_writes_is_there_after_stop_and_start() {
         .command("disk verify /dev/vda 78 1")
         .await
         .expect_err("a wrong block is noticed");
+}
+
+#[tokio::test]
+async fn what_linux_discards_is_given_back_and_what_it_zeroes_reads_as_zeros() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let request = with_disk(&guest, blank_disk(&dir), 1);
+    let vmm = boot(&dir, "vmm", &request).await;
+    let mut shell = vmm.shell().await.expect("shell");
+    shell
+        .command("disk write /dev/vda 77 32")
+        .await
+        .expect("write");
+    let image = File::open(dir.join("disk.img")).expect("the image");
+    let taken = || image.metadata().expect("the image's size").blocks() * 512;
+    let before = taken();
+    shell.command("disk zero /dev/vda 8 8").await.expect("zero");
+    shell
+        .command("disk discard /dev/vda 24 8")
+        .await
+        .expect("discard");
+
+    let mut zeroed = vec![1; 8 << 20];
+    image
+        .read_exact_at(&mut zeroed, 8 << 20)
+        .expect("the zeros");
+    assert!(zeroed.iter().all(|byte| *byte == 0));
+    // Some file systems take a block or two to describe the hole.
+    let now = taken();
+    assert!(
+        now + (7 << 20) <= before,
+        "{before} bytes before and {now} now"
+    );
+    let disk = &vmm.info().await.expect("info").devices[2].counters;
+    assert!(disk["discards"] >= 2, "{disk:?}");
+    assert_eq!((disk["errors"], disk["rejected_requests"]), (0, 0));
+    let wrong = shell
+        .command("disk verify /dev/vda 77 24")
+        .await
+        .expect_err("a third of it are zeros");
+    let wrong = format!("{wrong:#}");
+    assert!(wrong.contains("wrong_blocks=2048"), "{wrong}");
 }
 
 #[tokio::test]

@@ -12,6 +12,10 @@ use godwit_wire::machine::{Boot, MachineSpec};
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::CreateRequest;
 
+/// What a guest may tell the time by; both go with it when it moves. Linux takes the TSC before kvm-clock where the CPU
+/// says that it never stops, as the machine's own CPU does to the test kernel.
+const CLOCKS: [&str; 2] = ["clock=tsc", "clock=kvm-clock"];
+
 async fn boot_agent(
     dir: &TestDir,
     guest: &LinuxGuest,
@@ -24,12 +28,17 @@ async fn boot_agent(
 
 async fn boot_agent_of(dir: &TestDir, request: &CreateRequest) -> Vmm {
     let vmm = Vmm::boot(dir, "vmm-0", request).await.expect("Linux boots");
-    vmm.serial()
+    let greeting = vmm
+        .serial()
         .await
         .expect("console")
         .wait_for(AGENT_GREETING, BOOT_PATIENCE)
         .await
         .expect("init is up");
+    assert!(
+        CLOCKS.iter().any(|clock| greeting.ends_with(clock)),
+        "{greeting}"
+    );
     vmm
 }
 

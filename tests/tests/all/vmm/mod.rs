@@ -18,6 +18,7 @@ mod sizes;
 mod snapshots;
 mod soak;
 mod succession;
+mod vsock_and_console;
 
 use godwit_tests::serial::Serial;
 use godwit_tests::test_dir::TestDir;
