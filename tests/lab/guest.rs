@@ -7,6 +7,8 @@ use godwit_tests::lab::images::{
 };
 use godwit_tests::lab::shell::{READY, Shell};
 use serde_json::Value;
+use std::fs::File;
+use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Child;
@@ -78,7 +80,7 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Attaches to the console of a VM that runs.
+    /// Attaches to the console of a VM that runs. What it says is kept among the pool's logs.
     pub(crate) async fn attach(pool: &Pool, name: &str) -> anyhow::Result<Self> {
         let mut console = pool
             .command(&["vm", "console", name])
@@ -88,9 +90,17 @@ impl Guest {
             .spawn()?;
         let from = console.stdout.take().context("a pipe")?;
         let to = console.stdin.take().context("a pipe")?;
+        let mut log = File::options()
+            .create(true)
+            .append(true)
+            .open(pool.logs().join(format!("{name}.console.log")))?;
+        writeln!(
+            log,
+            "--- attached; what the console still holds comes first"
+        )?;
         Ok(Self {
             name: name.to_owned(),
-            shell: Shell::new(name, from, to),
+            shell: Shell::logged(name, from, to, log),
             _console: console,
         })
     }

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, anyhow};
 use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
@@ -24,8 +26,28 @@ impl Lines {
     /// Reads lines from `from`; the latest `kept` are remembered.
     pub(crate) fn of(
         name: &str,
+        from: impl AsyncRead + Send + Unpin + 'static,
+        kept: usize,
+    ) -> Self {
+        Self::each_to(name, from, kept, |_| {})
+    }
+
+    /// The same; every line goes into `log` too, as it comes and whether or not somebody waits for it.
+    pub(crate) fn logged(
+        name: &str,
+        from: impl AsyncRead + Send + Unpin + 'static,
+        kept: usize,
+        mut log: File,
+    ) -> Self {
+        // A log that cannot be written is missed only when something else has failed.
+        Self::each_to(name, from, kept, move |line| _ = writeln!(log, "{line}"))
+    }
+
+    fn each_to(
+        name: &str,
         mut from: impl AsyncRead + Send + Unpin + 'static,
         kept: usize,
+        mut note: impl FnMut(&str) + Send + 'static,
     ) -> Self {
         let (sender, received) = mpsc::unbounded_channel();
         let reader = tokio::spawn(async move {
@@ -36,6 +58,7 @@ impl Lines {
                         b'\n' => {
                             let text = String::from_utf8_lossy(&line).into_owned();
                             line.clear();
+                            note(&text);
                             if sender.send(text).is_err() {
                                 return;
                             }

@@ -7,6 +7,7 @@
 use crate::lines::Lines;
 use anyhow::{Context, ensure};
 use std::fmt::Write as _;
+use std::fs::File;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -36,6 +37,20 @@ impl Shell {
             name: name.to_owned(),
             writer: Box::new(writer),
             lines: Lines::of(name, from, TRANSCRIPT_LINES),
+        }
+    }
+
+    /// The same; all that the other end says goes into `log` too.
+    pub fn logged(
+        name: &str,
+        from: impl AsyncRead + Send + Unpin + 'static,
+        writer: impl AsyncWrite + Send + Unpin + 'static,
+        log: File,
+    ) -> Self {
+        Self {
+            name: name.to_owned(),
+            writer: Box::new(writer),
+            lines: Lines::logged(name, from, TRANSCRIPT_LINES, log),
         }
     }
 
@@ -142,5 +157,17 @@ mod tests {
         drop(machine.await.unwrap());
         let error = shell.run("cat /fact", SOON).await.unwrap_err();
         assert!(format!("{error:#}").contains("a machine"), "{error:#}");
+    }
+
+    #[tokio::test]
+    async fn a_log_has_every_line_up_to_the_one_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.console.log");
+        let said = &b"first\r\nsecond\nlast\n"[..];
+        let log = File::create(&path).unwrap();
+        let mut shell = Shell::logged("a machine", said, tokio::io::sink(), log);
+        shell.wait_for("last", SOON).await.unwrap();
+        let kept = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(kept, "first\nsecond\nlast\n");
     }
 }
