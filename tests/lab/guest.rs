@@ -19,6 +19,10 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(180);
 const COMMAND_PATIENCE: Duration = Duration::from_secs(90);
 const CMDLINE: &str = "console=ttyS0 quiet panic=-1 cryptomgr.notests 8250.nr_uarts=1 mitigations=off \
 init_on_alloc=0 rdinit=/init";
+/// Has `init-guest.sh` start an ordinary shell in place of the command loop.
+const FOR_PEOPLE: &str = "lab.shell=people";
+/// What a guest gets when nothing else is said.
+const MEMORY_MIB: &str = "256";
 
 /// Which stock kernel a guest boots.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,24 +59,32 @@ impl Guest {
         kernel: GuestKernel,
         options: &[&str],
     ) -> anyhow::Result<Self> {
+        Self::boot(pool, name, host, (kernel, CMDLINE), options).await
+    }
+
+    /// The same with a shell on the console that people can type at; no commands can be run from here.
+    pub(crate) async fn create_for_people(
+        pool: &Pool,
+        name: &str,
+        host: &str,
+    ) -> anyhow::Result<Self> {
+        let cmdline = format!("{CMDLINE} {FOR_PEOPLE}");
+        Self::boot(pool, name, host, (GuestKernel::default(), &cmdline), &[]).await
+    }
+
+    async fn boot(
+        pool: &Pool,
+        name: &str,
+        host: &str,
+        (kernel, cmdline): (GuestKernel, &str),
+        options: &[&str],
+    ) -> anyhow::Result<Self> {
         let (image, initrd) = kernel.files();
-        let mut arguments = vec![
-            "vm",
-            "create",
-            name,
-            "--host",
-            host,
-            "--kernel",
-            image,
-            "--initrd",
-            initrd,
-            "--cmdline",
-            CMDLINE,
-            "--wait",
-        ];
+        let mut arguments = vec!["vm", "create", name, "--host", host, "--wait"];
+        arguments.extend(["--kernel", image, "--initrd", initrd, "--cmdline", cmdline]);
         arguments.extend(options);
         if !options.contains(&"--memory-mib") {
-            arguments.extend(["--memory-mib", "256"]);
+            arguments.extend(["--memory-mib", MEMORY_MIB]);
         }
         pool.godwit(&arguments).await?;
         let mut guest = Self::attach(pool, name).await?;

@@ -17,16 +17,18 @@ mod scenario;
 mod scenarios;
 
 use anyhow::bail;
+use futures_util::future::try_join;
 use godwit_tests::lab::packages::lab_dir;
 use godwit_tests::skip;
+use guest::Guest;
 use scenario::{Extent, Lab, Outcome, Scenario};
-use scenarios::SCENARIOS;
+use scenarios::{DOWNTIME_LIMIT_MS, SCENARIOS};
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: lab [core | try | SCENARIO...]
 
 Without arguments all scenarios run; `core` is the short selection that every test run has.
-`try` starts a pool with two hosts for you and ends it at Ctrl-C.";
+`try` starts a pool with two hosts and a guest on each for you and ends it at Ctrl-C.";
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -77,17 +79,32 @@ fn names() -> String {
     format!("scenarios: {}", names.join(", "))
 }
 
+/// A pool with a guest on each host, for somebody to try the product on.
 async fn try_out() -> anyhow::Result<ExitCode> {
     let mut lab = Lab::prepare(&lab_dir(), &[]).await?;
     let running = lab.start_pool().await?;
+    let pool = &running.pool;
+    eprintln!("lab: the pool is up; its guests boot");
+    let _guests = try_join(
+        Guest::create_for_people(pool, "guest-1", "host-1"),
+        Guest::create_for_people(pool, "guest-2", "host-2"),
+    )
+    .await?;
+    let access = pool
+        .environment()
+        .map(|(name, value)| format!("{name}={value}"))
+        .join(" ");
+    let godwit = godwit_tests::program::godwit().display();
     println!(
-        "The pool is up. In another terminal:\n\n    export {}\n    {} host list\n\nCtrl-C ends it.",
-        running
-            .pool
-            .environment()
-            .map(|(name, value)| format!("{name}={value}"))
-            .join(" "),
-        godwit_tests::program::godwit().display()
+        "Two hosts are up, each with a guest that runs a stock Debian kernel. In another terminal:
+
+    export {access}
+    alias godwit={godwit}
+    godwit vm list
+    godwit vm console guest-1      # Return for a prompt; Ctrl-] leaves
+    godwit vm migrate guest-1 --to host-2 --downtime-limit-ms {DOWNTIME_LIMIT_MS} --wait
+
+Emulated hosts are slow. Ctrl-C ends everything."
     );
     std::future::pending().await
 }

@@ -43,7 +43,7 @@ pub struct DemoArgs {
     /// maintenance, verify every guest, bring the VMs home, verify again. The exit status says whether all held.
     #[arg(long)]
     check: bool,
-    /// Start a pool of emulated hosts with stock Linux guests, for machines without a usable /dev/kvm. It is built
+    /// Start two emulated hosts, each with a stock Debian guest, for machines without a usable /dev/kvm. They are built
     /// from a checkout's `tests/run` and Debian packages, and slow.
     #[arg(long, conflicts_with_all = ["check", "hosts", "api", "state_dir"])]
     lab: bool,

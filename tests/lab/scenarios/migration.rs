@@ -1,5 +1,6 @@
 //! Live migration of stock guests between hosts.
 
+use super::DOWNTIME_LIMIT_MS;
 use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
 use anyhow::{Context, ensure};
@@ -106,9 +107,6 @@ pub(crate) async fn to_a_lesser_cpu(pool: &mut Pool) -> anyhow::Result<()> {
     guest.delete(pool).await?;
     pool.cut_power("old-host").await
 }
-
-/// Emulated hosts on a busy machine are slow: what is shown is that nothing is lost, not how short the blackout is.
-const DOWNTIME_LIMIT_MS: &str = "5000";
 
 /// Moves a VM and waits until it runs there.
 pub(crate) async fn migrate(pool: &Pool, vm: &str, target: &str) -> anyhow::Result<()> {

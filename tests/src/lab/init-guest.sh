@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# Init of a guest: modules, the power button, then the command loop of shell.rs on the console.
+# Init of a guest: modules, the power button, then the command loop of shell.rs on the console, or a shell for people.
 /bin/busybox mount -t proc proc /proc
 /bin/busybox mount -t sysfs sysfs /sys
 /bin/busybox mount -t devtmpfs dev /dev
@@ -9,6 +9,12 @@ mount -t tmpfs tmpfs /tmp
 while read -r module; do insmod "/lib/modules/$module.ko"; done </lib/modules/base.order
 acpid -l /tmp/acpid.log
 ip link set lo up
+if grep -q 'lab\.shell=people' /proc/cmdline; then
+    echo 'lab shell ready'
+    export PS1='guest# '
+    # Leaving it ends init, so the guest restarts.
+    exec setsid cttyhack sh
+fi
 stty raw -echo
 # Fills, dirties and verifies memory; it answers in /tmp/agent.out.
 mkfifo /tmp/agent.in
