@@ -71,7 +71,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "snapshot",
-        shows: "a running guest is saved, ends, and goes on from what was saved",
+        shows: "a running guest is saved, killed, and goes on on another host from what was saved",
         extent: Extent::Full,
         needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
