@@ -1,8 +1,10 @@
-//! Stock kernels boot.
+//! Stock kernels boot, and tell the time by the clock that goes with them when they move.
 
 use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
 use anyhow::ensure;
+
+const CLOCK: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
 
 pub(crate) async fn with_one_vcpu(pool: &mut Pool) -> anyhow::Result<()> {
     boots(pool, GuestKernel::Backports, 1).await
@@ -20,6 +22,8 @@ async fn boots(pool: &mut Pool, kernel: GuestKernel, vcpus: u8) -> anyhow::Resul
     ensure!(found.trim() == number, "{found} CPUs instead of {vcpus}");
     let release = guest.run("uname -r").await?;
     ensure!(release.contains("cloud"), "no stock kernel: {release}");
+    let clock = guest.run(CLOCK).await?;
+    ensure!(clock.trim() == "kvm-clock", "its clock is {clock}");
     let oops = guest
         .run("dmesg | grep -ciE 'oops|bug:|call trace' || true")
         .await?;

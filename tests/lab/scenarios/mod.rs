@@ -39,7 +39,7 @@ const MINUTE: Duration = Duration::from_secs(60);
 pub(crate) const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "boot-1",
-        shows: "a stock kernel boots with 1 vCPU",
+        shows: "a stock kernel boots with 1 vCPU and tells the time by kvm-clock",
         extent: Extent::Core,
         needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(5),
@@ -63,7 +63,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "disk",
-        shows: "ext4 on virtio-blk keeps what was written over stop and start",
+        shows: "ext4 on virtio-blk is trimmed and keeps what was written over stop and start",
         extent: Extent::Core,
         needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
@@ -103,7 +103,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "migrate-refused",
-        shows: "a host whose CPU lacks what the guest sees is refused before the guest pauses",
+        shows: "a host whose CPU lacks what the guest sees is refused before anything begins",
         extent: Extent::Full,
         needs: Needs::Nothing,
         bound: MINUTE.saturating_mul(8),
