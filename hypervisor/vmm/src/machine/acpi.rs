@@ -162,5 +162,9 @@ mod tests {
         };
         expect_test::expect!["1194c960f15e0a1d2795ac696b124225"]
             .assert_eq(&hash(MachineType::Godwit1, 4));
+        expect_test::expect!["71b6cea7c9d3aa6e1879dd57c86c4bf0"]
+            .assert_eq(&hash(MachineType::Godwit2, 1));
+        expect_test::expect!["758929b05740dea99b66bd7378fdc4a9"]
+            .assert_eq(&hash(MachineType::Godwit2, 64));
     }
 }
