@@ -205,3 +205,26 @@ fn a_state_with_too_much_input_is_refused() {
     let refused = device.restore(saved.unwrap());
     assert!(matches!(refused, Err(DeviceError::BadState { .. })));
 }
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let (mut device, _, _) = console();
+    let saved = SavedBody::serialized(&Saved {
+        version: STATE_VERSION,
+        health: Health::Failed,
+        input: b"typed\n".to_vec(),
+    });
+    device.restore(saved.unwrap()).unwrap();
+    let state = device.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "health": "failed",
+          "input": [116, 121, 112, 101, 100, 10],
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    let (mut target, _, _) = console();
+    target.restore(state.clone()).unwrap();
+    assert_eq!(target.save().unwrap(), state);
+}

@@ -565,3 +565,19 @@ fn a_vsock_that_cannot_be_is_refused_with_the_reason() {
     vsock.read_config(0, &mut cid);
     assert_eq!(cid, [3, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
 }
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut vsock = Vsock::new(CID, directory.path().to_owned()).unwrap();
+    let state = vsock.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "cid": 5,
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    vsock.restore(state.clone()).unwrap();
+    assert_eq!(vsock.save().unwrap(), state);
+}

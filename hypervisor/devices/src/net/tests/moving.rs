@@ -1,10 +1,12 @@
 use super::support::*;
-use crate::device::{DeviceError, SavedBody, Start, VirtioDevice};
+use crate::device::{DeviceError, Plug, SavedBody, Start, VirtioDevice};
 use crate::mock::MockDriver;
+use crate::net::filter::{Addresses, Filter};
 use crate::net::{Net, NetConfig, announce};
 use crate::sys::tap::HEADER_BYTES;
 use godwit_wire::devices::MacAddress;
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 use std::time::Duration;
 
 const OTHER: MacAddress = MacAddress([0x52, 9, 9, 9, 9, 9]);
@@ -143,4 +145,114 @@ fn states_that_cannot_be_are_refused() {
     }
     assert!(card.device_mut().restore(SavedBody::Null).is_err());
     assert_eq!(card.device().save().unwrap(), good);
+}
+
+/// A card without a tap device, which a state does not ask for.
+fn unplugged() -> Net {
+    let config = NetConfig {
+        queue_pairs: 2,
+        ..config("t0")
+    };
+    Net::plugged(config, Plug::Inherited).unwrap()
+}
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let card = unplugged();
+    {
+        let mut settings = card.shared.settings();
+        settings.filter = Arc::new(Filter {
+            promiscuous: false,
+            no_broadcast: true,
+            unicast: Addresses::of([OTHER, PEER].into_iter()),
+            multicast: Addresses::TooMany,
+            ..Filter::open(OTHER)
+        });
+        (settings.pairs, settings.announce) = (2, true);
+    }
+    let counters = &card.shared.counters;
+    counters.rx_packets.add(1);
+    counters.rx_bytes.add(2);
+    counters.rx_dropped.add(3);
+    counters.rx_filtered.add(4);
+    counters.rx_limited.add(5);
+    counters.tx_packets.add(6);
+    counters.tx_bytes.add(7);
+    counters.tx_dropped.add(8);
+    counters.tx_limited.add(9);
+    let state = card.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "mtu": 1500,
+          "queue_pairs": 2,
+          "filter": {
+            "mac": "52:09:09:09:09:09",
+            "promiscuous": false,
+            "all_multicast": false,
+            "all_unicast": false,
+            "no_multicast": false,
+            "no_unicast": false,
+            "no_broadcast": true,
+            "unicast": {
+              "these": ["52:09:09:09:09:09", "52:54:00:00:00:02"],
+            },
+            "multicast": "too_many",
+          },
+          "pairs_in_use": 2,
+          "announce": true,
+          "counters": {
+            "rx_packets": 1,
+            "rx_bytes": 2,
+            "rx_dropped": 3,
+            "rx_filtered": 4,
+            "rx_limited": 5,
+            "tx_packets": 6,
+            "tx_bytes": 7,
+            "tx_dropped": 8,
+            "tx_limited": 9,
+          },
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    let mut target = unplugged();
+    target.restore(state.clone()).unwrap();
+    assert_eq!(target.save().unwrap(), state);
+}
+
+#[test]
+fn the_saved_state_of_a_fresh_card_is_written_as_ever() {
+    let state = unplugged().save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "mtu": 1500,
+          "queue_pairs": 2,
+          "filter": {
+            "mac": "52:54:00:00:00:01",
+            "promiscuous": true,
+            "all_multicast": false,
+            "all_unicast": false,
+            "no_multicast": false,
+            "no_unicast": false,
+            "no_broadcast": false,
+            "unicast": "none",
+            "multicast": "none",
+          },
+          "pairs_in_use": 1,
+          "announce": false,
+          "counters": {
+            "rx_packets": 0,
+            "rx_bytes": 0,
+            "rx_dropped": 0,
+            "rx_filtered": 0,
+            "rx_limited": 0,
+            "tx_packets": 0,
+            "tx_bytes": 0,
+            "tx_dropped": 0,
+            "tx_limited": 0,
+          },
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
 }
