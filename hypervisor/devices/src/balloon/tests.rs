@@ -1,7 +1,7 @@
 use super::*;
 use crate::device::Start;
 use crate::memory::GuestMemory;
-use crate::mock::{Buffer, MockDriver, NEXT};
+use crate::mock::{Buffer, MockDriver, NEXT, WRITE};
 use rustix::fs::{MemfdFlags, SeekFrom};
 use std::fs::File;
 use std::time::Duration;
@@ -154,6 +154,40 @@ fn a_request_without_end_is_refused() {
     machine.driver.kick(INFLATE);
     assert!(machine.driver.wait_needs_reset(LONG).is_some());
     assert_eq!(machine.driver.poll_used(INFLATE), None);
+}
+
+#[test]
+fn buffers_that_are_not_all_memory_are_refused_and_no_page_is_given_back() {
+    let misdeeds = [
+        ("page numbers outside memory", INFLATE, MEMORY, 4, 0),
+        ("page numbers past the end", INFLATE, MEMORY - 4, 8, 0),
+        ("free memory outside memory", REPORT, MEMORY, 4096, WRITE),
+        (
+            "free memory past the end",
+            REPORT,
+            MEMORY - 4096,
+            8192,
+            WRITE,
+        ),
+    ];
+    for (name, queue, address, len, flags) in misdeeds {
+        let mut machine = machine();
+        let driver = &mut machine.driver;
+        driver.write_descriptor(queue, 0, Descriptor::new(address, len, flags, 0));
+        driver.offer(queue, 0);
+        driver.kick(queue);
+        let why = driver.wait_needs_reset(LONG);
+        assert!(why.is_some_and(|why| why.contains("memory")), "{name}");
+        assert_eq!(driver.poll_used(queue), None, "{name}");
+        assert!(machine.discarded.lock().unwrap().is_empty(), "{name}");
+        assert_eq!(machine.first_bytes(PAGES - 1), [1; 8], "{name}");
+        assert!(!machine.is_hole(PAGES - 1), "{name}");
+
+        machine.driver.reset();
+        machine.driver.activate(Start::Working).unwrap();
+        machine.name_pages(INFLATE, &[(PAGES - 1) as u32]);
+        assert!(machine.is_hole(PAGES - 1), "{name}");
+    }
 }
 
 #[test]

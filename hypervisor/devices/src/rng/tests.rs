@@ -1,7 +1,7 @@
 use super::*;
 use crate::device::Start;
 use crate::device_thread::QueueService;
-use crate::mock::{Buffer, MockDriver, NEXT};
+use crate::mock::{Buffer, MockDriver, NEXT, WRITE};
 use std::time::Duration;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestAddress;
@@ -86,6 +86,30 @@ fn a_driver_that_offers_entropy_is_refused() {
     driver.kick(0);
     assert!(driver.wait_needs_reset(LONG).is_some());
     assert_eq!(driver.poll_used(0), None);
+}
+
+#[test]
+fn buffers_that_are_not_all_memory_are_refused_and_nothing_is_written() {
+    let misdeeds = [
+        ("a buffer outside memory", MEMORY, 64),
+        ("a length past the end", MEMORY - 8, 9),
+    ];
+    for (name, address, len) in misdeeds {
+        let mut driver = driver();
+        driver.write_descriptor(0, 0, Descriptor::new(address, len, WRITE, 0));
+        driver.offer(0, 0);
+        driver.kick(0);
+        let why = driver.wait_needs_reset(LONG);
+        assert!(why.is_some_and(|why| why.contains("memory")), "{name}");
+        assert_eq!(driver.poll_used(0), None, "{name}");
+        assert_eq!(driver.bytes(GuestAddress(MEMORY - 8), 8), [0; 8], "{name}");
+
+        driver.reset();
+        driver.activate(Start::Working).unwrap();
+        let buffer = driver.allocate(16);
+        let used = driver.request(0, &[Buffer::Writable(buffer, 16)], LONG);
+        assert_eq!(used.unwrap().len, 16, "{name}");
+    }
 }
 
 #[test]
