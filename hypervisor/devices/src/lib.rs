@@ -13,6 +13,7 @@
 //! rng console balloon vsock block net   the devices
 //! pci      configuration space, MSI-X, the virtio-pci transport
 //! mock     a driver without a guest, for tests, benchmarks and fuzz targets
+//! skip     tests that cannot run here
 //! ```
 //!
 //! A module uses only the modules above it in this list, and no device uses another.
@@ -46,6 +47,9 @@ pub mod console;
 
 #[cfg(any(test, feature = "test-support"))]
 pub mod mock;
+
+#[cfg(any(test, feature = "test-support"))]
+pub mod skip;
 
 pub mod net;
 

@@ -5,6 +5,7 @@ use super::system::System;
 use super::*;
 use crate::sys::{open_tap, watch_readable};
 use dhcproto::v4::MessageType;
+use godwit_devices::skip::skip;
 use godwit_wire::devices::MacAddress;
 use godwit_wire::id::NetworkId;
 use godwit_wire::network::{Subnet, Transport};
@@ -36,8 +37,7 @@ fn in_own_network<F: Future<Output = ()>>(test: &str, body: impl FnOnce() -> F) 
         .output();
     let filters = Command::new("nft").arg("--version").output();
     if !allowed.is_ok_and(|output| output.status.success()) || filters.is_err() {
-        eprintln!("SKIPPED: {test} needs root, iproute2 and nftables");
-        return;
+        return skip("this needs root, iproute2 and nftables");
     }
     let again = Command::new("unshare")
         .arg("--net")
@@ -223,7 +223,7 @@ fn a_vlan_comes_with_a_vm_and_goes_with_it() {
         run("ip link add up0 type veth peer name up1");
         run("ip link set up0 up");
         if !vlans_work() {
-            return eprintln!("SKIPPED: this kernel has no VLANs (module 8021q)");
+            return skip("this kernel has no VLANs (module 8021q)");
         }
         let transport = Transport::Vlan {
             uplink: "up0".into(),
@@ -509,7 +509,7 @@ fn two_hosts_are_one_network_over_a_vlan_and_another_tag_is_another_network() {
             "ip link add up0 type veth peer name up0 netns {pid}"
         ));
         if !vlans_work() {
-            return eprintln!("SKIPPED: this kernel has no VLANs (module 8021q)");
+            return skip("this kernel has no VLANs (module 8021q)");
         }
         run("ip link set up0 up");
         run(&format!("{enter} ip link set up0 up"));

@@ -2,6 +2,7 @@
 
 use super::pool::Kind;
 use super::*;
+use godwit_devices::skip::skip;
 use godwit_wire::devices::DiskFormat;
 use godwit_wire::id::{DiskId, ImageId};
 use godwit_wire::storage::{
@@ -149,7 +150,9 @@ fn qemu_img(arguments: &[&str], path: &Path) -> Option<String> {
     let output = match Command::new("qemu-img").args(arguments).arg(path).output() {
         Ok(output) => output,
         Err(error) => {
-            eprintln!("SKIPPED: qemu-img judges nothing here ({error}); install qemu-utils");
+            skip(format!(
+                "qemu-img judges nothing here ({error}); install qemu-utils"
+            ));
             return None;
         }
     };
@@ -575,7 +578,7 @@ impl SmallFileSystem {
         if mounted.is_ok_and(|status| status.success()) {
             return Some(Self(root));
         }
-        eprintln!("SKIPPED: a full pool cannot be made here (mounting a tmpfs needs root)");
+        skip("a full pool cannot be made here (mounting a tmpfs needs root)");
         None
     }
 }

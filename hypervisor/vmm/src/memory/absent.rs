@@ -290,7 +290,7 @@ mod tests {
         match Absent::new(&ram) {
             Ok(absent) => Some((ram, Arc::new(absent))),
             Err(error) => {
-                eprintln!("skipped: {error:?}");
+                godwit_devices::skip::skip(format!("no userfaultfd: {error:?}"));
                 None
             }
         }

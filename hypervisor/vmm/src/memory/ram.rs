@@ -623,8 +623,9 @@ mod tests {
     #[test]
     fn parts_of_huge_pages_are_cleared_when_they_are_discarded() {
         if free_huge_pages() < Mib(16) {
-            eprintln!("skipped: no 16 MiB of huge pages are free (vm.nr_hugepages)");
-            return;
+            return godwit_devices::skip::skip(
+                "no 16 MiB of huge pages are free (vm.nr_hugepages)",
+            );
         }
         let ram = GuestRam::with_backing(Mib(16), MemoryBacking::Huge2M).unwrap();
         let pages = 3 * HUGE_PAGE_BYTES / PAGE_BYTES;

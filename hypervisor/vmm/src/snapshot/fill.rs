@@ -337,7 +337,7 @@ mod tests {
             match Watched::new(&self.ram) {
                 Ok(watch) => Some(Filler::start(snapshot, watch, &self.ram, on_loss).unwrap()),
                 Err(error) => {
-                    eprintln!("skipped: no userfaultfd: {error}");
+                    godwit_devices::skip::skip(format!("no userfaultfd: {error}"));
                     None
                 }
             }

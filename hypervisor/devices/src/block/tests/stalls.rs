@@ -17,7 +17,7 @@ impl SmallDisk {
         if mounted.is_ok_and(|status| status.success()) {
             return Some(Self(directory));
         }
-        eprintln!("SKIPPED: no tmpfs can be mounted here, so there is no full disk to test with");
+        crate::skip::skip("no tmpfs can be mounted here, so there is no full disk to test with");
         None
     }
 

@@ -3,9 +3,9 @@
 use crate::device::Start;
 use crate::mock::{Buffer, MockDriver};
 use crate::net::{Net, NetConfig};
+use crate::skip::skip;
 use crate::sys::tap::{HEADER_BYTES, Queueing, Tap, enter_fresh_network_namespace};
 use godwit_wire::devices::{MacAddress, NicLimits};
-use std::io::Write;
 use std::process::Command;
 use std::time::{Duration, Instant};
 use vm_memory::GuestAddress;
@@ -33,11 +33,11 @@ impl Network {
 
     pub(super) fn with_queues(taps: &[&str], queueing: Queueing) -> Option<Self> {
         if let Err(error) = enter_fresh_network_namespace() {
-            skip(&format!("no network namespace: {error}"));
+            skip(format!("no network namespace: {error}"));
             return None;
         }
         if let Err(error) = std::fs::File::open("/dev/net/tun") {
-            skip(&format!("/dev/net/tun: {error}"));
+            skip(format!("/dev/net/tun: {error}"));
             return None;
         }
         if Command::new("ip").arg("-V").output().is_err() {
@@ -83,24 +83,6 @@ pub(super) fn ip(arguments: &str) -> String {
     let problem = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "ip {arguments}: {problem}");
     String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn skip(reason: &str) {
-    let test = match (
-        std::env::var("NEXTEST_BINARY_ID"),
-        std::env::var("NEXTEST_TEST_NAME"),
-    ) {
-        (Ok(binary), Ok(test)) => format!("{binary} {test}"),
-        _ => std::thread::current().name().unwrap_or("a test").to_owned(),
-    };
-    eprintln!("SKIPPED {test}: {reason}");
-    // The file from which the test runner counts what was skipped.
-    if let Some(path) = std::env::var_os("GODWIT_SKIP_LOG") {
-        let mut options = std::fs::OpenOptions::new();
-        let mut log = options.create(true).append(true).open(path).unwrap();
-        log.write_all(format!("{test}\t{reason}\n").as_bytes())
-            .unwrap();
-    }
 }
 
 pub(super) fn config(tap: &str) -> NetConfig {

@@ -565,7 +565,7 @@ fn arrive_ahead(target: &mut Fixture) -> Option<(FrameStream, FrameStream, Frame
             urgent_lanes: 1, ..
         } => {}
         other => {
-            eprintln!("skipped: no userfaultfd here: {other:?}");
+            godwit_devices::skip::skip(format!("no userfaultfd here: {other:?}"));
             return None;
         }
     }
