@@ -560,7 +560,7 @@ fn a_vm_is_shown_with_its_disks_and_cards() {
     }]);
     json["nics"] = json!([{
         "name": "nic-1", "network": VM, "network_name": "web", "mac": "52:54:00:12:34:56", "address": "10.1.2.2",
-        "queue_pairs": 1
+        "queue_pairs": 2
     }]);
     check(
         render::vm(&read::<Vm>(json), now()),
@@ -582,8 +582,8 @@ fn a_vm_is_shown_with_its_disks_and_cards() {
         DISK      SIZE  POOL    IMAGE      ACCESS      NAME
         root  20.0 GiB  shared  debian-13  read_write  web-1-root
 
-        NIC    NETWORK  MAC                ADDRESS
-        nic-1  web      52:54:00:12:34:56  10.1.2.2
+        NIC    NETWORK  MAC                ADDRESS   QUEUES
+        nic-1  web      52:54:00:12:34:56  10.1.2.2       2
     "#]],
     );
 }

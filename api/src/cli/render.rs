@@ -113,13 +113,14 @@ pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
         let _ = write!(text, "\n{table}");
     }
     if !vm.nics.is_empty() {
-        let mut table = Table::new(&["NIC", "NETWORK", "MAC", "ADDRESS"]);
+        let mut table = Table::new(&["NIC", "NETWORK", "MAC", "ADDRESS", ">QUEUES"]);
         for nic in &vm.nics {
             table.row([
                 nic.name.clone(),
                 nic.network_name.clone(),
                 nic.mac.clone(),
                 or_dash(nic.address.as_ref()),
+                nic.queue_pairs.to_string(),
             ]);
         }
         let _ = write!(text, "\n{table}");

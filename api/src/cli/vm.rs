@@ -1,6 +1,7 @@
 //! `godwit vm …`.
 
 mod migrate;
+mod nic;
 mod snapshot;
 
 pub(super) use migrate::MigrateArgs;
@@ -17,6 +18,7 @@ use crate::resource::{
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use migrate::migrate;
+use nic::NicArg;
 use serde::Serialize;
 use std::path::{Path, PathBuf};
 
@@ -121,9 +123,15 @@ pub struct CreateArgs {
     /// Storage pool of blank disks; the image's, or the only choice, when absent.
     #[arg(long, help_heading = "Devices")]
     pool: Option<String>,
-    /// A network card on this network, with the lowest free address, or with the one given; may be repeated.
-    #[arg(long, value_name = "NETWORK[=ADDRESS]", help_heading = "Devices")]
-    network: Vec<String>,
+    /// A network card on this network, with the lowest free address, or with the one given; may be repeated. Several
+    /// queue pairs (up to 8) let as many vCPUs send and receive at once.
+    #[arg(
+        long,
+        value_name = "NETWORK[=ADDRESS][,mac=ADDRESS][,queues=PAIRS]",
+        value_parser = NicArg::parse,
+        help_heading = "Devices"
+    )]
+    network: Vec<NicArg>,
     /// Public key for the image's default user: a file, or the key itself; may be repeated.
     #[arg(long, value_name = "FILE|KEY", help_heading = "cloud-init")]
     ssh_key: Vec<String>,
@@ -330,18 +338,8 @@ fn new_disks(arguments: &CreateArgs) -> Vec<CreateVmDisk> {
 }
 
 fn new_nics(arguments: &CreateArgs) -> Vec<CreateVmNic> {
-    let nic = |text: &String| {
-        let (network, address) = text.split_once('=').unwrap_or((text, "auto"));
-        arguments.limits.bind_nic(CreateVmNic {
-            name: None,
-            network: network.to_owned(),
-            mac: None,
-            address: address.to_owned(),
-            queue_pairs: None,
-            limits: Default::default(),
-        })
-    };
-    arguments.network.iter().map(nic).collect()
+    let cards = arguments.network.iter().map(NicArg::card);
+    cards.map(|card| arguments.limits.bind_nic(card)).collect()
 }
 
 fn read_file(path: &Path, action: &'static str) -> Result<String, Failure> {
