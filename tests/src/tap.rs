@@ -11,11 +11,21 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Makes one. `label` tells taps of one process apart; at most 4 bytes.
+    /// Makes one for a card with a single queue pair. `label` tells taps of one process apart; at most 4 bytes.
     pub fn new(label: &str) -> anyhow::Result<Self> {
+        Self::with_options(label, &["vnet_hdr"])
+    }
+
+    /// Makes one for a card with several queue pairs; `label` is as above.
+    pub fn multi_queue(label: &str) -> anyhow::Result<Self> {
+        Self::with_options(label, &["vnet_hdr", "multi_queue"])
+    }
+
+    fn with_options(label: &str, options: &[&str]) -> anyhow::Result<Self> {
         let name = format!("gw{label}{}", std::process::id());
         ensure!(name.len() <= 15, "{name} is too long for an interface");
-        ip(&["tuntap", "add", "dev", &name, "mode", "tap", "vnet_hdr"])?;
+        let add = ["tuntap", "add", "dev", &name, "mode", "tap"];
+        ip(&[&add, options].concat())?;
         let tap = Self { name };
         ip(&["link", "set", &tap.name, "up"])?;
         Ok(tap)

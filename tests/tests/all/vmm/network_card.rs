@@ -39,7 +39,8 @@ fn on_tap(tap: &Tap) -> Attachments {
     }
 }
 
-fn with_card(guest: &LinuxGuest, tap: &Tap) -> CreateRequest {
+/// A machine of two vCPUs with one card.
+fn with_card(guest: &LinuxGuest, tap: &Tap, queue_pairs: u8) -> CreateRequest {
     let boot = Boot::Linux {
         kernel: guest.kernel.clone(),
         initrd: Some(guest.initrd.clone()),
@@ -56,7 +57,7 @@ fn with_card(guest: &LinuxGuest, tap: &Tap) -> CreateRequest {
             tap: tap.name.clone(),
         },
         address: None,
-        queue_pairs: 1,
+        queue_pairs,
         limits: NicLimits::default(),
     });
     CreateRequest {
@@ -79,6 +80,21 @@ async fn serve_echo(serial: &mut Serial) {
         .wait_for("listeners=1", BOOT_PATIENCE)
         .await
         .expect("the guest listens");
+}
+
+/// The guest's driver sends and receives through both queue pairs of its card.
+async fn uses_both_queue_pairs(vmm: &Vmm) {
+    /// VIRTIO_NET_F_MQ is bit 22, and `cut` counts from 1.
+    const MULTI_QUEUE: &str = "echo multi-queue=$(cut -c23 /sys/class/net/eth0/device/features)";
+    const QUEUES: &str = "echo queues=$(ls -d /sys/class/net/eth0/queues/tx-* | wc -l)";
+    let mut serial = vmm.serial().await.expect("console");
+    for (question, answer) in [(MULTI_QUEUE, "multi-queue=1"), (QUEUES, "queues=2")] {
+        serial.send_line(question).await.expect("type");
+        serial
+            .wait_for(answer, BOOT_PATIENCE)
+            .await
+            .expect("both queue pairs are in use");
+    }
 }
 
 /// Says something new and hears it again.
@@ -122,7 +138,7 @@ async fn a_connection_to_a_linux_guest_survives_a_change_of_vmms_on_the_same_tap
     let bridge = Bridge::new("bs", &format!("{}/24", address(1))).expect("a bridge");
     let tap = Tap::new("ts").expect("a tap");
     bridge.plug(&tap).expect("plug in");
-    let request = with_card(&guest, &tap);
+    let request = with_card(&guest, &tap, 1);
     let (mut here, mut connection) = boot_and_connect(&dir, &request).await;
 
     for change in 1..=4u32 {
@@ -145,17 +161,19 @@ async fn a_connection_to_a_linux_guest_survives_a_change_of_vmms_on_the_same_tap
 }
 
 #[tokio::test]
-async fn a_connection_to_a_linux_guest_survives_live_migration_to_another_tap() {
+async fn a_connection_to_a_linux_guest_with_two_queue_pairs_survives_live_migration_to_another_tap()
+{
     let guest = require!(LinuxGuest::prepare());
     require!(tap::available());
     let dir = TestDir::new();
     let bridge = Bridge::new("br", &format!("{}/24", address(1))).expect("a bridge");
-    let taps = ["ta", "tb"].map(|label| Tap::new(label).expect("a tap"));
+    let taps = ["ta", "tb"].map(|label| Tap::multi_queue(label).expect("a tap"));
     for tap in &taps {
         bridge.plug(tap).expect("plug in");
     }
-    let mut request = with_card(&guest, &taps[0]);
+    let mut request = with_card(&guest, &taps[0], 2);
     let (mut here, mut connection) = boot_and_connect(&dir, &request).await;
+    uses_both_queue_pairs(&here).await;
 
     for flight in 1..=4u32 {
         // There and back: each VMM has the tap that the one before it does not have.
