@@ -1,6 +1,7 @@
 //! Machines at the edges of what a spec may ask for boot and move like any other.
 
 use super::{boot_pilot, verify_guest, verifying};
+use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
 use godwit_tests::migration::migrate;
 use godwit_tests::require;
 use godwit_tests::skip;
@@ -28,6 +29,31 @@ async fn a_pilot_with_64_vcpus_boots_and_moves() {
         .expect("the migration lands");
     assert_eq!(target.info().await.expect("info").vcpus.len(), 64);
     verify_guest(&target).await;
+}
+
+/// As many as the test kernel is built for.
+#[tokio::test]
+async fn a_linux_guest_with_8_vcpus_boots_with_all_of_them() {
+    const VCPUS: u8 = 8;
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let request = new_vm(vmm::linux(&guest, VCPUS, Mib(256)));
+    let vmm = Vmm::boot(&dir, "vmm", &request).await.expect("Linux boots");
+    let mut serial = vmm.serial().await.expect("console");
+    let greeting = serial
+        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
+        .await
+        .expect("init is up");
+    // The agent tells how many CPUs are online.
+    let online = format!("vcpus={VCPUS}");
+    assert!(
+        greeting.split_whitespace().any(|word| word == online),
+        "{greeting}"
+    );
+    assert_eq!(
+        vmm.info().await.expect("info").vcpus.len(),
+        usize::from(VCPUS)
+    );
 }
 
 /// Huge pages that were added to the host's pool for a test, and go again with it.
