@@ -75,6 +75,62 @@ async fn linux_boots_to_a_shell_on_the_serial_console() {
         .expect("Linux powers off through ACPI");
 }
 
+/// The kernel `elf` without its notes: nothing says any more that it has a PVH entry.
+fn without_notes(elf: &[u8]) -> Vec<u8> {
+    const PT_NULL: u32 = 0;
+    const PT_NOTE: u32 = 4;
+    let number = |offset: usize, bytes: usize| {
+        let bytes = elf[offset..offset + bytes].iter().rev();
+        bytes.fold(0, |number, byte| number << 8 | usize::from(*byte))
+    };
+    let (table, entry_bytes, entries) = (number(32, 8), number(54, 2), number(56, 2));
+    let notes: Vec<usize> = (0..entries)
+        .map(|entry| table + entry * entry_bytes)
+        .filter(|header| number(*header, 4) == PT_NOTE as usize)
+        .collect();
+    assert!(!notes.is_empty(), "the kernel has no notes to lose");
+    let mut blanked = elf.to_vec();
+    for header in notes {
+        blanked[header..header + 4].copy_from_slice(&PT_NULL.to_le_bytes());
+    }
+    blanked
+}
+
+#[tokio::test]
+async fn a_linux_kernel_without_a_pvh_note_boots_by_the_64_bit_protocol() {
+    // Our zero page names no loader that is known (0xff); a kernel that was entered through its PVH note finds 0xb0.
+    const QUESTION: &str = "echo loader=$(cat /proc/sys/kernel/bootloader_type)";
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let kernel = dir.join("vmlinux-without-notes");
+    let elf = std::fs::read(&guest.kernel).expect("the kernel can be read");
+    std::fs::write(&kernel, without_notes(&elf)).expect("a kernel");
+    for (kernel, loader) in [(kernel, "loader=255"), (guest.kernel.clone(), "loader=176")] {
+        let boot = Boot::Linux {
+            kernel,
+            initrd: Some(guest.initrd.clone()),
+            cmdline: SHELL_CMDLINE.to_owned(),
+        };
+        let request = new_vm(MachineSpec {
+            boot,
+            ..vmm::linux(&guest, 2, Mib(128))
+        });
+        let vmm = Vmm::boot(&dir, loader, &request)
+            .await
+            .expect("Linux boots");
+        let mut serial = vmm.serial().await.expect("console");
+        serial
+            .wait_for(SHELL_GREETING, BOOT_PATIENCE)
+            .await
+            .expect("the shell is up");
+        serial.send_line(QUESTION).await.expect("type");
+        serial
+            .wait_for(loader, BOOT_PATIENCE)
+            .await
+            .expect("the kernel says how it was entered");
+    }
+}
+
 /// `how` is the kernel's own choice of how to restart the machine.
 async fn a_linux_guest_that_restarts_boots_again(how: &str) {
     let guest = require!(LinuxGuest::prepare());
