@@ -1,7 +1,10 @@
-//! Bodies of the VMM's API.
+//! Bodies of the VMM's API, and the messages by which one VMM process hands a machine to another.
 
 use crate::input::Input;
 use godwit_wire::machine::MachineSpec;
+use godwit_wire::succession::{
+    OfferSuccession, PrepareSuccession, SuccessionCommand, ToPredecessor, ToSuccessor,
+};
 use godwit_wire::vmm_api::{
     BalloonRequest, Command, CreateRequest, DirtyRateRequest, IncomingRequest, MigrationCommand,
     OutgoingRequest, ResizeDisk, RestoreRequest, SnapshotRequest,
@@ -10,12 +13,12 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
 
-/// The first byte chooses the request.
+/// The first byte chooses the request or message.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let kind = input.u8();
     let body = input.rest();
-    match kind % 10 {
+    match kind % 15 {
         0 => judge(read::<CreateRequest>(body).map(|request| request.spec)),
         1 => judge(read::<IncomingRequest>(body).map(|request| request.spec)),
         2 => drop(read::<SnapshotRequest>(body)),
@@ -25,7 +28,15 @@ pub fn run(data: &[u8]) {
         6 => drop(read::<ResizeDisk>(body)),
         7 => drop(read::<BalloonRequest>(body)),
         8 => drop(read::<DirtyRateRequest>(body)),
-        _ => drop(read::<Command>(body)),
+        9 => drop(read::<Command>(body)),
+        10 => drop(read::<OfferSuccession>(body)),
+        11 => drop(read::<PrepareSuccession>(body)),
+        12 => drop(read::<SuccessionCommand>(body)),
+        13 => drop(read::<ToPredecessor>(body)),
+        _ => judge(match read::<ToSuccessor>(body) {
+            Some(ToSuccessor::Offer(offer)) => Some(offer.spec),
+            _ => None,
+        }),
     }
 }
 
