@@ -12,40 +12,36 @@ mod zero;
 
 use crate::huge_pages::SharedHugePages;
 use crate::peer::{self, Mode, Qemu};
-use crate::report::Report;
+use crate::report::{Owed, Report};
 use anyhow::Context;
 use godwit_tests::linux::LinuxGuest;
 use godwit_wire::unit::Mib;
 
-/// Measures the sections that `chosen` names.
-pub(crate) async fn measure(
-    report: &mut Report,
-    linux: Option<&LinuxGuest>,
-    chosen: impl Fn(&str) -> bool,
-) -> anyhow::Result<()> {
+/// Measures the chosen sections.
+pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> anyhow::Result<()> {
     let linux = linux.context("the peers move the Linux guest, and there is none here")?;
     introduce_peers(report);
     let _huge_pages = SharedHugePages::advise(report);
-    if chosen("throughput") {
+    if report.begins("throughput", Owed::Figure) {
         throughput::measure(report, linux)
             .await
             .context("throughput")?;
     }
-    if chosen("downtime") {
+    if report.begins("downtime", Owed::Figure) {
         downtime::measure(report, linux).await.context("downtime")?;
     }
-    if chosen("hand-over") {
+    if report.begins("hand-over", Owed::Figure) {
         hand_over::measure(report, linux)
             .await
             .context("hand-over")?;
     }
-    if chosen("dirtying") {
+    if report.begins("dirtying", Owed::Figure) {
         dirtying::measure(report, linux).await.context("dirtying")?;
     }
-    if chosen("return") {
+    if report.begins("return", Owed::Figure) {
         homecoming::measure(report, linux).await.context("return")?;
     }
-    if chosen("zero") {
+    if report.begins("zero", Owed::Figure) {
         zero::measure(report, linux).await.context("zero")?;
     }
     Ok(())

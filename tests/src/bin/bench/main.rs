@@ -22,7 +22,7 @@ mod warmth;
 
 use anyhow::{Context, bail};
 use godwit_tests::linux::LinuxGuest;
-use report::Report;
+use report::{Owed, Report};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -54,24 +54,23 @@ async fn run(name: &str, sections: &[String]) -> anyhow::Result<()> {
 
 /// A running guest crosses hosts: how fast, how unnoticed, and how light the machine under it is.
 async fn first_flight(sections: &[String]) -> anyhow::Result<Report> {
-    let chosen = |section: &str| is_chosen(sections, section);
     let (mut report, linux) = begin(sections);
     let linux = linux.as_ref();
 
-    if chosen("boot") {
+    if report.begins("boot", Owed::Figure) {
         boot::measure(&mut report, linux).await.context("boot")?;
     }
-    if chosen("overhead") {
+    if report.begins("overhead", Owed::Figure) {
         overhead::measure(&mut report, linux)
             .await
             .context("overhead")?;
     }
-    if chosen("migration") {
+    if report.begins("migration", Owed::Figure) {
         migration::measure(&mut report, linux)
             .await
             .context("migration")?;
     }
-    if chosen("rest") {
+    if report.begins("rest", Owed::Figure) {
         rest::measure(&mut report).await.context("REST")?;
     }
     Ok(report)
@@ -79,27 +78,26 @@ async fn first_flight(sections: &[String]) -> anyhow::Result<Report> {
 
 /// The machine that Linux expects: how soon it boots with devices, and how fast they are.
 async fn guests(sections: &[String]) -> anyhow::Result<Report> {
-    let chosen = |section: &str| is_chosen(sections, section);
     let (mut report, linux) = begin(sections);
     let linux = linux.as_ref();
 
-    if chosen("boot") {
+    if report.begins("boot", Owed::Figure) {
         boot::measure_with_devices(&mut report, linux)
             .await
             .context("boot")?;
     }
-    if chosen("overhead") {
+    if report.begins("overhead", Owed::Figure) {
         overhead::measure_with_devices(&mut report, linux)
             .await
             .context("overhead")?;
     }
-    if chosen("block") {
+    if report.begins("block", Owed::Values) {
         data_path::measure_block(&mut report).context("block")?;
     }
-    if chosen("net") {
+    if report.begins("net", Owed::Values) {
         data_path::measure_net(&mut report).context("net")?;
     }
-    if chosen("lab") {
+    if report.begins("lab", Owed::Figure) {
         lab::measure(&mut report).await.context("lab")?;
     }
     Ok(report)
@@ -108,20 +106,13 @@ async fn guests(sections: &[String]) -> anyhow::Result<Report> {
 /// Live migration against the peers.
 async fn contest(sections: &[String]) -> anyhow::Result<Report> {
     let (mut report, linux) = begin(sections);
-    contest::measure(&mut report, linux.as_ref(), |section| {
-        is_chosen(sections, section)
-    })
-    .await?;
+    contest::measure(&mut report, linux.as_ref()).await?;
     Ok(report)
-}
-
-fn is_chosen(sections: &[String], section: &str) -> bool {
-    sections.is_empty() || sections.iter().any(|name| name == section)
 }
 
 /// A report that says what it is about, and the Linux guest where it can be had.
 fn begin(sections: &[String]) -> (Report, Option<LinuxGuest>) {
-    let mut report = Report::default();
+    let mut report = Report::of(sections);
     let linux = LinuxGuest::prepare();
     report.option("guest", if linux.is_ok() { "linux" } else { "pilot" });
     report.option(

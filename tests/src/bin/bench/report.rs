@@ -12,6 +12,39 @@ pub(crate) struct Report {
     options: BTreeMap<String, String>,
     runs: Vec<Run>,
     figures: BTreeMap<String, Figure>,
+    /// Sections to measure; all if none is named.
+    chosen: Vec<String>,
+    /// Sections there are.
+    known: Vec<&'static str>,
+    /// Sections that were begun; the last one goes on.
+    begun: Vec<Section>,
+}
+
+/// What a section has to leave in the report, or the bench fails: one that could not measure must not pass for one that
+/// did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Owed {
+    /// A figure with its goal.
+    Figure,
+    /// Raw values: there is no goal to judge them by.
+    Values,
+}
+
+#[derive(Debug)]
+struct Section {
+    name: &'static str,
+    owed: Owed,
+    values: usize,
+    figures: usize,
+}
+
+impl Section {
+    fn owes(&self) -> bool {
+        match self.owed {
+            Owed::Figure => self.figures == 0,
+            Owed::Values => self.values == 0,
+        }
+    }
 }
 
 /// Raw values of one measurement, in the order they were taken.
@@ -50,6 +83,29 @@ struct File<'a> {
 }
 
 impl Report {
+    /// A report about these sections; about all if none is named.
+    pub(crate) fn of(sections: &[String]) -> Self {
+        Self {
+            chosen: sections.to_vec(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether the section is to be measured; if so, all that follows belongs to it.
+    pub(crate) fn begins(&mut self, name: &'static str, owed: Owed) -> bool {
+        self.known.push(name);
+        let chosen = self.chosen.is_empty() || self.chosen.iter().any(|chosen| chosen == name);
+        if chosen {
+            self.begun.push(Section {
+                name,
+                owed,
+                values: 0,
+                figures: 0,
+            });
+        }
+        chosen
+    }
+
     /// Notes under which circumstances the bench ran.
     pub(crate) fn option(&mut self, name: impl Into<String>, value: impl Into<String>) {
         self.options.insert(name.into(), value.into());
@@ -72,6 +128,9 @@ impl Report {
             quantile(&sorted, 0.9),
             quantile(&sorted, 1.0)
         );
+        if let Some(section) = self.begun.last_mut() {
+            section.values += values.len();
+        }
         self.runs.push(Run {
             name: name.to_owned(),
             unit: unit.to_owned(),
@@ -99,6 +158,9 @@ impl Report {
             "{} {name} = {value:.3} {unit} (goal {sign} {goal})",
             if holds { "HOLDS" } else { "MISSES" }
         );
+        if let Some(section) = self.begun.last_mut() {
+            section.figures += 1;
+        }
         self.figures.insert(
             name,
             Figure {
@@ -111,7 +173,8 @@ impl Report {
         );
     }
 
-    /// Writes the JSON file; an error if a figure misses its goal.
+    /// Writes the JSON file; an error if a figure misses its goal, or if a section was chosen that left nothing or is
+    /// none.
     pub(crate) fn finish(&self, name: &str) -> anyhow::Result<()> {
         let file = File {
             machine: machine(),
@@ -126,16 +189,38 @@ impl Report {
         std::fs::write(&path, serde_json::to_string_pretty(&file)? + "\n")
             .context("write the report")?;
         println!("wrote {}", path.display());
-        let missed: Vec<_> = self
-            .figures
-            .iter()
-            .filter(|(_, figure)| !figure.holds)
-            .map(|(name, _)| name.as_str())
-            .collect();
-        if missed.is_empty() {
+        let faults = self.faults();
+        if faults.is_empty() {
             return Ok(());
         }
-        bail!("goals missed: {}", missed.join(", "))
+        bail!("{}", faults.join("; "))
+    }
+
+    fn faults(&self) -> Vec<String> {
+        let missed = self.figures.iter().filter(|(_, figure)| !figure.holds);
+        let missed: Vec<&str> = missed.map(|(name, _)| name.as_str()).collect();
+        let empty = self.begun.iter().filter(|section| section.owes());
+        let empty: Vec<&str> = empty.map(|section| section.name).collect();
+        let chosen = self.chosen.iter().map(String::as_str);
+        let unknown: Vec<&str> = chosen.filter(|name| !self.known.contains(name)).collect();
+        let mut faults = Vec::new();
+        if !missed.is_empty() {
+            faults.push(format!("goals missed: {}", missed.join(", ")));
+        }
+        if !empty.is_empty() {
+            faults.push(format!(
+                "sections that measured nothing, for the reason printed above: {}",
+                empty.join(", ")
+            ));
+        }
+        if !unknown.is_empty() {
+            faults.push(format!(
+                "no such sections: {}; there are: {}",
+                unknown.join(", "),
+                self.known.join(", ")
+            ));
+        }
+        faults
     }
 }
 
@@ -248,5 +333,50 @@ fn commit() -> String {
         head
     } else {
         format!("{head}+changes")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chosen_section_that_measured_nothing_fails_by_name() {
+        let mut report = Report::of(&[]);
+        assert!(report.begins("boot", Owed::Figure));
+        // Raw values alone are no figure.
+        report.raw("boot_ms", "ms", &[1.0]);
+        assert!(report.begins("rest", Owed::Figure));
+        report.figure("rest_ms", 1.0, "ms", Op::AtMost, 2.0);
+        assert!(report.begins("block", Owed::Values));
+        report.raw("block", "MiB/s", &[1.0]);
+        assert!(report.begins("net", Owed::Values));
+        let faults = report.faults();
+        assert_eq!(faults.len(), 1, "{faults:?}");
+        assert!(faults[0].ends_with(": boot, net"), "{faults:?}");
+    }
+
+    #[test]
+    fn a_section_that_was_not_chosen_owes_nothing() {
+        let mut report = Report::of(&["rest".to_owned()]);
+        assert!(!report.begins("boot", Owed::Figure));
+        assert!(report.begins("rest", Owed::Figure));
+        report.figure("rest_ms", 1.0, "ms", Op::AtMost, 2.0);
+        assert_eq!(report.faults(), [""; 0]);
+    }
+
+    #[test]
+    fn missed_goals_and_sections_that_are_none_are_named() {
+        let mut report = Report::of(&["rest".to_owned(), "boots".to_owned()]);
+        assert!(!report.begins("boot", Owed::Figure));
+        assert!(report.begins("rest", Owed::Figure));
+        report.figure("rest_ms", 3.0, "ms", Op::AtMost, 2.0);
+        assert_eq!(
+            report.faults(),
+            [
+                "goals missed: rest_ms",
+                "no such sections: boots; there are: boot, rest"
+            ]
+        );
     }
 }
