@@ -1,7 +1,7 @@
 //! The Linux test guest: a kernel, and an initial RAM disk with busybox and our `guest-agent`.
 //!
 //! The kernel is the one named by `GODWIT_TEST_KERNEL` (an ELF, or one compressed with xz), else the test kernel
-//! beside the checkout, else this machine's own Debian kernel if that runs here.
+//! beside the checkout; without either the tests that need Linux are skipped.
 
 use crate::initramfs::Initramfs;
 use crate::program;
