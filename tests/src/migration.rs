@@ -100,6 +100,7 @@ impl<'a> Flight<'a> {
             lease: request.lease.clone(),
             migration,
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
+            last_port: None,
             kept,
             identity: identities.as_ref().map(|(_, target)| target.clone()),
         };

@@ -150,6 +150,7 @@ async fn serve(args: HostArgs) -> Result<(), HostError> {
             AfterAgent::LivesOn
         },
         migration_address: address.ip(),
+        migration_ports: args.migration_ports,
         control,
         board: Board::default(),
         storage: Storage::new(pool_places(&args, &ground.state)?, host),

@@ -40,6 +40,10 @@ pub struct HostArgs {
     /// Where the agent listens, with the address by which the pool reaches this host; VMs arrive there too.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "127.0.0.1:0")]
     pub listen: SocketAddr,
+    /// Ports on which VMs arrive, such as 49152-49215: one for each VM that is on its way here. Any free ones if not
+    /// given.
+    #[arg(long, value_name = "FIRST-LAST", value_parser = port_range)]
+    pub migration_ports: Option<PortRange>,
     /// Memory that guests may use; all but a tenth (at least 512 MiB) if not given.
     #[arg(long, value_name = "MIB")]
     pub guest_memory_mib: Option<u64>,
@@ -64,6 +68,32 @@ pub struct HostArgs {
     /// Program whose `vmm` command runs a VM; this program if not given.
     #[arg(long, value_name = "FILE", hide = true)]
     pub vmm_program: Option<PathBuf>,
+}
+
+/// TCP ports, both ends included.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PortRange {
+    /// The lowest; never 0.
+    pub first: u16,
+    /// The highest; never below the lowest.
+    pub last: u16,
+}
+
+fn port_range(text: &str) -> Result<PortRange, String> {
+    let (first, last) = text
+        .split_once('-')
+        .ok_or("give the first and the last port, as in 49152-49215")?;
+    let port = |text: &str| match text.parse() {
+        Ok(port @ 1..) => Ok(port),
+        _ => Err(format!("{text:?} is no port: use 1 to 65535")),
+    };
+    let (first, last) = (port(first)?, port(last)?);
+    if first > last {
+        return Err(format!(
+            "{first} is above {last}: give the lower port first"
+        ));
+    }
+    Ok(PortRange { first, last })
 }
 
 /// A storage pool on the command line.
@@ -141,6 +171,18 @@ mod tests {
             "a b=/srv",
         ] {
             assert!(storage_pool(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_range_of_ports_has_a_first_and_a_last_one() {
+        let (first, last) = (49_152, 49_215);
+        assert_eq!(port_range("49152-49215"), Ok(PortRange { first, last }));
+        assert_eq!(port_range("9-9"), Ok(PortRange { first: 9, last: 9 }));
+        for wrong in [
+            "", "9", "-9", "9-", "0-9", "9-8", "9-65536", "9-10-11", "a-b",
+        ] {
+            assert!(port_range(wrong).is_err(), "{wrong}");
         }
     }
 

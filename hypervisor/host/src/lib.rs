@@ -65,5 +65,5 @@ mod heartbeat;
 mod agent;
 
 pub use agent::run;
-pub use args::{HostArgs, OnExit, StoragePool};
+pub use args::{HostArgs, OnExit, PortRange, StoragePool};
 pub use error::HostError;

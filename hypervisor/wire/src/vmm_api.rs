@@ -86,6 +86,9 @@ pub struct IncomingRequest {
     pub migration: MigrationId,
     /// Where to listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// Last port that will do: the first free one from the one named above on is taken. That one alone when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_port: Option<u16>,
     /// Memory to begin with; what cannot be used makes way for fresh memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<KeptMemory>,

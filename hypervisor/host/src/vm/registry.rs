@@ -3,6 +3,7 @@
 use super::driver::Driver;
 use super::ledger::unwritable;
 use super::{Command, Reply};
+use crate::args::PortRange;
 use crate::board::Board;
 use crate::control::ControlPlane;
 use crate::kept::KeptMemories;
@@ -36,6 +37,8 @@ pub(crate) struct Context {
     pub(crate) after_agent: AfterAgent,
     /// Where VMMs listen for incoming migrations.
     pub(crate) migration_address: IpAddr,
+    /// On which ports; on any free one if nothing is said.
+    pub(crate) migration_ports: Option<PortRange>,
     pub(crate) control: ControlPlane,
     pub(crate) board: Board,
     pub(crate) storage: Arc<Storage>,

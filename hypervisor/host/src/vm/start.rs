@@ -225,6 +225,7 @@ impl Driver {
         record: VmRecord,
         ask: &PrepareIncoming,
     ) -> Result<IncomingReady, Problem> {
+        let ports = self.context.migration_ports;
         let request = IncomingRequest {
             attachments: Attachments::default(),
             vm: self.vm,
@@ -232,7 +233,11 @@ impl Driver {
             spec: ask.spec.clone(),
             lease: self.lease_page(ask.lease),
             migration: ask.migration,
-            listen: SocketAddr::new(self.context.migration_address, 0),
+            listen: SocketAddr::new(
+                self.context.migration_address,
+                ports.map_or(0, |ports| ports.first),
+            ),
+            last_port: ports.map(|ports| ports.last),
             kept: None,
             identity: ask.identity.clone(),
         };

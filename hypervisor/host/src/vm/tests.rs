@@ -8,11 +8,11 @@ mod upgrade;
 
 use super::*;
 use crate::record::tests::spec;
-use fake::{Host, graceful, kill_now, start};
+use fake::{Host, MIGRATION_PORTS, graceful, kill_now, start};
 use godwit_wire::host_api::{CommitReply, Resolution, StopMode};
 use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole};
-use godwit_wire::vmm_api::{PauseReason, StopReason, VmmState};
+use godwit_wire::vmm_api::{IncomingRequest, PauseReason, StopReason, VmmState};
 use std::time::Duration;
 
 #[tokio::test]
@@ -359,6 +359,17 @@ async fn a_target_whose_agent_restarts_before_the_commit_goes_on() {
         report.epoch == Epoch(5) && report.state == Some(VmmState::Running)
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_vm_arrives_on_the_ports_that_the_agent_was_given() {
+    let mut host = Host::new().await;
+    let vm = VmId::fresh();
+    receiving(&mut host, vm).await;
+    let told: IncomingRequest = serde_json::from_value(host.fakes.handover(vm)).unwrap();
+    let first = ([127, 0, 0, 1], MIGRATION_PORTS.first).into();
+    assert_eq!(told.listen, first);
+    assert_eq!(told.last_port, Some(MIGRATION_PORTS.last));
 }
 
 #[tokio::test]

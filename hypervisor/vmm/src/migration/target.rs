@@ -82,9 +82,23 @@ pub struct Incoming {
 pub struct MigrationListener(Arc<TcpListener>);
 
 impl MigrationListener {
-    /// Listens on `address`.
-    pub fn bind(address: SocketAddr) -> io::Result<(Self, SocketAddr)> {
-        let listener = TcpListener::bind(address)?;
+    /// Listens on `first`, or on the first free port behind it up to `last_port`.
+    ///
+    /// # Errors
+    /// What the host says to the first port that is not merely taken, or to the last one.
+    pub fn bind(first: SocketAddr, last_port: Option<u16>) -> io::Result<(Self, SocketAddr)> {
+        let last_port = last_port.unwrap_or(0).max(first.port());
+        let mut address = first;
+        let listener = loop {
+            match TcpListener::bind(address) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse && address.port() < last_port =>
+                {
+                    address.set_port(address.port() + 1);
+                }
+                bound => break bound?,
+            }
+        };
         let bound = listener.local_addr()?;
         Ok((Self(Arc::new(listener)), bound))
     }

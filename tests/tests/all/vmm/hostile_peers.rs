@@ -35,6 +35,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         lease: None,
         migration,
         listen,
+        last_port: None,
         kept: None,
         identity: None,
     };

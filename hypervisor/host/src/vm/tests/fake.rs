@@ -1,6 +1,7 @@
 //! A fake host: fake VMMs, a fake server, and a real registry between them.
 
 use crate::agent::adopt_all;
+use crate::args::PortRange;
 use crate::board::Board;
 use crate::control::ControlPlane;
 use crate::kept::KeptMemories;
@@ -43,6 +44,12 @@ use uuid::Uuid;
 
 /// Longest a test waits for something that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Where VMs arrive; nobody listens there, because the VMMs are not real ones.
+pub(crate) const MIGRATION_PORTS: PortRange = PortRange {
+    first: 49_152,
+    last: 49_215,
+};
 
 pub(crate) fn start(epoch: u64, generation: u64) -> StartVm {
     StartVm {
@@ -97,6 +104,7 @@ impl Host {
             program: root.path().join("vmm"),
             after_agent: AfterAgent::LivesOn,
             migration_address: [127, 0, 0, 1].into(),
+            migration_ports: Some(MIGRATION_PORTS),
             control: server.control.clone(),
             board: Board::default(),
             storage: Storage::new(

@@ -80,7 +80,8 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         cpu: CpuBaseline::Host,
         devices: Default::default(),
     };
-    let (listener, address) = MigrationListener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let (listener, address) =
+        MigrationListener::bind("127.0.0.1:0".parse().unwrap(), None).unwrap();
     let request = IncomingRequest {
         attachments: Default::default(),
         vm: VmId::fresh(),
@@ -89,6 +90,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         lease: None,
         migration: MigrationId::fresh(),
         listen: address,
+        last_port: None,
         kept: None,
         identity: None,
     };
@@ -744,4 +746,26 @@ fn questions_that_were_not_agreed_or_have_no_end_end_the_migration() {
         .send_frame(FrameHeader::compare(0, 1), &[])
         .unwrap();
     endless.expect_void("more pages than the guest has");
+}
+
+#[test]
+fn a_target_listens_on_the_first_free_port_of_its_range() {
+    // Loopback has 2^24 addresses: this process has one, and all of its ports, to itself.
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let address = |port| SocketAddr::from(([127, 77, high, low], port));
+    let bind = |last_port| MigrationListener::bind(address(20_301), last_port);
+    let (_first, at) = bind(None).unwrap();
+    assert_eq!(at, address(20_301));
+    let (second, at) = bind(Some(20_302)).unwrap();
+    assert_eq!(at, address(20_302));
+    for last_port in [None, Some(20_301), Some(20_302), Some(9)] {
+        let error = bind(last_port).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{last_port:?}");
+    }
+    drop(second);
+    assert_eq!(bind(Some(20_303)).unwrap().1, address(20_302));
+    assert_ne!(
+        MigrationListener::bind(address(0), None).unwrap().1.port(),
+        0
+    );
 }

@@ -53,15 +53,10 @@ impl Driver {
             request.lease.clone(),
             (request.attachments.clone(), kept),
         )?;
-        let bound = MigrationListener::bind(request.listen).map_err(|error| {
-            let listen = request.listen;
-            Problem::invalid(vec![FieldProblem::new(
-                "listen",
-                format!("{listen} cannot be listened on: {error}"),
-                "choose an address of this host and a free port, or port 0",
-            )])
-        });
-        let (listener, address) = bound.inspect_err(|_| self.drop_machine())?;
+        let bound = MigrationListener::bind(request.listen, request.last_port);
+        let (listener, address) = bound
+            .map_err(|error| not_listening(&request, &error))
+            .inspect_err(|_| self.drop_machine())?;
         let ledger = Ledger::new(
             request.migration,
             MigrationRole::Target,
@@ -601,4 +596,16 @@ impl TargetMachine for Owner {
     fn all_is_here(&self) {
         self.post(Driver::memory_is_whole);
     }
+}
+
+fn not_listening(request: &IncomingRequest, error: &std::io::Error) -> Problem {
+    let ports = match request.last_port {
+        Some(last) => format!("{} to port {last}", request.listen),
+        None => request.listen.to_string(),
+    };
+    Problem::invalid(vec![FieldProblem::new(
+        "listen",
+        format!("{ports} cannot be listened on: {error}"),
+        "choose an address of this host and a port, or a range of ports, that is not all taken; port 0 takes a free one",
+    )])
 }
