@@ -1,5 +1,6 @@
 //! A virtual machine: what is wanted of it and who owns it.
 
+use super::Placed;
 use godwit_wire::host_api::LeasePolicy;
 use godwit_wire::id::{Epoch, Generation, HostId, MaintenanceId, MigrationId, OperationId, VmId};
 use godwit_wire::machine::MachineSpec;
@@ -162,6 +163,15 @@ impl Vm {
         if let Some(owner) = self.owner.take() {
             self.left_behind.insert(owner, self.epoch);
         }
+    }
+
+    /// Where the next command goes, and the counters it is sent with; `None` when nobody has the VM.
+    pub fn address_next(&mut self) -> Option<Placed> {
+        Some(Placed {
+            host: self.owner?,
+            epoch: self.epoch,
+            generation: self.next_generation(),
+        })
     }
 
     /// The generation for the next command; a repeated command keeps the one it was given.

@@ -124,13 +124,10 @@ async fn address(context: &Context<'_>, id: VmId) -> Result<Option<Placed>, Ende
                 _ => return None,
             };
             if slot.is_none() {
-                let host = vm.owner?;
-                *slot = Some(Placed {
-                    host,
-                    epoch: vm.epoch,
-                    generation: vm.next_generation(),
-                });
-                operation.begin_step("stop", format!("on {}", view.host_name(host)), draft.now());
+                let placed = vm.address_next()?;
+                *slot = Some(placed);
+                let detail = format!("on {}", view.host_name(placed.host));
+                operation.begin_step("stop", detail, draft.now());
                 draft.put_vm(vm);
             }
             match &operation.work {

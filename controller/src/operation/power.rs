@@ -109,20 +109,15 @@ async fn address(context: &Context<'_>, id: VmId, power: Power) -> Result<Option
                 return None;
             };
             if sent.is_none() {
-                let host = vm.owner?;
-                *sent = Some(Placed {
-                    host,
-                    epoch: vm.epoch,
-                    generation: vm.next_generation(),
-                });
-                let placed = *sent;
+                let placed = vm.address_next()?;
+                *sent = Some(placed);
                 operation.begin_step(
                     power.step(),
-                    format!("on {}", view.host_name(host)),
+                    format!("on {}", view.host_name(placed.host)),
                     draft.now(),
                 );
                 draft.put_vm(vm);
-                return placed;
+                return Some(placed);
             }
             *sent
         })

@@ -127,17 +127,12 @@ async fn address(context: &Context<'_>, id: VmId) -> Result<Option<Placed>, Ende
                 return None;
             };
             if sent.is_none() {
-                let host = vm.owner?;
-                *sent = Some(Placed {
-                    host,
-                    epoch: vm.epoch,
-                    generation: vm.next_generation(),
-                });
-                let placed = *sent;
-                let detail = format!("on {}", view.host_name(host));
+                let placed = vm.address_next()?;
+                *sent = Some(placed);
+                let detail = format!("on {}", view.host_name(placed.host));
                 operation.begin_step("save", detail, draft.now());
                 draft.put_vm(vm);
-                return placed;
+                return Some(placed);
             }
             *sent
         })

@@ -253,8 +253,9 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    /// Sends up to a chunk of touched pages, zero pages apart and without those that the target has. They are copied first, so that a checksum is of what
-    /// is sent even if the guest writes meanwhile; the page is dirty again then and its next copy settles it.
+    /// Sends up to a chunk of touched pages, zero pages apart and without those that the target has. They are copied
+    /// first, so that a checksum is of what is sent even if the guest writes meanwhile; the page is dirty again then
+    /// and its next copy settles it.
     fn send_chunk(&mut self, round: &Round, address: u64, bytes: usize) -> Result<(), PagesError> {
         let chunk = FRAME_HEADER_BYTES..FRAME_HEADER_BYTES + bytes;
         self.ram.read(address, &mut self.buffer[chunk.clone()])?;

@@ -9,7 +9,7 @@ use godwit_tests::vmm::Vmm;
 use godwit_wire::migration::MigrationPhase;
 use godwit_wire::problem::Problem;
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest};
+use godwit_wire::vmm_api::{CreateRequest, DirtyRate, DirtyRateRequest};
 use hyper::Method;
 
 const MIB: u64 = 1 << 20;
@@ -39,6 +39,14 @@ async fn refusal(vmm: &Vmm, ask: DirtyRateRequest) -> Problem {
 async fn order(vmm: &Vmm, command: &str) {
     let mut shell = vmm.shell().await.expect("the shell answers");
     shell.command(command).await.expect("done");
+}
+
+/// A pilot that dirties 20 MiB/s.
+async fn dirtying(dir: &TestDir) -> (Vmm, CreateRequest) {
+    let (source, request) = boot_pilot(dir, "source", 1, Mib(128)).await;
+    order(&source, "fill 64").await;
+    order(&source, "dirty 20 16").await;
+    (source, request)
 }
 
 #[tokio::test]
@@ -73,9 +81,7 @@ async fn a_series_tells_a_working_set_from_a_rate() {
 async fn while_a_migration_is_under_way_nobody_watches_and_afterwards_anybody_can() {
     require!(skip::kvm());
     let dir = TestDir::new();
-    let (source, mut request) = boot_pilot(&dir, "source", 1, Mib(128)).await;
-    order(&source, "fill 64").await;
-    order(&source, "dirty 20 16").await;
+    let (source, mut request) = dirtying(&dir).await;
     let target = Vmm::start(&dir, "target").await.expect("a target");
     let flight = Flight::start(&source, &target, &request, endless())
         .await
@@ -106,9 +112,7 @@ async fn while_a_migration_is_under_way_nobody_watches_and_afterwards_anybody_ca
 async fn a_migration_does_not_wait_for_whoever_watches() {
     require!(skip::kvm());
     let dir = TestDir::new();
-    let (source, mut request) = boot_pilot(&dir, "source", 1, Mib(128)).await;
-    order(&source, "fill 64").await;
-    order(&source, "dirty 20 16").await;
+    let (source, mut request) = dirtying(&dir).await;
     let target = Vmm::start(&dir, "target").await.expect("a target");
     let long = DirtyRateRequest {
         window_ms: 5_000,

@@ -1,5 +1,6 @@
 //! The driver's part in devices: what they report, and what the operator asks of them.
 
+use super::snapshots::admit_whole_memory;
 use super::*;
 use godwit_devices::device::DeviceEvent;
 use godwit_wire::machine::MIN_MEMORY;
@@ -35,14 +36,9 @@ impl Driver {
                 "choose an amount within the machine's memory",
             )]));
         }
-        if self.machine()?.ram().expected() > Bytes(0) {
-            return Err(Problem::conflict(
-                "memory-arriving",
-                "memory of the snapshot that the machine goes on from is still being read",
-            )
-            .with_remedy("repeat this when all of it is there"));
-        }
-        if !self.machine()?.keep_memory(request.keep_mib) {
+        let machine = self.machine()?;
+        admit_whole_memory(machine)?;
+        if !machine.keep_memory(request.keep_mib) {
             return Err(Problem::conflict(
                 "no-balloon",
                 "a machine of type godwit-1 has no balloon",

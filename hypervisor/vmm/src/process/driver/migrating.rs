@@ -9,6 +9,20 @@ use godwit_wire::migration::{MigrationToken, TargetMemory};
 use std::time::Duration;
 
 impl Driver {
+    /// Refuses what must not happen while the machine is on its way.
+    pub(super) fn admit_without_migration(&self) -> Result<(), Problem> {
+        if let Some(status) = self.migration_status()
+            && !status.phase.is_final()
+        {
+            return Err(Problem::conflict(
+                "migrating",
+                format!("migration {} is under way", status.migration),
+            )
+            .with_remedy("repeat this when it is over, or cancel it"));
+        }
+        Ok(())
+    }
+
     /// The latest migration.
     pub(super) fn migration_status(&self) -> Option<MigrationStatus> {
         match &self.migration {

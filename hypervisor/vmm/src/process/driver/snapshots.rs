@@ -34,6 +34,18 @@ struct Still {
     identity: (MachineSpec, CpuFacts, GuestCpu),
 }
 
+/// Refuses what needs all of a machine's memory while that is still being read from a snapshot.
+pub(super) fn admit_whole_memory(machine: &Machine) -> Result<(), Problem> {
+    if machine.ram().expected() == Bytes(0) {
+        return Ok(());
+    }
+    Err(Problem::conflict(
+        "memory-arriving",
+        "memory of the snapshot that the machine goes on from is still being read",
+    )
+    .with_remedy("repeat this when all of it is there"))
+}
+
 impl DriverHandle {
     /// Saves the machine to a directory; it goes on as it was. Blocks for as long as that takes.
     pub(in crate::process) fn snapshot(
@@ -127,15 +139,7 @@ impl Driver {
         admit_epoch(request.epoch, self.epoch)?;
         self.admit_without_snapshot()?;
         self.admit_without_succession()?;
-        if let Some(status) = self.migration_status()
-            && !status.phase.is_final()
-        {
-            return Err(Problem::conflict(
-                "migrating",
-                format!("migration {} is under way", status.migration),
-            )
-            .with_remedy("repeat this when it is over, or cancel it"));
-        }
+        self.admit_without_migration()?;
         if !request.directory.is_absolute() {
             return Err(Problem::invalid(vec![FieldProblem::new(
                 "directory",

@@ -1,6 +1,7 @@
 //! The driver's part in successions: every step that decides whether the guest may run here.
 
 use super::migrating::{MACHINE_GONE, spawn};
+use super::snapshots::admit_whole_memory;
 use super::*;
 use crate::memory::{GuestRam, boot_time_ns};
 use crate::migration::HandOverError;
@@ -126,15 +127,7 @@ impl Driver {
         }
         self.admit_without_succession()?;
         self.admit_without_snapshot()?;
-        if let Some(status) = self.migration_status()
-            && !status.phase.is_final()
-        {
-            return Err(Problem::conflict(
-                "migrating",
-                format!("migration {} is under way", status.migration),
-            )
-            .with_remedy("repeat this when it is over, or cancel it"));
-        }
+        self.admit_without_migration()?;
         admit(Request::Succeed, &self.state.borrow())?;
         let offered = self.offered(&request)?;
         let yielding = Arc::new(Yielding::new(request.succession));
@@ -177,13 +170,7 @@ impl Driver {
             .with_remedy("stop and start the VM instead"));
         }
         let machine = self.machine()?;
-        if machine.ram().expected() > Bytes(0) {
-            return Err(Problem::conflict(
-                "memory-arriving",
-                "memory of the snapshot that the machine goes on from is still being read",
-            )
-            .with_remedy("repeat this when all of it is there"));
-        }
+        admit_whole_memory(machine)?;
         let memory = machine
             .ram()
             .lend()
