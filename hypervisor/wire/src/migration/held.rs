@@ -23,6 +23,16 @@ pub enum HeldError {
         /// Pages in the question.
         asked_pages: u32,
     },
+    /// Fewer bytes than a map of the pages has.
+    #[error("a map of {pages} pages has {map} bytes and {bytes} were sent")]
+    ShortMap {
+        /// Pages that were asked for.
+        pages: u32,
+        /// Bytes that their map has.
+        map: usize,
+        /// Bytes that came.
+        bytes: usize,
+    },
     /// The map names pages past the end.
     #[error("a page is held beyond the {0} that were asked for")]
     TooFar(u32),
@@ -85,8 +95,11 @@ impl HeldPages {
                 asked_pages: pages,
             });
         }
-        let map = (map_bytes(pages) as usize).min(payload.len());
-        let (map, hashes) = payload.split_at(map);
+        let map = map_bytes(pages) as usize;
+        let Some((map, hashes)) = payload.split_at_checked(map) else {
+            let bytes = payload.len();
+            return Err(HeldError::ShortMap { pages, map, bytes });
+        };
         let (words, _) = map.as_chunks::<8>();
         let words: Vec<u64> = words.iter().map(|word| u64::from_le_bytes(*word)).collect();
         if words.last().is_some_and(|last| past_the_end(*last, pages)) {
@@ -102,7 +115,7 @@ impl HeldPages {
         if hashes.len() != held as usize || !odd.is_empty() {
             return Err(HeldError::OtherHashes {
                 pages: held,
-                bytes: payload.len() - words.len() * 8,
+                bytes: hashes.len() * PAGE_HASH_BYTES + odd.len(),
             });
         }
         Ok(Self {
@@ -181,6 +194,12 @@ mod tests {
             HeldPages::decode(&asked, &elsewhere, &[0; 8]),
             Err(HeldError::OtherPages { .. })
         ));
+        let short = HeldError::ShortMap {
+            pages: 3,
+            map: 8,
+            bytes: 7,
+        };
+        assert_eq!(told(&asked, &[0; 7]), Err(short));
         let mut far = vec![0; 8 + 16];
         far[0] = 0b1000;
         assert_eq!(told(&asked, &far), Err(HeldError::TooFar(3)));
