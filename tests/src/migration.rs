@@ -11,6 +11,7 @@ use godwit_wire::migration::{
 use godwit_wire::vmm_api::{
     CreateRequest, IncomingReady, IncomingRequest, KeptMemory, MigrationCommand, OutgoingRequest,
 };
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -102,6 +103,7 @@ impl<'a> Flight<'a> {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             last_port: None,
             kept,
+            arriving_disks: BTreeSet::new(),
             identity: identities.as_ref().map(|(_, target)| target.clone()),
         };
         let ready: IncomingReady = target
@@ -148,6 +150,7 @@ impl<'a> Flight<'a> {
             token: self.token.clone(),
             policy,
             fixed_cost_us: self.fixed_cost_us,
+            leaving_disks: BTreeSet::new(),
             identity: self.identity.clone(),
         };
         self.source

@@ -49,7 +49,7 @@ use crate::unit::Mib;
 use crate::usage::{HostUsage, VmUsage};
 use crate::vmm_api::VmmState;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use uuid::Uuid;
 
@@ -233,6 +233,9 @@ pub struct PrepareIncoming {
     pub networks: Vec<Network>,
     /// The migration.
     pub migration: MigrationId,
+    /// As in [`IncomingRequest`](crate::vmm_api::IncomingRequest).
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub arriving_disks: BTreeSet<String>,
     /// What the target's VMM proves itself with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,
@@ -256,6 +259,9 @@ pub struct StartOutgoing {
     /// As in [`OutgoingRequest`](crate::vmm_api::OutgoingRequest).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fixed_cost_us: Option<u64>,
+    /// As in [`OutgoingRequest`](crate::vmm_api::OutgoingRequest).
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub leaving_disks: BTreeSet<String>,
     /// What the source's VMM proves itself with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,

@@ -41,7 +41,7 @@ use crate::problem::FieldProblem;
 use crate::succession::SuccessionStatus;
 use crate::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
@@ -92,6 +92,10 @@ pub struct IncomingRequest {
     /// Memory to begin with; what cannot be used makes way for fresh memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kept: Option<KeptMemory>,
+    /// Names of the disks whose content comes with the VM; what they have here is blank. The others are shared by
+    /// both hosts.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub arriving_disks: BTreeSet<String>,
     /// What this end proves itself with; without it the connections are not encrypted and the token alone tells
     /// the source from a stranger.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -142,6 +146,9 @@ pub struct OutgoingRequest {
     /// [`fixed_cost`](crate::migration::convergence::fixed_cost)).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fixed_cost_us: Option<u64>,
+    /// Names of the disks whose content goes with the VM: as many as arrive at the target.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub leaving_disks: BTreeSet<String>,
     /// What this end proves itself with, if the target asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<MigrationIdentity>,

@@ -11,6 +11,7 @@ use godwit_wire::host_api::{PrepareIncoming, StartOutgoing, VmReport};
 use godwit_wire::id::HostId;
 use godwit_wire::migration::{MigrationPhase, MigrationStatus};
 use godwit_wire::vmm_api::{DirtyRateRequest, VmmState};
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -56,6 +57,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         lease: vm.lease,
         migration: migration.id,
         // The driver that speaks to hosts adds it; here, nobody sees a key.
+        arriving_disks: BTreeSet::new(),
         identity: None,
     };
     let driver = &context.core.driver;
@@ -92,6 +94,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         token: ready.token,
         policy: migration.policy.clone(),
         fixed_cost_us: figures.learned_fixed_us(),
+        leaving_disks: BTreeSet::new(),
         identity: None,
     };
     let detail = format!("to {} at {}", migration.target_name, ready.address);

@@ -43,6 +43,7 @@ impl Driver {
             token: ask.token.clone(),
             policy: ask.policy.clone(),
             fixed_cost_us: ask.fixed_cost_us,
+            leaving_disks: ask.leaving_disks.clone(),
             identity: ask.identity.clone(),
         };
         let vmm = live.vmm.clone();

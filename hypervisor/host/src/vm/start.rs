@@ -239,6 +239,7 @@ impl Driver {
             ),
             last_port: ports.map(|ports| ports.last),
             kept: None,
+            arriving_disks: ask.arriving_disks.clone(),
             identity: ask.identity.clone(),
         };
         // Held until its new VMM has it.

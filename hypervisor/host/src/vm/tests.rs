@@ -13,6 +13,7 @@ use godwit_wire::host_api::{CommitReply, Resolution, StopMode};
 use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole};
 use godwit_wire::vmm_api::{IncomingRequest, PauseReason, StopReason, VmmState};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 #[tokio::test]
@@ -261,6 +262,7 @@ fn prepare(migration: MigrationId, epoch: u64, generation: u64) -> PrepareIncomi
         spec: spec(),
         lease: Default::default(),
         migration,
+        arriving_disks: BTreeSet::new(),
         identity: Some(credentials::identity()),
     }
 }
@@ -419,6 +421,7 @@ async fn sending(host: &mut Host, vm: VmId) -> MigrationId {
         token: credentials::token(),
         policy: MigrationPolicy::default(),
         fixed_cost_us: Some(12_000),
+        leaving_disks: BTreeSet::new(),
         identity: Some(credentials::identity()),
     };
     let report = host

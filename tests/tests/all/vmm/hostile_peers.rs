@@ -14,6 +14,7 @@ use godwit_wire::migration::{
 };
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::{IncomingReady, IncomingRequest, VmmState};
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -37,6 +38,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         listen,
         last_port: None,
         kept: None,
+        arriving_disks: BTreeSet::new(),
         identity: None,
     };
     let ready: IncomingReady = target

@@ -9,6 +9,7 @@ use godwit_wire::migration::{
     OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch,
 };
 use godwit_wire::unit::{Mib, PAGE_BYTES};
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::mpsc;
@@ -92,6 +93,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         listen: address,
         last_port: None,
         kept: None,
+        arriving_disks: BTreeSet::new(),
         identity: None,
     };
     let token = MigrationToken("the token of this migration".into());
