@@ -8,8 +8,8 @@ pub use devices::{
 };
 
 use crate::model::{
-    DisksOnDelete, HostRejection, MaintenancePlan, MaintenancePolicy, PowerIntent, RestoreOnCancel,
-    ReturnPolicy,
+    DisksOnDelete, HostRejection, MaintenancePlan, MaintenancePolicy, PostCopyPermission,
+    PowerIntent, RestoreOnCancel, ReturnPolicy,
 };
 use crate::plan::forecast::Forecast;
 use godwit_wire::host_api::{LeasePolicy, StopMode};
@@ -201,6 +201,8 @@ pub struct NewVm {
     pub lease: LeasePolicy,
     /// What happens to it when its host is maintained.
     pub maintenance_policy: MaintenancePolicy,
+    /// Whether its migrations may use post-copy.
+    pub post_copy: PostCopyPermission,
 }
 
 /// What may be changed of a VM; `None` leaves a thing as it is.
@@ -218,6 +220,8 @@ pub struct VmChange {
     pub lease: Option<LeasePolicy>,
     /// New maintenance policy.
     pub maintenance_policy: Option<MaintenancePolicy>,
+    /// Whether its migrations may use post-copy from now on.
+    pub post_copy: Option<PostCopyPermission>,
 }
 
 /// A maintenance to be.

@@ -19,6 +19,8 @@ mod tests_failover;
 
 mod tests_forecast;
 
+mod tests_limits;
+
 mod tests_maintenance;
 
 mod tests_snapshots;
@@ -316,6 +318,7 @@ fn new_vm(name: &str) -> NewVm {
         host: None,
         lease: LeasePolicy::Watched,
         maintenance_policy: MaintenancePolicy::Migrate,
+        post_copy: Default::default(),
     }
 }
 

@@ -13,7 +13,7 @@ import { useAnswer, useRequest } from './form.js';
 
 const ASK_AFTER_MS = 350;
 const NEW = { name: '', vcpus: 1, memory: 64, boot: 'pilot', kernel: '', initrd: '', cmdline: 'console=ttyS0', cpu: 'x86-64-v2', host: '',
-  lease: 'watched', policy: 'migrate', start: true, image: '', imageSize: '', disk: '', network: '', sshKey: '', userData: '' };
+  lease: 'watched', policy: 'migrate', postCopy: 'allowed', start: true, image: '', imageSize: '', disk: '', network: '', sshKey: '', userData: '' };
 const GIB = 2 ** 30;
 
 const size = (gib) => (gib ? { bytes: Math.round(Number(gib) * GIB) } : {});
@@ -40,6 +40,7 @@ function request(form) {
     ...(form.host ? { host: form.host } : {}),
     lease: form.lease,
     maintenance_policy: form.policy,
+    post_copy: form.postCopy,
   };
 }
 
@@ -106,6 +107,9 @@ export function CreateVmDialog({ close }) {
             <option value="restart_elsewhere">Restart it elsewhere</option>
             <option value="stop_and_return">Stop it, start it again afterwards</option><option value="block">Wait for the operator</option>
             </select><//>
+          <${Field} label="Post-copy" hint="a move may let it run there before its memory has followed">
+            <select ...${bind('postCopy')} data-testid="create-post-copy"><option value="allowed">Allowed where a move asks for it</option>
+            <option value="forbidden">Forbidden</option></select><//>
           <${Field} label="If its host falls silent" wide><select ...${bind('lease')}>
             <option value="watched">Stop it there and start it elsewhere</option>
             <option value="unwatched">Let it run, never start it elsewhere without proof</option></select><//>

@@ -128,6 +128,7 @@ fn a_vm_is_shown_with_its_migration() {
             Boots:       the pilot
             Lease:       watched
             Maintenance: migrate
+            Post-copy:   allowed
             Uses:        12% CPU, 70.0 MiB resident, 812 exits/s, dirties 4.0 MiB/s
             Created:     27h ago
             Changed:     42s ago
@@ -575,6 +576,7 @@ fn a_vm_is_shown_with_its_disks_and_cards() {
         Boots:       the pilot
         Lease:       watched
         Maintenance: migrate
+        Post-copy:   allowed
         Uses:        12% CPU, 70.0 MiB resident, 812 exits/s, dirties 4.0 MiB/s
         Created:     27h ago
         Changed:     42s ago

@@ -84,6 +84,7 @@ pub(super) fn vm(vm: &Vm, now: Timestamp) -> String {
         .line("Boots", boot)
         .line("Lease", name(vm.lease))
         .line("Maintenance", name(vm.maintenance_policy))
+        .line("Post-copy", name(vm.post_copy))
         .line(
             "Uses",
             format!(

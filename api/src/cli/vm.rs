@@ -12,8 +12,8 @@ use super::words::size;
 use super::{ChangeOptions, Failure, Session, attach, render};
 use crate::resource::{
     Boot, ChangeVm, CloudInit, ConsoleKind, CpuBaseline, CreateVm, CreateVmDisk, CreateVmNic,
-    DeleteDisks, DryRun, LeasePolicy, MachineSpec, MachineType, MemoryBacking, StartVm, StopMode,
-    StopVm, Vm, VmAccepted, VmMaintenancePolicy, VmState, Vsock,
+    DeleteDisks, DryRun, LeasePolicy, MachineSpec, MachineType, MemoryBacking, PostCopyPermission,
+    StartVm, StopMode, StopVm, Vm, VmAccepted, VmMaintenancePolicy, VmState, Vsock,
 };
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
@@ -161,6 +161,9 @@ pub struct CreateArgs {
     /// What a maintenance of its host does with it.
     #[arg(long, value_enum, default_value_t)]
     on_maintenance: VmMaintenancePolicy,
+    /// Whether migrations may let the guest go ahead of its memory, whoever asks for them.
+    #[arg(long, value_enum, default_value_t)]
+    post_copy: PostCopyPermission,
     /// Only create it.
     #[arg(long)]
     no_start: bool,
@@ -170,7 +173,7 @@ pub struct CreateArgs {
 
 /// Changes of a VM.
 #[derive(Debug, Args)]
-#[group(required = true, multiple = true, id = "changes", args = ["name", "keep_memory_mib", "lease", "on_maintenance"])]
+#[group(required = true, multiple = true, id = "changes", args = ["name", "keep_memory_mib", "lease", "on_maintenance", "post_copy"])]
 pub struct SetArgs {
     /// Name or id.
     vm: String,
@@ -186,6 +189,9 @@ pub struct SetArgs {
     /// What a maintenance of its host does with it.
     #[arg(long, value_enum)]
     on_maintenance: Option<VmMaintenancePolicy>,
+    /// Whether migrations may let the guest go ahead of its memory, whoever asks for them.
+    #[arg(long, value_enum)]
+    post_copy: Option<PostCopyPermission>,
     #[command(flatten)]
     change: ChangeOptions,
 }
@@ -392,6 +398,7 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
         host,
         lease,
         on_maintenance,
+        post_copy,
         ..
     } = arguments;
     let text = |path: &Path| path.to_string_lossy().into_owned();
@@ -422,6 +429,7 @@ async fn create(session: &Session, arguments: CreateArgs) -> Result<(), Failure>
         host,
         lease,
         maintenance_policy: on_maintenance,
+        post_copy,
         name,
     };
     let change = arguments.change;
@@ -445,6 +453,7 @@ async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
         keep_memory_mib: arguments.keep_memory_mib,
         lease: arguments.lease,
         maintenance_policy: arguments.on_maintenance,
+        post_copy: arguments.post_copy,
         ..ChangeVm::default()
     };
     if change.dry_run {

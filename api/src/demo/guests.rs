@@ -145,6 +145,7 @@ pub(super) async fn create(client: &Client, hosts: u8) -> Result<Vec<Vm>, DemoEr
             host: Some(format!("host-{number}")),
             lease: LeasePolicy::Watched,
             maintenance_policy: VmMaintenancePolicy::Migrate,
+            post_copy: Default::default(),
         };
         let accepted: VmAccepted = client
             .post("/v1/vms", &body)

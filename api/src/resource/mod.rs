@@ -50,8 +50,8 @@ pub use storage::{
     ImageSource, ImageState, Pool, PoolHost,
 };
 pub use vm::{
-    Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, PowerIntent, Vm, VmMaintenancePolicy,
-    VmState, VmUsage,
+    Boot, CpuBaseline, LeasePolicy, MachineSpec, MachineType, PostCopyPermission, PowerIntent, Vm,
+    VmMaintenancePolicy, VmState, VmUsage,
 };
 
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,9 @@
 //! Bodies of requests.
 
 use super::{CloudInit, ConsoleKind, CreateVmDisk, CreateVmNic, MemoryBacking, Vsock};
-use super::{LeasePolicy, MachineSpec, ReturnPolicy, VmMaintenancePolicy, VmOverride};
+use super::{
+    LeasePolicy, MachineSpec, PostCopyPermission, ReturnPolicy, VmMaintenancePolicy, VmOverride,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -51,6 +53,9 @@ pub struct CreateVm {
     /// What a maintenance does with it.
     #[serde(default)]
     pub maintenance_policy: VmMaintenancePolicy,
+    /// Whether migrations may let the guest go ahead of its memory.
+    #[serde(default)]
+    pub post_copy: PostCopyPermission,
 }
 
 /// A ready-made machine.
@@ -99,6 +104,9 @@ pub struct ChangeVm {
     /// What a maintenance does with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub maintenance_policy: Option<VmMaintenancePolicy>,
+    /// Whether migrations may let the guest go ahead of its memory; holds for those that begin from now on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyPermission>,
 }
 
 /// What becomes of a VM's disks when it is deleted.

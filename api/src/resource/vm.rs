@@ -51,6 +51,9 @@ pub struct Vm {
     pub lease: LeasePolicy,
     /// What a maintenance does with it.
     pub maintenance_policy: VmMaintenancePolicy,
+    /// Whether migrations may let the guest go ahead of its memory.
+    #[serde(default)]
+    pub post_copy: PostCopyPermission,
     /// What it uses.
     pub usage: VmUsage,
     /// The migration under way.
@@ -217,6 +220,19 @@ pub enum VmMaintenancePolicy {
     StopAndReturn,
     /// Do not touch it: the maintenance waits for the operator.
     Block,
+}
+
+/// Whether migrations of a VM may use post-copy, whoever asks for them.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum PostCopyPermission {
+    /// Those that are asked to.
+    #[default]
+    Allowed,
+    /// None: one that asks for it is refused.
+    Forbidden,
 }
 
 /// What a VM uses.

@@ -57,6 +57,10 @@ pub(super) fn vm(view: &View, vm: &model::Vm) -> api::Vm {
             model::MaintenancePolicy::StopAndReturn => api::VmMaintenancePolicy::StopAndReturn,
             model::MaintenancePolicy::Block => api::VmMaintenancePolicy::Block,
         },
+        post_copy: match vm.post_copy {
+            model::PostCopyPermission::Allowed => api::PostCopyPermission::Allowed,
+            model::PostCopyPermission::Forbidden => api::PostCopyPermission::Forbidden,
+        },
         usage: vm_usage(view.vm_usage(vm)),
         migration: vm
             .migration
@@ -167,6 +171,13 @@ pub(super) fn maintenance_policy(policy: api::VmMaintenancePolicy) -> model::Mai
         api::VmMaintenancePolicy::RestartElsewhere => model::MaintenancePolicy::RestartElsewhere,
         api::VmMaintenancePolicy::StopAndReturn => model::MaintenancePolicy::StopAndReturn,
         api::VmMaintenancePolicy::Block => model::MaintenancePolicy::Block,
+    }
+}
+
+pub(super) fn post_copy_permission(asked: api::PostCopyPermission) -> model::PostCopyPermission {
+    match asked {
+        api::PostCopyPermission::Allowed => model::PostCopyPermission::Allowed,
+        api::PostCopyPermission::Forbidden => model::PostCopyPermission::Forbidden,
     }
 }
 

@@ -112,6 +112,7 @@ async fn create(
         host: host_in_field(&view, "host", body.host.as_deref())?,
         lease: convert::lease(body.lease),
         maintenance_policy: convert::maintenance_policy(body.maintenance_policy),
+        post_copy: convert::post_copy_permission(body.post_copy),
     });
     match submit(&api, &by, query, intent).await? {
         Outcome::DryRun(response) => Ok(response),
@@ -167,6 +168,7 @@ async fn change(
         spec: body.spec.map(convert::machine),
         lease: body.lease.map(convert::lease),
         maintenance_policy: body.maintenance_policy.map(convert::maintenance_policy),
+        post_copy: body.post_copy.map(convert::post_copy_permission),
         keep_memory: body.keep_memory_mib.map(Mib),
     };
     let vm = id(&api, &name)?;

@@ -115,6 +115,7 @@ pub(super) fn create(
         spec: new.spec.clone(),
         lease: new.lease,
         maintenance_policy: new.maintenance_policy,
+        post_copy: new.post_copy,
         intent: new.intent,
         owner: None,
         epoch: Epoch(0),
@@ -287,6 +288,13 @@ pub(super) fn change(
     {
         changed.push(format!("maintenance policy to {policy:?}").to_lowercase());
         vm.maintenance_policy = policy;
+    }
+    if let Some(permission) = change
+        .post_copy
+        .filter(|permission| *permission != vm.post_copy)
+    {
+        changed.push(format!("post-copy to {permission:?}").to_lowercase());
+        vm.post_copy = permission;
     }
     if let Some(keep) = change.keep_memory {
         changed.push(keep_memory(view, &vm, keep)?);
@@ -571,6 +579,21 @@ pub(super) fn resume(
     Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
 }
 
+/// What the operator has forbidden once and for all is not granted for one migration.
+fn check_post_copy(vm: &Vm, policy: &MigrationPolicy) -> Result<(), Problem> {
+    if vm.post_copy.grant(policy.post_copy) == policy.post_copy {
+        return Ok(());
+    }
+    Err(Problem::invalid(vec![FieldProblem::new(
+        "policy.allow_postcopy",
+        format!("post-copy is forbidden for {}", vm.name),
+        format!(
+            "leave it out, or allow it first: godwit vm set {} --post-copy allowed",
+            vm.name
+        ),
+    )]))
+}
+
 pub(super) fn migrate(
     view: &View,
     draft: &mut Draft<'_>,
@@ -580,6 +603,7 @@ pub(super) fn migrate(
     actor: &Actor,
 ) -> Result<Decision, Problem> {
     let (mut vm, source) = running_vm(view, id)?;
+    check_post_copy(&vm, policy)?;
     let state = view.vm_status(&vm).state;
     if !matches!(state, VmState::Running | VmState::Paused) {
         let detail = format!("{} is {state:?}, so it cannot move live", vm.name).to_lowercase();

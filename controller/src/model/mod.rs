@@ -46,4 +46,4 @@ pub use operation::{
 pub use rejection::{HostRejection, Rejection};
 pub use snapshot::{AfterSnapshot, Snapshot, SnapshotState, writable_disk};
 pub use storage::{Disk, DiskState, DisksOnDelete, Image, ImageState};
-pub use vm::{MaintenancePolicy, PowerIntent, Retry, Trouble, Vm, VmState};
+pub use vm::{MaintenancePolicy, PostCopyPermission, PowerIntent, Retry, Trouble, Vm, VmState};

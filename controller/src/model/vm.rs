@@ -4,6 +4,7 @@ use super::Placed;
 use godwit_wire::host_api::LeasePolicy;
 use godwit_wire::id::{Epoch, Generation, HostId, MaintenanceId, MigrationId, OperationId, VmId};
 use godwit_wire::machine::MachineSpec;
+use godwit_wire::migration::PostCopy;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -27,6 +28,9 @@ pub struct Vm {
     pub lease: LeasePolicy,
     /// What happens to it when its host is maintained.
     pub maintenance_policy: MaintenancePolicy,
+    /// Whether a migration may let the guest go ahead of its memory, whoever asks for it.
+    #[serde(default)]
+    pub post_copy: PostCopyPermission,
     /// What the operator wants.
     pub intent: PowerIntent,
     /// The only host that may run it.
@@ -91,6 +95,28 @@ pub enum MaintenancePolicy {
     StopAndReturn,
     /// Never touch it: the operator must deal with it first.
     Block,
+}
+
+/// Whether migrations of a VM may use post-copy. Until the memory of a guest that went ahead has followed, the loss of
+/// either host loses the running guest; there are guests that nobody may expose to that.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PostCopyPermission {
+    /// Those that are asked to.
+    #[default]
+    Allowed,
+    /// None, whoever asks.
+    Forbidden,
+}
+
+impl PostCopyPermission {
+    /// What is left of a policy's wish.
+    pub const fn grant(self, asked: PostCopy) -> PostCopy {
+        match self {
+            Self::Allowed => asked,
+            Self::Forbidden => PostCopy::Forbidden,
+        }
+    }
 }
 
 /// Why a VM is not as wanted.

@@ -23,7 +23,7 @@ use crate::view::View;
 use drive::{Why, drive, has_ended, source_is_gone, status};
 use godwit_wire::host_api::CancelMigration;
 use godwit_wire::id::{HostId, MigrationId};
-use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
+use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::VmmState;
 use std::future::Future;
@@ -169,6 +169,11 @@ fn begin_in_turn(
     if busy(source) || busy(target) {
         return Begun::Wait;
     }
+    // Whoever began the operation: what the VM forbids is not done.
+    let policy = MigrationPolicy {
+        post_copy: vm.post_copy.grant(policy.post_copy),
+        ..policy
+    };
     let migration = Migration {
         id: MigrationId::fresh(),
         vm: id,

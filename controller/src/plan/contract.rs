@@ -5,7 +5,7 @@
 //! ([`convergence`](godwit_wire::migration::convergence)); only the measurements are foreseen: what a round takes from
 //! the rate of the link, and what the guest dirties meanwhile from a sample of it.
 
-use crate::model::Vm;
+use crate::model::{PostCopyPermission, Vm};
 use crate::plan::dirtying::Dirtying;
 use crate::plan::estimate::{CONNECTING, Figures, figures};
 use crate::plan::forecast::{Because, Course, Forecast, Remedy, Verdict};
@@ -40,6 +40,8 @@ pub struct Circumstances {
     pub dirtying: Dirtying,
     /// What earlier migrations showed of the link and the hosts.
     pub figures: Figures,
+    /// Whether post-copy may be proposed.
+    pub post_copy: PostCopyPermission,
 }
 
 /// Foresees the migration of a VM under `policy`.
@@ -82,6 +84,7 @@ pub fn foresee_move(
         resident,
         dirtying: dirtying.unwrap_or_else(|| Dirtying::last_known(usage.dirty_bytes_per_s)),
         figures: figures(view, source, target, policy),
+        post_copy: vm.post_copy,
     };
     foresee(&circumstances, policy)
 }
@@ -233,6 +236,7 @@ fn options(circumstances: &Circumstances, policy: &MigrationPolicy) -> Vec<Remed
     let helps = |policy: &MigrationPolicy| arrives(circumstances, policy).is_some();
     let mut options = Vec::new();
     if policy.post_copy == PostCopy::Forbidden
+        && circumstances.post_copy == PostCopyPermission::Allowed
         && policy.verify == Verify::Frames
         && helps(&MigrationPolicy {
             post_copy: PostCopy::Allowed,
@@ -353,6 +357,7 @@ mod tests {
             resident: Bytes(1024 * MIB),
             dirtying,
             figures: figures_of(100 * MIB, 12),
+            post_copy: PostCopyPermission::Allowed,
         }
     }
 
@@ -558,12 +563,23 @@ mod tests {
         );
     }
 
+    #[test]
+    fn post_copy_is_not_proposed_for_a_vm_that_forbids_it() {
+        let mut circumstances = guest(writing(160, 512));
+        let proposed = remedies(&foresee(&circumstances, &unthrottled()));
+        assert!(proposed.contains(&Remedy::AllowPostCopy), "{proposed:?}");
+        circumstances.post_copy = PostCopyPermission::Forbidden;
+        let proposed = remedies(&foresee(&circumstances, &unthrottled()));
+        assert!(!proposed.contains(&Remedy::AllowPostCopy), "{proposed:?}");
+    }
+
     fn any_guest() -> impl Strategy<Value = Circumstances> {
         (1u64..4096, 0u64..2000, 1u64..4096, 1u64..2000, 1u64..200).prop_map(
             |(resident, rate, set, link, fixed_ms)| Circumstances {
                 resident: Bytes(resident * MIB),
                 dirtying: writing(rate, set),
                 figures: figures_of(link * MIB, fixed_ms),
+                post_copy: PostCopyPermission::Allowed,
             },
         )
     }

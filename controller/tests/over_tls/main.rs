@@ -232,6 +232,7 @@ fn stopped(name: &str) -> NewVm {
         host: None,
         lease: LeasePolicy::Watched,
         maintenance_policy: Default::default(),
+        post_copy: Default::default(),
     }
 }
 
