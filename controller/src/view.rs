@@ -534,13 +534,32 @@ impl View {
         {
             Some(status) => MigrationFigures {
                 phase: Some(status.phase),
-                progress: status.progress.clone(),
+                progress: self.with_waits(migration, status.progress.clone()),
             },
             None => MigrationFigures {
                 phase: migration.phase,
                 progress: MigrationProgress::default(),
             },
         }
+    }
+
+    /// The source's figures of a migration, and for how long the guest waited for memory, which only the target knows.
+    pub(crate) fn with_waits(
+        &self,
+        migration: &Migration,
+        mut progress: MigrationProgress,
+    ) -> MigrationProgress {
+        let at_target = self
+            .report_at(migration.target, migration.vm)
+            .and_then(|report| report.migration.as_ref())
+            .filter(|status| {
+                status.migration == migration.id && status.role == MigrationRole::Target
+            });
+        let waits = at_target.and_then(|status| status.progress.post_copy);
+        if let (Some(memory), Some(waits)) = (&mut progress.post_copy, waits) {
+            (memory.waited_us, memory.longest_wait_us) = (waits.waited_us, waits.longest_wait_us);
+        }
+        progress
     }
 
     /// How far an operation is, from 0 to 1.

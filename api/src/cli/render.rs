@@ -407,6 +407,7 @@ pub(super) fn migration(migration: &Migration) -> String {
                 format!("the guest is kept from running for {percent}% of its time")
             }),
         )
+        .maybe("Stalled", stalls(&progress.stalled_us))
         .maybe(
             "Prefault",
             nonzero(progress.prefault_ms).map(|ms| format!("{ms} ms")),
@@ -439,10 +440,30 @@ fn post_copy(memory: &PostCopy) -> String {
             bytes(missing)
         ),
     };
+    let waits = nonzero(memory.waited_us).map(|waited_us| {
+        format!(
+            " for {} in all, at most {}",
+            milliseconds_of_us(waited_us),
+            milliseconds_of_us(memory.longest_wait_us)
+        )
+    });
     format!(
-        "{so_far}; the guest waited for {} pages, connections broke {} times",
-        memory.wanted_pages, memory.interruptions
+        "{so_far}; the guest waited for {} pages{}, connections broke {} times",
+        memory.wanted_pages,
+        waits.unwrap_or_default(),
+        memory.interruptions
     )
+}
+
+/// For how long each vCPU stood still while memory was copied; those that did not are left out.
+fn stalls(stalled_us: &[u64]) -> Option<String> {
+    let told: Vec<String> = stalled_us
+        .iter()
+        .enumerate()
+        .filter(|(_, us)| **us > 0)
+        .map(|(vcpu, us)| format!("vCPU {vcpu} for {}", milliseconds_of_us(*us)))
+        .collect();
+    (!told.is_empty()).then(|| told.join(", "))
 }
 
 fn blackout_parts(blackout: &Blackout) -> String {

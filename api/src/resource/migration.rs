@@ -106,6 +106,9 @@ pub struct MigrationProgress {
     /// Share of their time that vCPUs are kept from running, so that the copy catches up.
     #[serde(default)]
     pub throttle_percent: u8,
+    /// For how long each vCPU was kept from running, by its number; empty when none was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stalled_us: Vec<u64>,
     /// Bytes that compression has saved.
     #[serde(default)]
     pub saved_bytes: u64,
@@ -132,6 +135,12 @@ pub struct PostCopy {
     pub missing_bytes: u64,
     /// Pages the guest had to wait for.
     pub wanted_pages: u64,
+    /// Time the guest's accesses waited for them, all together.
+    #[serde(default)]
+    pub waited_us: u64,
+    /// The longest of these waits.
+    #[serde(default)]
+    pub longest_wait_us: u64,
     /// Times the connections broke and were made again.
     pub interruptions: u32,
     /// From the hand-over until nothing was missing.

@@ -304,6 +304,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
         elapsed_ms: progress.elapsed_ms,
         lanes: progress.lanes,
         throttle_percent: progress.throttle_percent,
+        stalled_us: progress.stalled_us.clone(),
         saved_bytes: progress.saved_bytes.0,
         prefault_ms: progress.prefault_ms,
         blackout: progress.blackout.map(|parts| api::Blackout {
@@ -320,6 +321,8 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
             owed_bytes: memory.owed_bytes.0,
             missing_bytes: memory.missing_bytes.0,
             wanted_pages: memory.wanted_pages,
+            waited_us: memory.waited_us,
+            longest_wait_us: memory.longest_wait_us,
             interruptions: memory.interruptions,
             took_ms: memory.took_ms,
         }),

@@ -332,8 +332,8 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
             .change(|view, draft, _| {
                 if let Some(record) = view.migrations.get(&migration.id) {
                     let mut record = record.as_ref().clone();
-                    (record.phase, record.progress) =
-                        (Some(status.phase), Some(status.progress.clone()));
+                    let progress = view.with_waits(&record, status.progress.clone());
+                    (record.phase, record.progress) = (Some(status.phase), Some(progress));
                     draft.put_migration(record);
                 }
             })
@@ -461,7 +461,8 @@ async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), En
                 let said = status(view, record.source, &record)
                     .filter(|s| s.role == MigrationRole::Source);
                 record.phase = said.map(|status| status.phase);
-                record.progress = said.map(|status| status.progress.clone());
+                record.progress =
+                    said.map(|status| view.with_waits(&record, status.progress.clone()));
             }
             let vm = Context::vm(view, migration.vm);
             let conclusion = match &record.state {

@@ -165,6 +165,9 @@ pub struct MigrationProgress {
     pub lanes: u8,
     /// Share of their time that the throttled vCPUs are kept from running.
     pub throttle_percent: u8,
+    /// For how long each vCPU was kept from running so far, by its number; empty while none was.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stalled_us: Vec<u64>,
     /// Bytes that compression has saved.
     pub saved_bytes: Bytes,
     /// How long the target took to take host memory, before anything was sent.

@@ -4,11 +4,16 @@
 //! figures, each once. Those that ended before this process began were for the process before it to tell; a counter that
 //! starts again at zero must not tell them once more.
 
+mod course;
+mod post_copy;
+
+use course::CourseFigures;
 use godwit_controller::model::{ForeseenOutcome, Migration, MigrationState};
 use godwit_controller::view::View;
 use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationPhase, MigrationProgress};
 use jiff::Timestamp;
+use post_copy::PostCopyFigures;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
@@ -51,6 +56,8 @@ pub(super) struct MigrationFigures {
     downtime: Histogram,
     blackout_error: Histogram,
     foreseen_error: Histogram,
+    course: CourseFigures,
+    post_copy: PostCopyFigures,
 }
 
 impl MigrationFigures {
@@ -64,6 +71,8 @@ impl MigrationFigures {
             downtime: Histogram::new(DOWNTIME_BUCKETS_S),
             blackout_error: Histogram::new(ERROR_BUCKETS),
             foreseen_error: Histogram::new(ERROR_BUCKETS),
+            course: CourseFigures::new(),
+            post_copy: PostCopyFigures::new(),
         }
     }
 
@@ -104,6 +113,10 @@ impl MigrationFigures {
         if let Some(error) = foreseen_error(migration) {
             self.foreseen_error.observe(error);
         }
+        self.course.count(progress);
+        if let Some(memory) = &progress.post_copy {
+            self.post_copy.count(memory);
+        }
     }
 
     pub(super) fn register(&self, registry: &mut Registry) {
@@ -137,6 +150,8 @@ impl MigrationFigures {
             Unit::Other("ratio".into()),
             self.foreseen_error.clone(),
         );
+        self.course.register(registry);
+        self.post_copy.register(registry);
     }
 }
 
@@ -205,6 +220,7 @@ mod tests {
             state: MigrationState::Committed { epoch: Epoch(2) },
             phase: Some(MigrationPhase::Completed),
             progress: Some(MigrationProgress {
+                round: 3,
                 transferred_bytes: Bytes(1 << 30),
                 downtime_us: Some(40_000),
                 blackout: Some(Blackout {
@@ -260,7 +276,19 @@ mod tests {
             migration_blackout_error_ratio_sum 0.25
             migration_blackout_error_ratio_count 1
             migration_foreseen_blackout_error_ratio_sum 0.5
-            migration_foreseen_blackout_error_ratio_count 1"#]]
+            migration_foreseen_blackout_error_ratio_count 1
+            migration_blackout_miss_seconds_sum{actual="longer"} 0.01
+            migration_blackout_miss_seconds_count{actual="longer"} 1
+            migration_rounds_sum 3.0
+            migration_rounds_count 1
+            migration_throttle_percent_sum 0.0
+            migration_throttle_percent_count 1
+            migration_vcpu_stall_seconds_sum 0.0
+            migration_vcpu_stall_seconds_count 0
+            migration_post_copy_wait_seconds_sum 0.0
+            migration_post_copy_wait_seconds_count 0
+            migration_post_copy_longest_wait_seconds_sum 0.0
+            migration_post_copy_longest_wait_seconds_count 0"#]]
         .assert_eq(&told(&figures).join("\n"));
         figures.observe(&view(&[&one, &two]));
         let counts = told(&figures);

@@ -5,7 +5,7 @@
 
 use super::vcpu::{VcpuStats, thread_cpu_time};
 use crate::kvm::Kick;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,11 +24,17 @@ const IDLE_SHARE: f64 = 0.05;
 pub(super) struct Hold {
     until: Mutex<Option<Instant>>,
     changed: Condvar,
+    /// For how long the vCPU has waited here since it was made, in microseconds.
+    waited_us: AtomicU64,
 }
 
 impl Hold {
     fn until(&self, time: Instant) {
         *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(time);
+    }
+
+    fn waited_us(&self) -> u64 {
+        self.waited_us.load(Ordering::Relaxed)
     }
 
     /// Lets the vCPU go on at once.
@@ -39,19 +45,37 @@ impl Hold {
 
     /// Waits as long as the vCPU is held and not to stop.
     pub(super) fn wait(&self, stop: &AtomicBool) {
+        let began = Instant::now();
+        if self.wait_until_released(stop) == Waited::ForAWhile {
+            let waited_us = began.elapsed().as_micros() as u64;
+            self.waited_us.fetch_add(waited_us, Ordering::Relaxed);
+        }
+    }
+
+    fn wait_until_released(&self, stop: &AtomicBool) -> Waited {
+        let mut waited = Waited::NotAtAll;
         let mut until = self.until.lock().unwrap_or_else(PoisonError::into_inner);
         while let Some(time) = *until {
             let left = time.saturating_duration_since(Instant::now());
             if left.is_zero() || stop.load(Ordering::SeqCst) {
-                return;
+                break;
             }
+            waited = Waited::ForAWhile;
             until = self
                 .changed
                 .wait_timeout(until, left)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+        waited
     }
+}
+
+/// Whether a vCPU that looked had to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waited {
+    NotAtAll,
+    ForAWhile,
 }
 
 /// What it takes to hold one vCPU.
@@ -73,6 +97,8 @@ pub struct Throttle {
 pub struct Throttling {
     shared: Arc<(Mutex<Asked>, Condvar)>,
     thread: Option<JoinHandle<()>>,
+    /// The vCPUs' holds, and for how long each had been waited at before.
+    holds: Vec<(Arc<Hold>, u64)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,13 +118,28 @@ impl Throttling {
     pub fn start(throttle: Throttle) -> Self {
         let shared = Arc::new((Mutex::new(Asked::Percent(0)), Condvar::new()));
         let theirs = shared.clone();
+        let holds = throttle.vcpus.iter();
+        let holds = holds.map(|vcpu| (vcpu.hold.clone(), vcpu.hold.waited_us()));
+        let holds = holds.collect();
         let thread = std::thread::Builder::new()
             .name("throttle".into())
             .spawn(move || slow_down(&throttle.vcpus, &theirs));
         let thread = thread
             .inspect_err(|error| tracing::warn!(%error, "the guest cannot be slowed down"))
             .ok();
-        Self { shared, thread }
+        Self {
+            shared,
+            thread,
+            holds,
+        }
+    }
+
+    /// For how long each vCPU has been kept from running since this began, in microseconds, by its number.
+    pub fn stalled_us(&self) -> Vec<u64> {
+        let stalls = self.holds.iter();
+        stalls
+            .map(|(hold, before)| hold.waited_us().saturating_sub(*before))
+            .collect()
     }
 
     /// Keeps the busiest vCPUs from running for `percent` of their time.
@@ -227,5 +268,18 @@ mod tests {
         hold.wait(&AtomicBool::new(true));
         hold.release();
         hold.wait(&AtomicBool::new(false));
+        assert_eq!(hold.waited_us(), 0);
+    }
+
+    #[test]
+    fn the_time_for_which_a_vcpu_is_held_is_counted() {
+        let hold = Hold::default();
+        hold.until(Instant::now() + Duration::from_millis(5));
+        hold.wait(&AtomicBool::new(false));
+        // It looked at the clock a moment after it was told until when.
+        let waited_us = hold.waited_us();
+        assert!(waited_us >= 1, "{waited_us}");
+        hold.wait(&AtomicBool::new(false));
+        assert_eq!(hold.waited_us(), waited_us, "it was not held any more");
     }
 }

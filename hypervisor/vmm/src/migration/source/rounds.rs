@@ -78,7 +78,12 @@ impl Session<'_> {
                 post_copy,
             };
             let predicted = outcome.predicted_blackout();
+            let stalled_us = match (throttle_percent, &slowed) {
+                (1.., Some(slowed)) => slowed.stalled_us(),
+                _ => Vec::new(),
+            };
             self.ledger.progress(|progress| {
+                progress.stalled_us = stalled_us;
                 progress.rate_bytes_per_s = rate;
                 progress.remaining_bytes = Bytes(rest_bytes);
                 progress.dirty_bytes_per_s = per_second(rest_bytes, duration);
