@@ -57,7 +57,8 @@ pub struct ServerArgs {
     /// Write the API token that the first start makes to this file instead of printing it.
     #[arg(long, value_name = "FILE")]
     pub token_file: Option<PathBuf>,
-    /// Migrations one host takes part in at the same time.
+    /// Migrations one host takes part in at the same time before it is known what its links carry; more run where those
+    /// leave room.
     #[arg(long, default_value_t = DEFAULT_MIGRATIONS_PER_HOST, value_name = "COUNT")]
     pub migrations_per_host: usize,
 }

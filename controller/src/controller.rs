@@ -57,7 +57,7 @@ pub struct ControllerConfig {
     pub agents_listen: SocketAddr,
     /// Names and addresses under which agents and API users reach this server; they go into its certificate.
     pub agents_names: Vec<String>,
-    /// Migrations one host takes part in at the same time.
+    /// Migrations one host takes part in at the same time before it is known what its links carry.
     pub migrations_per_host: usize,
 }
 

@@ -22,7 +22,7 @@ const FIRST_RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// What can be set.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
-    /// Migrations one host takes part in at the same time.
+    /// Migrations one host takes part in at the same time before it is known what its links carry.
     pub(crate) migrations_per_host: usize,
 }
 

@@ -6,6 +6,8 @@ mod devices;
 
 pub(crate) mod host;
 
+mod host_limits;
+
 mod maintenance;
 
 mod network;
@@ -70,6 +72,9 @@ pub(crate) fn decide(
         Intent::UncordonHost { host } => host::uncordon(view, draft, *host, actor),
         Intent::EvacuateHost { host, reason } => host::evacuate(view, draft, *host, reason, actor),
         Intent::UpgradeHost { host } => host::upgrade(view, draft, *host, actor),
+        Intent::ChangeHost { host, change } => {
+            host_limits::change(view, draft, *host, change, actor)
+        }
         Intent::RemoveHost { host } => host::remove(view, draft, *host, actor),
         Intent::ConfirmHostOff { host } => host::confirm_off(view, draft, *host, actor),
         Intent::CreateImage(new) => storage::create_image(view, draft, new, actor),

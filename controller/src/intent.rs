@@ -110,6 +110,13 @@ pub enum Intent {
         /// Which host.
         host: HostId,
     },
+    /// Changes what migrations may use of a host and its links.
+    ChangeHost {
+        /// Which host.
+        host: HostId,
+        /// What to change.
+        change: HostChange,
+    },
     /// Takes an empty host out of the pool.
     RemoveHost {
         /// Which host.
@@ -222,6 +229,24 @@ pub struct VmChange {
     pub maintenance_policy: Option<MaintenancePolicy>,
     /// Whether its migrations may use post-copy from now on.
     pub post_copy: Option<PostCopyPermission>,
+}
+
+/// What may be changed of a host; what is absent stays as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostChange {
+    /// What migrations may send from it, and as much to it.
+    pub migration_bandwidth: Option<BandwidthLimit>,
+    /// The same for its links, each way, by the host at the other end.
+    pub link_bandwidth: BTreeMap<HostId, BandwidthLimit>,
+}
+
+/// What all migrations together may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BandwidthLimit {
+    /// All there is.
+    None,
+    /// So many bytes per second.
+    BytesPerS(u64),
 }
 
 /// A maintenance to be.

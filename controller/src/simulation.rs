@@ -334,6 +334,8 @@ async fn enrol(store: &Arc<MemoryStore>, facts: &[HostFacts]) {
                 maintenance: None,
                 joined_at: Timestamp::now(),
                 first_heard_at: None,
+                migration_bandwidth: None,
+                link_bandwidth: BTreeMap::new(),
             });
         }
         Ok(())

@@ -149,6 +149,8 @@ pub(crate) struct Index {
     committed: BTreeMap<HostId, Committed>,
     by_owner: BTreeMap<HostId, Vec<VmId>>,
     left_behind: BTreeMap<HostId, Vec<VmId>>,
+    /// Migrations that are open or not concluded yet.
+    moving: Vec<MigrationId>,
     storage: storage::StorageIndex,
 }
 
@@ -207,6 +209,7 @@ impl Index {
         };
         for vm in view.vms.values() {
             index.storage.add(vm);
+            index.moving.extend(vm.migration);
             if let Some(owner) = vm.owner {
                 index.committed.entry(owner).or_default().add(vm);
                 index.by_owner.entry(owner).or_default().push(vm.id);
@@ -277,6 +280,26 @@ impl View {
             .values()
             .filter_map(|vm| self.migrations.get(&vm.migration?))
             .filter(|m| m.is_open())
+    }
+
+    /// Migrations that are not decided, or decided and not concluded: memory may still follow a guest.
+    pub fn moving(&self) -> impl Iterator<Item = &Arc<Migration>> {
+        let ids = self.index.moving.iter();
+        ids.filter_map(|id| self.migrations.get(id))
+    }
+
+    /// Most bytes per second that migrations may send over the link between two hosts, each way.
+    pub fn link_bandwidth(&self, one: HostId, other: HostId) -> Option<u64> {
+        let (keeper, other) = (one.min(other), one.max(other));
+        self.hosts.get(&keeper)?.link_bandwidth.get(&other).copied()
+    }
+
+    /// The limits of all links of a host, by the host at the other end.
+    pub fn links_of(&self, host: HostId) -> BTreeMap<HostId, u64> {
+        let others = self.hosts.keys().filter(|other| **other != host);
+        others
+            .filter_map(|other| Some((*other, self.link_bandwidth(host, *other)?)))
+            .collect()
     }
 
     /// Operations that have not ended.

@@ -1,8 +1,10 @@
 //! `godwit host …`, except `godwit host run`.
 
+use super::words::size;
 use super::{ChangeOptions, Failure, Session, render, write_out};
 use crate::resource::{
-    CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken,
+    ChangeHost, CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken,
+    LinkBandwidth,
 };
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
@@ -22,6 +24,8 @@ pub enum HostCommand {
         /// Name or id.
         host: String,
     },
+    /// Change what migrations may use of a host and its links.
+    Set(SetArgs),
     /// Let no new VM be placed on a host.
     Cordon(CordonArgs),
     /// Let VMs be placed on a host again.
@@ -52,6 +56,38 @@ pub struct NamedArgs {
     /// Only print what would happen.
     #[arg(long)]
     dry_run: bool,
+}
+
+/// Changes of a host.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = true, id = "changes", args = ["migration_bandwidth", "link"])]
+pub struct SetArgs {
+    #[command(flatten)]
+    named: NamedArgs,
+    /// Most that all migrations together may send from it per second, and as much to it, such as 500M; `none` lifts it.
+    #[arg(long, value_name = "SIZE", value_parser = bandwidth)]
+    migration_bandwidth: Option<u64>,
+    /// The same for the link to another host, each way; may be repeated.
+    #[arg(long, value_name = "HOST=SIZE", value_parser = link)]
+    link: Vec<LinkBandwidth>,
+}
+
+/// 0 is no limit, for the API as well.
+fn bandwidth(text: &str) -> Result<u64, String> {
+    match text {
+        "none" | "0" => Ok(0),
+        text => size(text),
+    }
+}
+
+fn link(text: &str) -> Result<LinkBandwidth, String> {
+    let (host, limit) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} is no link; write it as host-2=500M"))?;
+    Ok(LinkBandwidth {
+        host: host.to_owned(),
+        bytes_per_s: bandwidth(limit)?,
+    })
 }
 
 /// A host to cordon.
@@ -101,6 +137,7 @@ impl HostCommand {
                 let host: Host = session.client.get(&path(&host)).await?;
                 session.print(&host, |host| render::host(host, Timestamp::now()))
             }
+            Self::Set(arguments) => set(session, arguments).await,
             Self::Cordon(arguments) => {
                 mark(
                     session,
@@ -139,6 +176,23 @@ impl HostCommand {
 
 fn path(host: &str) -> String {
     format!("/v1/hosts/{host}")
+}
+
+async fn set(session: &Session, arguments: SetArgs) -> Result<(), Failure> {
+    let change = ChangeOptions {
+        dry_run: arguments.named.dry_run,
+        wait: false,
+    };
+    let path = change.path(path(&arguments.named.host));
+    let body = ChangeHost {
+        migration_bandwidth_bytes_per_s: arguments.migration_bandwidth,
+        link_bandwidth: arguments.link,
+    };
+    if change.dry_run {
+        return session.print_dry_run(&session.client.patch::<DryRun>(&path, &body).await?);
+    }
+    let accepted: HostAccepted = session.client.patch(&path, &body).await?;
+    session.print(&accepted.host, |host| render::host(host, Timestamp::now()))
 }
 
 async fn mark(
@@ -209,4 +263,26 @@ async fn remove(session: &Session, arguments: NamedArgs) -> Result<(), Failure> 
         "{} is no longer part of the pool.\n",
         arguments.host
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_a_size_or_none() {
+        assert_eq!(bandwidth("500M"), Ok(500 << 20));
+        assert_eq!((bandwidth("none"), bandwidth("0")), (Ok(0), Ok(0)));
+        assert!(bandwidth("fast").is_err());
+    }
+
+    #[test]
+    fn a_link_is_named_by_the_host_at_its_other_end() {
+        let expected = LinkBandwidth {
+            host: "host-2".into(),
+            bytes_per_s: 1 << 30,
+        };
+        assert_eq!(link("host-2=1G"), Ok(expected));
+        assert!(link("host-2").is_err() && link("host-2=").is_err());
+    }
 }

@@ -203,6 +203,7 @@ pub(super) fn host(host: &Host, now: Timestamp) -> String {
                 bytes(host.usage.memory_used_bytes)
             ),
         )
+        .maybe("Migrations", bandwidth(host))
         .maybe(
             "Kept",
             nonzero(host.usage.kept_memory_bytes)
@@ -421,6 +422,19 @@ pub(super) fn migration(migration: &Migration) -> String {
         .maybe("Blackout", progress.blackout.as_ref().map(blackout_parts))
         .maybe("Post-copy", progress.post_copy.as_ref().map(post_copy))
         .to_string()
+}
+
+/// What migrations may use of a host and its links, if that is limited.
+fn bandwidth(host: &Host) -> Option<String> {
+    let whole = host
+        .migration_bandwidth_bytes_per_s
+        .map(|limit| format!("{} each way", rate(limit)));
+    let links = host
+        .links
+        .iter()
+        .map(|link| format!("{} to and from {}", rate(link.bytes_per_s), link.host_name));
+    let told: Vec<String> = whole.into_iter().chain(links).collect();
+    (!told.is_empty()).then(|| format!("at most {}", told.join(", ")))
 }
 
 /// What a source that does not know or has nothing to tell leaves at 0.

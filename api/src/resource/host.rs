@@ -32,6 +32,23 @@ pub struct Host {
     pub last_seen: Option<Timestamp>,
     /// Version of its program.
     pub version: String,
+    /// Most bytes per second that all migrations together may send from it, and as many to it; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration_bandwidth_bytes_per_s: Option<u64>,
+    /// Its links that are limited.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub links: Vec<HostLink>,
+}
+
+/// What all migrations together may send over the link between two hosts, each way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct HostLink {
+    /// The host at the other end.
+    pub host: Uuid,
+    /// Its name.
+    pub host_name: String,
+    /// Bytes per second.
+    pub bytes_per_s: u64,
 }
 
 /// Whether a host takes and runs VMs.

@@ -22,7 +22,8 @@ pub use device::{
 };
 pub use event::{Deleted, Event, Severity};
 pub use host::{
-    Capacity, Committed, CpuFacts, Host, HostFacts, HostState, HostUsage, JoinToken, Pressure,
+    Capacity, Committed, CpuFacts, Host, HostFacts, HostLink, HostState, HostUsage, JoinToken,
+    Pressure,
 };
 pub use maintenance::{
     Blocker, Maintenance, MaintenanceMove, MaintenancePlan, MaintenancePolicy, MaintenanceState,
@@ -40,9 +41,9 @@ pub use operation::{
 };
 pub use problem::{FieldProblem, Problem};
 pub use request::{
-    CancelMaintenance, ChangeVm, Compression, CreateJoinToken, CreateMaintenance, CreateVm,
-    DeleteDisks, HostReason, MigrateVm, MigrationPolicy, StartVm, StopMode, StopVm, Verify,
-    VmTemplate,
+    CancelMaintenance, ChangeHost, ChangeVm, Compression, CreateJoinToken, CreateMaintenance,
+    CreateVm, DeleteDisks, HostReason, LinkBandwidth, MigrateVm, MigrationPolicy, StartVm,
+    StopMode, StopVm, Verify, VmTemplate,
 };
 pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot, SnapshotAccepted, SnapshotState};
 pub use storage::{

@@ -175,6 +175,29 @@ pub struct HostReason {
     pub reason: String,
 }
 
+/// Changes what migrations may use of a host and its links; absent fields stay as they are. Those that run share what they
+/// may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangeHost {
+    /// Most bytes per second that all migrations together may send from it, and as many to it; 0 for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration_bandwidth_bytes_per_s: Option<u64>,
+    /// The same for its links, each way; those that are not named stay as they are.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub link_bandwidth: Vec<LinkBandwidth>,
+}
+
+/// What all migrations together may send over the link to another host, each way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LinkBandwidth {
+    /// Id or name of the other host.
+    pub host: String,
+    /// Bytes per second; 0 for no limit.
+    pub bytes_per_s: u64,
+}
+
 /// Limits of one migration; absent ones have their usual values.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

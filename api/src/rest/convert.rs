@@ -6,7 +6,7 @@ mod storage;
 pub(super) use storage::{disk, image, network, pool, snapshot};
 
 use crate::resource::{self as api, Problem};
-use godwit_controller::intent::{Placement, Preview};
+use godwit_controller::intent::{BandwidthLimit, Placement, Preview};
 use godwit_controller::model;
 use godwit_controller::view::View;
 use godwit_wire::host_api::LeasePolicy;
@@ -230,6 +230,24 @@ pub(super) fn host(view: &View, host: &model::Host) -> api::Host {
             .get(&host.id)
             .and_then(|observed| observed.heard_at),
         version: facts.version.clone(),
+        migration_bandwidth_bytes_per_s: host.migration_bandwidth,
+        links: view
+            .links_of(host.id)
+            .into_iter()
+            .map(|(other, bytes_per_s)| api::HostLink {
+                host: other.0,
+                host_name: view.host_name(other),
+                bytes_per_s,
+            })
+            .collect(),
+    }
+}
+
+/// A limit of bandwidth as requests have it.
+pub(super) fn bandwidth(bytes_per_s: u64) -> BandwidthLimit {
+    match bytes_per_s {
+        0 => BandwidthLimit::None,
+        limit => BandwidthLimit::BytesPerS(limit),
     }
 }
 

@@ -1,17 +1,22 @@
 //! `/v1/hosts` and `/v1/join-tokens`.
 
-use super::extract::{By, ChangeQuery, OptionalBody, Refused, carry_out, host_named};
+use super::extract::{
+    By, ChangeQuery, OptionalBody, Refused, carry_out, host_in_field, host_named,
+};
 use super::page::{PageQuery, page};
 use super::{Api, convert};
-use crate::resource::{CreateJoinToken, DryRun, Host, HostAccepted, HostReason, JoinToken, List};
+use crate::resource::{
+    ChangeHost, CreateJoinToken, DryRun, Host, HostAccepted, HostReason, JoinToken, List,
+};
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use godwit_channel::problem::{PathArgs, QueryArgs, Refusal};
-use godwit_controller::intent::Intent;
+use godwit_channel::problem::{JsonBody, PathArgs, QueryArgs, Refusal};
+use godwit_controller::intent::{HostChange, Intent};
 use godwit_wire::id::HostId;
 use godwit_wire::problem::{FieldProblem, Problem};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -24,7 +29,7 @@ const MAX_TOKEN_TTL_S: u64 = 30 * 24 * 3_600;
 pub(super) fn routes() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
         .routes(routes!(list))
-        .routes(routes!(show, remove))
+        .routes(routes!(show, change, remove))
         .routes(routes!(cordon))
         .routes(routes!(uncordon))
         .routes(routes!(evacuate))
@@ -54,6 +59,34 @@ async fn show(
 ) -> Result<Json<Host>, Refusal> {
     let view = api.controller.view();
     Ok(Json(convert::host(&view, host_named(&view, &name)?)))
+}
+
+/// Changes what migrations may use of a host and its links.
+#[utoipa::path(
+    patch, path = "/v1/hosts/{host}", tag = "hosts", params(("host" = String, Path, description = "Id or name"), ChangeQuery),
+    request_body = ChangeHost, responses((status = 200, body = HostAccepted), Refused)
+)]
+async fn change(
+    State(api): State<Api>,
+    by: By,
+    PathArgs(name): PathArgs<String>,
+    QueryArgs(query): QueryArgs<ChangeQuery>,
+    JsonBody(body): JsonBody<ChangeHost>,
+) -> Result<Response, Refusal> {
+    let host = id(&api, &name)?;
+    let view = api.controller.view();
+    let mut link_bandwidth = BTreeMap::new();
+    for (number, link) in body.link_bandwidth.iter().enumerate() {
+        let field = format!("link_bandwidth[{number}].host");
+        if let Some(other) = host_in_field(&view, &field, Some(&link.host))? {
+            link_bandwidth.insert(other, convert::bandwidth(link.bytes_per_s));
+        }
+    }
+    let change = HostChange {
+        migration_bandwidth: body.migration_bandwidth_bytes_per_s.map(convert::bandwidth),
+        link_bandwidth,
+    };
+    carry_out(&api, &by, query, Intent::ChangeHost { host, change }).await
 }
 
 /// Takes an empty host out of the pool.

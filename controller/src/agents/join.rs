@@ -9,6 +9,7 @@ use godwit_channel::pki::secret_digest;
 use godwit_wire::host_api::{JoinReply, JoinRequest};
 use godwit_wire::id::HostId;
 use godwit_wire::problem::Problem;
+use std::collections::BTreeMap;
 
 pub(super) async fn answer(agents: &Agents, request: JoinRequest) -> Result<JoinReply, Problem> {
     let Some(authority) = &agents.authority else {
@@ -103,6 +104,8 @@ fn admit(
         maintenance: None,
         joined_at: draft.now(),
         first_heard_at: None,
+        migration_bandwidth: None,
+        link_bandwidth: BTreeMap::new(),
     });
     draft.info(
         "host.joined",

@@ -325,6 +325,7 @@ pub(super) fn remove(
             draft.put_vm(vm);
         }
     }
+    super::host_limits::forget_links(view, draft, id);
     draft.delete_host(&host);
     Ok(Decision::new(Resource::Host(id), None, effect))
 }

@@ -11,7 +11,7 @@ use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth};
 use std::fmt;
 use std::net::SocketAddr;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -95,6 +95,14 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         vm: VmId,
         ask: &DirtyRateRequest,
     ) -> Result<DirtyRate, CallError>;
+
+    /// Tells a source how much it may send from now on.
+    async fn set_migration_bandwidth(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &MigrationBandwidth,
+    ) -> Result<VmReport, CallError>;
 
     /// Calls a migration off at one end.
     async fn cancel_migration(

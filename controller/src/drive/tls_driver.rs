@@ -19,7 +19,7 @@ use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::BTreeMap;
@@ -240,6 +240,17 @@ impl HostDriver for TlsDriver {
         let path = format!("/v1/vms/{vm}/dirty-rate");
         let within = COMMAND_TIME + Duration::from_millis(ask.window_ms);
         self.send(to, within, Method::POST, path, ask).await
+    }
+
+    async fn set_migration_bandwidth(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &MigrationBandwidth,
+    ) -> Result<VmReport, CallError> {
+        let path = format!("/v1/vms/{vm}/migration/bandwidth");
+        self.send(to, COMMAND_TIME, Method::POST, path, command)
+            .await
     }
 
     async fn cancel_migration(

@@ -22,6 +22,12 @@ pub struct Host {
     pub joined_at: Timestamp,
     /// When its first heartbeat came; `None` while it is joining.
     pub first_heard_at: Option<Timestamp>,
+    /// Most bytes per second that all migrations together may send from here, and as many to here; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub migration_bandwidth: Option<u64>,
+    /// The same for the links to hosts with a greater id, each way. A link is kept with one of its hosts only.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub link_bandwidth: BTreeMap<HostId, u64>,
 }
 
 impl Host {

@@ -30,8 +30,12 @@ pub const MAX_JOIN_TOKENS: usize = 1_000;
 /// Steps kept with one operation; a longer history keeps the newest.
 pub const MAX_STEPS: usize = 200;
 
-/// Migrations one host takes part in at the same time, unless configured otherwise.
+/// Migrations one host takes part in at the same time before its links are measured, unless configured otherwise.
 pub const DEFAULT_MIGRATIONS_PER_HOST: usize = 2;
+/// Migrations one host takes part in at the same time at most, however little of its links they use.
+pub const MAX_MIGRATIONS_PER_HOST: usize = 8;
+/// Least bandwidth that a limit may leave to migrations, in bytes per second: with less they would never end.
+pub const LEAST_MIGRATION_BANDWIDTH: u64 = 1 << 20;
 /// vCPUs promised per logical CPU of a host before placement turns it down.
 pub const VCPUS_PER_CORE: u32 = 8;
 /// Memory a VMM needs besides the guest's.

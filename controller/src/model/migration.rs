@@ -44,6 +44,10 @@ pub struct Migration {
     pub phase: Option<MigrationPhase>,
     /// Figures of the source, once the migration has ended.
     pub progress: Option<MigrationProgress>,
+    /// Whether something kept it from showing what the link carries: others that ran beside it, or a limit of a host or
+    /// link.
+    #[serde(default)]
+    pub held_back: HeldBack,
     /// What was foreseen when it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub foreseen: Option<Foreseen>,
@@ -51,6 +55,17 @@ pub struct Migration {
     pub started_at: Timestamp,
     /// When it was decided.
     pub ended_at: Option<Timestamp>,
+}
+
+/// Whether a migration had the link for itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeldBack {
+    /// It had, and no limit but its own.
+    #[default]
+    No,
+    /// It shared the link, or was limited.
+    Yes,
 }
 
 /// What was foreseen of a migration when it began, to be compared with what came of it.

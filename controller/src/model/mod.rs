@@ -37,7 +37,7 @@ pub use maintenance::{
     Blocker, BlockerKind, Maintenance, MaintenancePlan, MaintenanceState, MoveAction, MovedState,
     MovedVm, PlannedMove, RestoreOnCancel, ReturnPolicy,
 };
-pub use migration::{Foreseen, ForeseenOutcome, Migration, MigrationState};
+pub use migration::{Foreseen, ForeseenOutcome, HeldBack, Migration, MigrationState};
 pub use network::Network;
 pub use operation::{
     MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, ProvisionCause,

@@ -541,6 +541,14 @@ impl Operation {
         });
     }
 
+    /// Records why it waits before it does anything; a new reason takes the place of the one before.
+    pub fn waits(&mut self, detail: impl Into<String>, now: Timestamp) {
+        self.begin_step("wait", "", now);
+        if let Some(last) = self.steps.last_mut() {
+            last.detail = detail.into();
+        }
+    }
+
     /// Records how the running step ended; nothing happens when there is none.
     pub fn end_step(&mut self, state: StepState, detail: Option<String>, now: Timestamp) {
         if let Some(last) = self.steps.last_mut()

@@ -11,18 +11,22 @@
 //! exactly once, and everything after follows the record.
 
 mod drive;
+mod fair_share;
 
 use super::Ended;
 use super::context::{Conclusion, Context};
 use crate::ledger::Draft;
 use crate::model::rejection::{remedies, summary};
-use crate::model::{Liveness, Migration, MigrationState, Operation, Subject, Vm, Work};
+use crate::model::{HeldBack, Liveness, Migration, MigrationState, Operation, Subject, Vm, Work};
+use crate::plan::admission::{Crowd, Wait, begins};
+use crate::plan::fairness::share;
 use crate::plan::picture;
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
 use drive::{Why, drive, has_ended, source_is_gone, status};
+use fair_share::keep_to_share;
 use godwit_wire::host_api::CancelMigration;
-use godwit_wire::id::{HostId, MigrationId};
+use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::VmmState;
@@ -67,21 +71,30 @@ fn record(context: &Context<'_>, id: MigrationId) -> Result<Arc<Migration>, Ende
 
 enum Begun {
     Migration(MigrationId),
-    Wait,
+    Wait(Wait),
     Ended,
 }
 
 /// Records the migration as soon as both hosts have a free place; `None` when the operation has ended.
 async fn begin(context: &Context<'_>) -> Result<Option<MigrationId>, Ended> {
+    let crowd = Crowd::new(context.core.settings.migrations_per_host);
+    let mut told = None;
     loop {
-        let limit = context.core.settings.migrations_per_host;
-        match context
-            .change(|view, draft, operation| begin_in_turn(view, draft, operation, limit))
-            .await?
-        {
+        let begun = context.change(|view, draft, operation| {
+            let begun = begin_in_turn(view, draft, operation, crowd);
+            if let Begun::Wait(wait) = &begun
+                && told.as_ref() != Some(&wait.topic())
+            {
+                operation.waits(wait.to_string(), draft.now());
+            }
+            begun
+        });
+        let begun = begun.await?;
+        match begun {
             Begun::Migration(id) => return Ok(Some(id)),
             Begun::Ended => return Ok(None),
-            Begun::Wait => {
+            Begun::Wait(wait) => {
+                told = Some(wait.topic());
                 let version = context.view().version;
                 context
                     .core
@@ -96,7 +109,7 @@ fn begin_in_turn(
     view: &View,
     draft: &mut Draft<'_>,
     operation: &mut Operation,
-    limit: usize,
+    crowd: Crowd,
 ) -> Begun {
     let Work::Migrate {
         vm: id,
@@ -140,8 +153,9 @@ fn begin_in_turn(
         Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
         return Begun::Ended;
     }
-    if view.busy_disk(&vm).is_some() {
-        return Begun::Wait;
+    if let Some(disk) = view.busy_disk(&vm) {
+        let name = disk.name.clone();
+        return Begun::Wait(Wait::Disk { name });
     }
     let choice = choose(
         &picture::hosts(view),
@@ -158,23 +172,15 @@ fn begin_in_turn(
         Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
         return Begun::Ended;
     };
-    let busy = |host: HostId| {
-        view.vms
-            .values()
-            .filter_map(|vm| view.migrations.get(&vm.migration?))
-            .filter(|m| m.source == host || m.target == host)
-            .count()
-            >= limit
-    };
-    if busy(source) || busy(target) {
-        return Begun::Wait;
+    if let Err(wait) = begins(view, source, target, crowd) {
+        return Begun::Wait(wait);
     }
     // Whoever began the operation: what the VM forbids is not done.
     let policy = MigrationPolicy {
         post_copy: vm.post_copy.grant(policy.post_copy),
         ..policy
     };
-    let migration = Migration {
+    let mut migration = Migration {
         id: MigrationId::fresh(),
         vm: id,
         vm_name: vm.name.clone(),
@@ -190,10 +196,12 @@ fn begin_in_turn(
         state: MigrationState::Open,
         phase: None,
         progress: None,
+        held_back: HeldBack::No,
         foreseen: None,
         started_at: draft.now(),
         ended_at: None,
     };
+    note_company(view, draft, &mut migration);
     let detail = format!(
         "from {} to {}",
         migration.source_name, migration.target_name
@@ -211,6 +219,27 @@ fn begin_in_turn(
     draft.put_migration(migration);
     draft.put_vm(vm);
     started
+}
+
+/// Those that run beside each other or under a limit do not show what their link carries.
+fn note_company(view: &View, draft: &mut Draft<'_>, migration: &mut Migration) {
+    let touches = |other: &Migration| {
+        [migration.source, migration.target]
+            .iter()
+            .any(|host| other.source == *host || other.target == *host)
+    };
+    let company: Vec<_> = view.moving().filter(|other| touches(other)).collect();
+    let limited = share(view, migration) != migration.policy.max_bandwidth_bytes_per_s;
+    if limited || !company.is_empty() {
+        migration.held_back = HeldBack::Yes;
+    }
+    for other in company {
+        if other.is_open() && other.held_back == HeldBack::No {
+            let mut other = other.as_ref().clone();
+            other.held_back = HeldBack::Yes;
+            draft.put_migration(other);
+        }
+    }
 }
 
 /// Asks the source to stop sending, then voids the migration unless it was committed meanwhile.
@@ -289,10 +318,15 @@ async fn clean_up(context: &Context<'_>, migration: &Migration) -> Result<(), En
 
 /// After the decision for the target: waits until both ends have followed, then releases the source.
 async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
-    if migration.policy.post_copy == PostCopy::Allowed
-        && await_memory(context, migration).await? == Memory::GivenUp
-    {
-        return lose_memory(context, migration).await;
+    if migration.policy.post_copy == PostCopy::Allowed {
+        // What follows the guest keeps to its share, too.
+        let memory = tokio::select! {
+            memory = await_memory(context, migration) => memory?,
+            never = keep_to_share(context, migration, None) => match never {},
+        };
+        if memory == Memory::GivenUp {
+            return lose_memory(context, migration).await;
+        }
     }
     let mut figures = None;
     let followed = context.core.until(|view| {

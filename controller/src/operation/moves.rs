@@ -19,6 +19,7 @@ use crate::model::{
     StartCause, Subject, Vm, Work,
 };
 use crate::operation::fresh;
+use crate::plan::admission::{Crowd, receives_another, sends_another};
 use crate::plan::restore::plan_restore;
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
@@ -60,11 +61,11 @@ async fn moves(context: &Context<'_>) -> Result<(), Ended> {
     loop {
         let mut changed = context.core.ledger.changed();
         changed.mark_unchanged();
-        let parallel = context.core.settings.migrations_per_host;
+        let crowd = Crowd::new(context.core.settings.migrations_per_host);
         let now = Instant::now();
         let round = context
             .change(|view, draft, operation| {
-                round(view, draft, operation, parallel, &mut not_before, now)
+                round(view, draft, operation, crowd, &mut not_before, now)
             })
             .await?;
         if matches!(round, Round::Ended) {
@@ -173,7 +174,7 @@ fn round(
     view: &View,
     draft: &mut Draft<'_>,
     operation: &mut Operation,
-    parallel: usize,
+    crowd: Crowd,
     not_before: &mut BTreeMap<VmId, Instant>,
     now: Instant,
 ) -> Round {
@@ -187,6 +188,11 @@ fn round(
     let leaving = match operation.work {
         Work::Evacuate { host, .. } | Work::Drain { host, .. } => Some(host),
         _ => None,
+    };
+    let ways = match operation.work {
+        Work::Restore { host, .. } => Ways::To(host),
+        Work::Evacuate { host, .. } | Work::Drain { host, .. } => Ways::From(host),
+        _ => return Round::Ended,
     };
     let (id, actor, cancelled) = (
         operation.id,
@@ -221,7 +227,7 @@ fn round(
             continue;
         }
         let due = not_before.get(&task.vm).is_none_or(|due| *due <= now);
-        if running >= parallel || !due {
+        if !due || running >= crowd.unmeasured && !takes_another(view, ways, running, crowd) {
             continue;
         }
         let Some(vm) = Context::vm(view, task.vm) else {
@@ -259,6 +265,21 @@ fn round(
     let maintenance = maintenance.or_else(|| maintenance_of(view, &operation.work).cloned());
     outcome::ended(view, draft, operation, maintenance);
     Round::Ended
+}
+
+/// What all moves of an operation have in common.
+#[derive(Clone, Copy, Debug)]
+enum Ways {
+    From(HostId),
+    To(HostId),
+}
+
+/// Whether one more move may begin beside those that run, because they leave room on the host's link.
+fn takes_another(view: &View, ways: Ways, running: usize, crowd: Crowd) -> bool {
+    match ways {
+        Ways::From(host) => sends_another(view, host, running, crowd),
+        Ways::To(host) => receives_another(view, host, running, crowd),
+    }
 }
 
 fn maintenance_of<'v>(view: &'v View, work: &Work) -> Option<&'v Maintenance> {

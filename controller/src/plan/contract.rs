@@ -8,9 +8,11 @@
 use crate::model::{PostCopyPermission, Vm};
 use crate::plan::dirtying::Dirtying;
 use crate::plan::estimate::{CONNECTING, Figures, figures};
+use crate::plan::fairness::share_of;
 use crate::plan::forecast::{Because, Course, Forecast, Remedy, Verdict};
+use crate::plan::traffic::Flow;
 use crate::view::View;
-use godwit_wire::id::HostId;
+use godwit_wire::id::{HostId, MigrationId};
 use godwit_wire::migration::convergence::{Decision, RoundOutcome};
 use godwit_wire::migration::{MigrationPolicy, PostCopy, Verify};
 use godwit_wire::unit::{Bytes, Mib};
@@ -80,6 +82,18 @@ pub fn foresee_move(
         resident => resident.min(whole),
     };
     let source = vm.owner.unwrap_or(target);
+    let newcomer = Flow {
+        migration: MigrationId(uuid::Uuid::nil()),
+        source,
+        target,
+        limit: policy.max_bandwidth_bytes_per_s,
+        bytes_per_s: None,
+    };
+    // What hosts and links leave it beside the others is a limit as good as its own.
+    let policy = &MigrationPolicy {
+        max_bandwidth_bytes_per_s: share_of(view, newcomer, vm.migration),
+        ..policy.clone()
+    };
     let circumstances = Circumstances {
         resident,
         dirtying: dirtying.unwrap_or_else(|| Dirtying::last_known(usage.dirty_bytes_per_s)),

@@ -1,6 +1,6 @@
 //! How long a migration will take, from sizes and from what earlier migrations showed.
 
-use crate::model::{Migration, MigrationState};
+use crate::model::{HeldBack, Migration, MigrationState};
 use crate::view::View;
 use godwit_wire::id::HostId;
 use godwit_wire::migration::convergence::{EXPECTED_FIXED_COST, fixed_cost};
@@ -104,6 +104,17 @@ pub fn figures(view: &View, source: HostId, target: HostId, policy: &MigrationPo
 pub fn pool_figures(view: &View) -> Figures {
     let nobody = HostId(uuid::Uuid::nil());
     figures(view, nobody, nobody, &MigrationPolicy::default())
+}
+
+/// The most that migrations which `counts` and had the link for themselves have shown it to carry, in bytes per second.
+pub fn link_capacity(view: &View, counts: impl Fn(&Migration) -> bool) -> Option<u64> {
+    let alone = |migration: &Migration| migration.held_back == HeldBack::No && counts(migration);
+    let shown = latest(view, alone, telling_rate);
+    shown
+        .iter()
+        .copied()
+        .max()
+        .filter(|_| shown.len() >= TELLING_PAIR)
 }
 
 /// What the latest migrations showed that `counts`.
@@ -245,6 +256,7 @@ mod tests {
                 }),
                 ..MigrationProgress::default()
             }),
+            held_back: HeldBack::No,
             foreseen: None,
             started_at: Timestamp::UNIX_EPOCH,
             ended_at: None,
@@ -308,6 +320,23 @@ mod tests {
         let figures = between(&view(vec![held_back, void]), 1, 2);
         assert_eq!(figures.bytes_per_s, 70 << 20);
         assert_eq!(figures.fixed_from, Basis::Assumed);
+    }
+
+    #[test]
+    fn a_migration_that_shared_the_link_does_not_show_what_it_carries() {
+        let alone = |n, rate| moved(n, (1, 2), rate, 4_000);
+        let mut shared = alone(4, 900 << 20);
+        shared.held_back = HeldBack::Yes;
+        let from_1 = |migration: &Migration| migration.source == host(1);
+        let few = view(vec![alone(1, 80 << 20), alone(2, 90 << 20), shared.clone()]);
+        assert_eq!(link_capacity(&few, from_1), None);
+        let enough = view(vec![
+            alone(1, 80 << 20),
+            alone(2, 90 << 20),
+            alone(3, 70 << 20),
+            shared,
+        ]);
+        assert_eq!(link_capacity(&enough, from_1), Some(90 << 20));
     }
 
     #[test]

@@ -11,6 +11,12 @@ pub mod dirtying;
 
 pub mod forecast;
 
+pub mod traffic;
+
+pub mod fairness;
+
+pub mod admission;
+
 pub mod contract;
 
 pub mod maintenance;

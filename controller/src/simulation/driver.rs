@@ -16,7 +16,7 @@ use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
-use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady};
+use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -161,6 +161,18 @@ impl HostDriver for SimDriver {
     ) -> Result<DirtyRate, CallError> {
         self.call(to, "dirty rate", |host| host.dirty_rate(vm, ask))
             .await
+    }
+
+    async fn set_migration_bandwidth(
+        &self,
+        to: HostAddress,
+        vm: VmId,
+        command: &MigrationBandwidth,
+    ) -> Result<VmReport, CallError> {
+        self.call(to, "bandwidth", |host| {
+            host.set_migration_bandwidth(vm, command)
+        })
+        .await
     }
 
     async fn cancel_migration(

@@ -24,7 +24,8 @@ use godwit_wire::succession::SuccessionBlackout;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{
-    DirtyRate, DirtyRateRequest, IncomingReady, PauseReason, StopReason, VmmState,
+    DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth, PauseReason, StopReason,
+    VmmState,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -93,6 +94,10 @@ struct State {
     dirtying: DirtyRate,
     /// What sources were told of the cost of a blackout, in order.
     told_fixed_cost_us: Vec<Option<u64>>,
+    /// What sources were told that they may send, in order.
+    told_bytes_per_s: Vec<(VmId, Option<u64>)>,
+    /// What sources here say that they send; 0 when they do not say.
+    sends_bytes_per_s: u64,
     pools: Vec<SimPool>,
 }
 
@@ -136,6 +141,8 @@ impl SimHost {
                 memory_lost: 0,
                 dirtying: DirtyRate::default(),
                 told_fixed_cost_us: Vec::new(),
+                told_bytes_per_s: Vec::new(),
+                sends_bytes_per_s: 0,
                 pools: Vec::new(),
             }),
             linked: watch::Sender::new(true),
@@ -507,6 +514,7 @@ impl SimHost {
             ));
         }
         let mut begun = false;
+        let rate_bytes_per_s = self.state().sends_bytes_per_s;
         let report = self.set(vm, command.epoch, command.generation, |vm, _| {
             if vm
                 .migration
@@ -523,6 +531,7 @@ impl SimHost {
                 phase: MigrationPhase::PreCopy,
                 progress: MigrationProgress {
                     memory_bytes: Bytes(512 << 20),
+                    rate_bytes_per_s,
                     ..MigrationProgress::default()
                 },
                 connected: true,
@@ -532,7 +541,10 @@ impl SimHost {
         })?;
         if begun {
             let told = command.fixed_cost_us;
-            self.state().told_fixed_cost_us.push(told);
+            let share = (vm, command.policy.max_bandwidth_bytes_per_s);
+            let mut state = self.state();
+            state.told_fixed_cost_us.push(told);
+            state.told_bytes_per_s.push(share);
         }
         let hosts = self.hosts.get().unwrap();
         let target = hosts
@@ -576,6 +588,38 @@ impl SimHost {
     /// What its VMMs were told of the cost of a blackout when they were told to send.
     pub(super) fn told_fixed_cost_us(&self) -> Vec<Option<u64>> {
         self.state().told_fixed_cost_us.clone()
+    }
+
+    /// From now on, sources here say that they send so much.
+    pub(super) fn sends_at(&self, bytes_per_s: u64) {
+        self.state().sends_bytes_per_s = bytes_per_s;
+    }
+
+    /// What sources here were told that they may send, in order.
+    pub(super) fn told_bytes_per_s(&self) -> Vec<(VmId, Option<u64>)> {
+        self.state().told_bytes_per_s.clone()
+    }
+
+    pub(super) fn set_migration_bandwidth(
+        &self,
+        vm: VmId,
+        command: &MigrationBandwidth,
+    ) -> Result<VmReport, Problem> {
+        let mut state = self.state();
+        let known = state
+            .vms
+            .get(&vm)
+            .and_then(|known| known.migration.as_ref())
+            .filter(|known| known.migration == command.migration);
+        let status = known.ok_or_else(|| Problem::not_found("migration", command.migration))?;
+        if matches!(
+            status.phase,
+            MigrationPhase::Blackout | MigrationPhase::AwaitingCommit
+        ) {
+            return Err(refuse("handing-over"));
+        }
+        state.told_bytes_per_s.push((vm, command.max_bytes_per_s));
+        Ok(state.report(vm).unwrap())
     }
 
     pub(super) fn cancel_migration(

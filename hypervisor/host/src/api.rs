@@ -80,6 +80,10 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
             "/v1/vms/{vm}/migration/cancel",
             hand_on(POST, Command::Cancel),
         )
+        .route(
+            "/v1/vms/{vm}/migration/bandwidth",
+            hand_on(POST, Command::Bandwidth),
+        )
         .route("/v1/vms/{vm}/upgrade", hand_on(POST, Command::Upgrade))
         .route("/v1/vms/{vm}/dirty-rate", post(dirty_rate))
         .route("/v1/vms/{vm}/serial", get(serial))

@@ -43,7 +43,7 @@ use godwit_wire::id::{Epoch, SnapshotId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{SnapshotReport, TakeSnapshot};
 use godwit_wire::unit::Bytes;
-use godwit_wire::vmm_api::IncomingReady;
+use godwit_wire::vmm_api::{IncomingReady, MigrationBandwidth};
 use tokio::sync::oneshot;
 
 /// Where an answer goes; a caller that has gone away does not stop the work.
@@ -68,6 +68,8 @@ pub(crate) enum Command {
     Prepare(PrepareIncoming, Reply<IncomingReady>),
     Send(StartOutgoing, Reply<VmReport>),
     Cancel(CancelMigration, Reply<VmReport>),
+    /// A migration away from here shall send at another pace.
+    Bandwidth(MigrationBandwidth, Reply<VmReport>),
     /// The machine shall run in a VMM of this agent's program.
     Upgrade(UpgradeVm, Reply<UpgradedVm>),
     /// A disk of the machine shall be larger.

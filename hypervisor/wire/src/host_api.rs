@@ -13,6 +13,7 @@
 //! | `POST /v1/vms/{vm}/outgoing` | [`StartOutgoing`] | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/dirty-rate` | [`DirtyRateRequest`](crate::vmm_api::DirtyRateRequest) | [`DirtyRate`](crate::vmm_api::DirtyRate) |
 //! | `POST /v1/vms/{vm}/migration/cancel` | [`CancelMigration`] | [`VmReport`] |
+//! | `POST /v1/vms/{vm}/migration/bandwidth` | [`MigrationBandwidth`](crate::vmm_api::MigrationBandwidth) | [`VmReport`] |
 //! | `POST /v1/vms/{vm}/upgrade` | [`UpgradeVm`] | [`UpgradedVm`]; the machine runs in a VMM of the agent's program then |
 //! | `DELETE /v1/vms/{vm}?epoch=E` | | `204`; kills what is left of the VM and forgets it |
 //! | `POST /v1/pools/{pool}/images/{image}` | [`ImportImage`](crate::storage::ImportImage) | [`ImageReport`](crate::storage::ImageReport) |

@@ -14,6 +14,7 @@
 //! | `POST /v1/dirty-rate` | [`DirtyRateRequest`] | [`DirtyRate`] |
 //! | `POST /v1/outgoing` | [`OutgoingRequest`] | [`MigrationStatus`] |
 //! | `GET /v1/migration?after=SEQ&wait_ms=MS` | | [`MigrationStatus`]; waits until `sequence > SEQ` |
+//! | `POST /v1/migration/bandwidth` | [`MigrationBandwidth`] | [`MigrationStatus`]; source only: send at another pace |
 //! | `POST /v1/migration/cancel`, `/abort`, `/release` | [`MigrationCommand`] | [`MigrationStatus`] |
 //! | `POST /v1/migration/commit` | [`MigrationCommand`] | [`MigrationStatus`]; target only: run now |
 //! | `PUT /v1/succession/offer` | [`OfferSuccession`] | [`SuccessionStatus`]; predecessor: let a successor come |
@@ -161,6 +162,18 @@ pub struct MigrationCommand {
     pub migration: MigrationId,
     /// For `commit`: the epoch under which the target runs; else the machine's present epoch.
     pub epoch: Epoch,
+}
+
+/// The migration under way shall send no more than so much. Refused with `409 handing-over` while the guest stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationBandwidth {
+    /// The migration meant.
+    pub migration: MigrationId,
+    /// Must be the machine's epoch.
+    pub epoch: Epoch,
+    /// Most bytes per second on all lanes together; absent means no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes_per_s: Option<u64>,
 }
 
 /// Saves the machine to a directory. It goes on as it was, running or paused.

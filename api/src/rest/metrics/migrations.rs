@@ -229,6 +229,7 @@ mod tests {
                 }),
                 ..MigrationProgress::default()
             }),
+            held_back: Default::default(),
             foreseen: Some(Foreseen {
                 outcome: ForeseenOutcome::Converges,
                 took_ms: 7_000,

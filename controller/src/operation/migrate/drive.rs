@@ -1,15 +1,17 @@
 //! An open migration: both ends are told, then watched until the migration is decided.
 
+use super::fair_share::{Share, keep_to_share};
 use crate::model::{Liveness, Migration};
 use crate::operation::context::{Context, Sent};
 use crate::plan::contract::foresee_move;
 use crate::plan::dirtying::Dirtying;
 use crate::plan::estimate::figures;
+use crate::plan::fairness::share;
 use crate::plan::reconcile::MISSING_HEARTBEATS;
 use crate::view::View;
 use godwit_wire::host_api::{PrepareIncoming, StartOutgoing, VmReport};
 use godwit_wire::id::HostId;
-use godwit_wire::migration::{MigrationPhase, MigrationStatus};
+use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationStatus};
 use godwit_wire::vmm_api::{DirtyRateRequest, VmmState};
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -82,9 +84,10 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
     let (prepared, watched) =
         with_what_is_known_by_then(prepared, watch_guest(context, migration)).await;
     let Some(ready) = answer(prepared, &migration.target_name)? else {
-        return watch(context, migration, None).await;
+        return watch(context, migration, None, None).await;
     };
     let figures = figures(&view, migration.source, migration.target, &migration.policy);
+    let granted = share(&context.view(), migration);
     let outgoing = StartOutgoing {
         epoch: migration.epoch,
         generation: migration.send_generation,
@@ -92,7 +95,10 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         target: ready.address,
         // Not kept: after a restart the target is prepared again and repeats it.
         token: ready.token,
-        policy: migration.policy.clone(),
+        policy: MigrationPolicy {
+            max_bandwidth_bytes_per_s: granted,
+            ..migration.policy.clone()
+        },
         fixed_cost_us: figures.learned_fixed_us(),
         leaving_disks: BTreeSet::new(),
         identity: None,
@@ -111,6 +117,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         context,
         migration,
         Some(tokio::time::Instant::now() + MENTION_TIME),
+        Some(granted),
     )
     .await
 }
@@ -180,11 +187,13 @@ fn answer<T>(sent: Sent<T>, name: &str) -> Result<Option<T>, Why> {
     }
 }
 
-/// Waits for the decision. `mention_by` is until when the source must have spoken of the migration.
+/// Waits for the decision, and keeps the source to its share meanwhile. `mention_by` is until when the source must have
+/// spoken of the migration, `granted` what it was told that it may send.
 async fn watch(
     context: &Context<'_>,
     migration: &Migration,
     mention_by: Option<tokio::time::Instant>,
+    granted: Option<Share>,
 ) -> Result<(), Why> {
     let judged = context.core.until(|view| judge(view, migration, context));
     let unmentioned = async {
@@ -200,6 +209,7 @@ async fn watch(
         }
     };
     tokio::select! {
+        never = keep_to_share(context, migration, granted) => match never {},
         judged = judged => judged,
         () = unmentioned => Err(Why::failed(format!(
             "{} accepted the migration and does not mention it", migration.source_name

@@ -196,6 +196,7 @@ impl Driver {
             Command::Prepare(ask, reply) => drop(reply.send(self.prepare(ask).await)),
             Command::Send(ask, reply) => drop(reply.send(self.send(ask).await)),
             Command::Cancel(ask, reply) => drop(reply.send(self.cancel(ask).await)),
+            Command::Bandwidth(ask, reply) => drop(reply.send(self.set_bandwidth(ask).await)),
             Command::Upgrade(ask, reply) => drop(reply.send(self.upgrade(ask).await)),
             Command::Resize(ask, reply) => drop(reply.send(self.resize(ask).await)),
             Command::Snapshot(ask, reply) => drop(reply.send(self.save(ask).await)),

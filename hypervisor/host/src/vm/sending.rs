@@ -10,7 +10,7 @@ use godwit_wire::host_api::{Resolution, StartOutgoing, VmReport};
 use godwit_wire::id::Epoch;
 use godwit_wire::migration::{MigrationPhase, MigrationRole, MigrationStatus};
 use godwit_wire::problem::Problem;
-use godwit_wire::vmm_api::{MigrationCommand, OutgoingRequest, StopReason};
+use godwit_wire::vmm_api::{MigrationBandwidth, MigrationCommand, OutgoingRequest, StopReason};
 use http::Method;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -51,6 +51,35 @@ impl Driver {
         tracing::info!(vm = %self.vm, migration = %ask.migration, target = %ask.target, "sending the VM");
         self.begin_handover(status, MigrationRole::Source, ask.epoch, Some(dirty_log));
         Ok(())
+    }
+
+    /// `POST /v1/vms/{vm}/migration/bandwidth`. It decides nothing, so it may be repeated and may come late.
+    pub(super) async fn set_bandwidth(
+        &mut self,
+        ask: MigrationBandwidth,
+    ) -> Result<VmReport, Problem> {
+        self.present_under(ask.epoch)?;
+        let holding = self
+            .holding
+            .as_ref()
+            .ok_or_else(|| Problem::not_found("VM", self.vm))?;
+        let sends = holding.handover.as_ref().is_some_and(|handover| {
+            handover.migration == ask.migration && handover.role == MigrationRole::Source
+        });
+        if !sends {
+            return Err(Problem::not_found("migration", ask.migration));
+        }
+        let live = holding.live.as_ref().ok_or_else(|| not_running(self.vm))?;
+        let vmm = live.vmm.clone();
+        let told = vmm.request_within(
+            OBEY_TIMEOUT,
+            Method::POST,
+            "/v1/migration/bandwidth",
+            Some(&ask),
+        );
+        self.vmm_answer::<MigrationStatus>(told).await?;
+        tracing::debug!(vm = %self.vm, migration = %ask.migration, max_bytes_per_s = ?ask.max_bytes_per_s, "the VM is sent at another pace");
+        self.answer()
     }
 
     /// A VMM says that it is sending, and this driver does not know: a former agent began it.

@@ -12,7 +12,9 @@ use fake::{Host, MIGRATION_PORTS, graceful, kill_now, start};
 use godwit_wire::host_api::{CommitReply, Resolution, StopMode};
 use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole};
-use godwit_wire::vmm_api::{IncomingRequest, PauseReason, StopReason, VmmState};
+use godwit_wire::vmm_api::{
+    IncomingRequest, MigrationBandwidth, PauseReason, StopReason, VmmState,
+};
 use std::collections::BTreeSet;
 use std::time::Duration;
 
@@ -517,6 +519,30 @@ async fn a_source_whose_agent_restarts_learns_the_outcome_from_the_store() {
     };
     next.until(vm, |report| report.state == Some(away.clone()))
         .await;
+}
+
+#[tokio::test]
+async fn a_migration_under_way_is_told_another_pace_and_one_that_is_not_known_is_not() {
+    let mut host = Host::new().await;
+    let vm = VmId::fresh();
+    let migration = sending(&mut host, vm).await;
+    let pace = |migration, epoch| MigrationBandwidth {
+        migration,
+        epoch: Epoch(epoch),
+        max_bytes_per_s: Some(1 << 20),
+    };
+    let ask = async |ask| {
+        host.registry
+            .ask(vm, |reply| Command::Bandwidth(ask, reply))
+            .await
+    };
+    let stranger = ask(pace(MigrationId::fresh(), 3)).await;
+    assert_eq!(stranger.unwrap_err().kind, "not-found");
+    let stale = ask(pace(migration, 2)).await;
+    assert_eq!(stale.unwrap_err().kind, "stale-epoch");
+    assert_eq!(host.fakes.paced(vm), None);
+    ask(pace(migration, 3)).await.unwrap();
+    assert_eq!(host.fakes.paced(vm), Some((1 << 20).into()));
 }
 
 #[tokio::test]

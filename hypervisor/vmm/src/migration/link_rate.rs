@@ -35,6 +35,11 @@ impl LinkRate {
         }
     }
 
+    /// No more than `limit` goes on the wire per second from now on.
+    pub(super) const fn limit_to(&mut self, limit: Option<u64>) {
+        self.limit = limit;
+    }
+
     /// Bytes of guest memory per second.
     pub(super) const fn bytes_per_s(&self) -> u64 {
         self.bytes_per_s

@@ -49,7 +49,7 @@ mod watching;
 
 pub use hand_over::{HandOverError, Memory, SourceHandOver, TargetHandOver};
 pub use ledger::Ledger;
-pub use source::{Outgoing, SourceMachine, send_machine};
+pub use source::{Outgoing, SourceMachine, StandsStill, send_machine};
 pub use stream::StreamError;
 pub use target::{Incoming, MigrationListener, TargetMachine, ThisCpu, receive_machine};
 pub use watching::watch_dirtying;

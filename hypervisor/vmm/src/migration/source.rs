@@ -50,20 +50,43 @@ pub trait SourceMachine: Send {
     fn gone(&self);
 }
 
+/// The guest stands still for its hand-over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest stands still to be handed over")]
+pub struct StandsStill;
+
 /// A migration away from here, as its owner holds it.
 #[derive(Debug)]
 pub struct Outgoing {
     /// What is known of it.
     pub ledger: Arc<Ledger<SourceHandOver>>,
     sockets: Sockets,
+    /// What all lanes but the urgent ones keep to.
+    pace: Pace,
 }
 
 impl Outgoing {
-    /// One that is about to begin.
-    pub const fn new(ledger: Arc<Ledger<SourceHandOver>>) -> Self {
+    /// One that is about to begin, and may send so much per second; without a limit if that is absent.
+    pub fn new(
+        ledger: Arc<Ledger<SourceHandOver>>,
+        max_bandwidth_bytes_per_s: Option<u64>,
+    ) -> Self {
         Self {
             ledger,
             sockets: Sockets::new(),
+            pace: Pace::new(max_bandwidth_bytes_per_s),
+        }
+    }
+
+    /// From now on it sends no more than so much per second. Refused while the guest stands still: its blackout was
+    /// predicted with the limit there was.
+    pub fn set_bandwidth(&self, max_bytes_per_s: Option<u64>) -> Result<(), StandsStill> {
+        match self.ledger.status().phase {
+            MigrationPhase::Blackout | MigrationPhase::AwaitingCommit => Err(StandsStill),
+            _ => {
+                self.pace.set(max_bytes_per_s);
+                Ok(())
+            }
         }
     }
 
@@ -236,7 +259,7 @@ impl Session<'_> {
     ) -> Result<Option<Dark>, SourceError> {
         let shared = Shared {
             log,
-            pace: Pace::new(self.request.policy.max_bandwidth_bytes_per_s),
+            pace: &self.outgoing.pace,
             at_once: Pace::new(None),
             tally: Tally::default(),
         };
@@ -269,7 +292,7 @@ impl Session<'_> {
 /// What all lanes of a migration have in common.
 struct Shared<'a> {
     log: &'a DirtyLog,
-    pace: Pace,
+    pace: &'a Pace,
     /// For urgent lanes: the guest waits for what they carry.
     at_once: Pace,
     tally: Tally,

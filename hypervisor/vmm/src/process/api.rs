@@ -38,6 +38,10 @@ pub(super) fn router(driver: DriverHandle) -> Router {
         .route("/v1/outgoing", post(outgoing))
         .route("/v1/migration", get(migration))
         .route("/v1/migration/cancel", command(Driver::cancel))
+        .route(
+            "/v1/migration/bandwidth",
+            command(Driver::set_migration_bandwidth),
+        )
         .route("/v1/migration/abort", command(Driver::abort))
         .route("/v1/migration/release", command(Driver::release))
         .route("/v1/migration/commit", command(Driver::commit))

@@ -234,6 +234,8 @@ struct Inner {
     /// What the latest `incoming` or `outgoing` said.
     handover: Value,
     committed: Option<(MigrationId, Epoch)>,
+    /// The limit that its migration was given last.
+    paced: Option<Value>,
     heeds_stop: bool,
     attachments: Attachments,
 }
@@ -370,6 +372,11 @@ impl Fakes {
             .count()
     }
 
+    /// The limit that the VM's migration was given last, while it was under way.
+    pub(crate) fn paced(&self, vm: VmId) -> Option<Value> {
+        self.machine(vm).inner.lock().unwrap().paced.clone()
+    }
+
     pub(crate) fn committed(&self, vm: VmId) -> Option<(MigrationId, Epoch)> {
         self.machine(vm).inner.lock().unwrap().committed
     }
@@ -444,6 +451,7 @@ fn born(
             calls: Vec::new(),
             handover: Value::Null,
             committed: None,
+            paced: None,
             heeds_stop: true,
             attachments: Attachments::default(),
         }),
@@ -660,6 +668,11 @@ async fn answer(
         "migration/abort" | "migration/cancel" => {
             let mut inner = machine.inner.lock().unwrap();
             inner.enter(MigrationPhase::Failed);
+            return Ok(Json(json!(inner.migration)));
+        }
+        "migration/bandwidth" => {
+            let mut inner = machine.inner.lock().unwrap();
+            inner.paced = Some(body["max_bytes_per_s"].clone());
             return Ok(Json(json!(inner.migration)));
         }
         "migration/release" => return Ok(Json(json!(machine.inner.lock().unwrap().migration))),

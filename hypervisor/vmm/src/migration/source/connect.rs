@@ -171,7 +171,7 @@ impl Session<'_> {
             let out = self.open_lane(LaneKind::Bulk, lane)?;
             let socket = out.socket().map_err(StreamError::from)?;
             let squeeze = Squeeze::new(self.request.policy.compression);
-            let lane = Lane::new(out, memory, &shared.pace, &shared.tally, squeeze);
+            let lane = Lane::new(out, memory, shared.pace, &shared.tally, squeeze);
             Ok((lane, socket))
         });
         let bulk = bulk.collect::<Result<_, SourceError>>()?;

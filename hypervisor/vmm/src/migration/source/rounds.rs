@@ -34,7 +34,7 @@ impl Session<'_> {
         };
         let mut dirty = log.first_round();
         let (mut rest_bytes, mut throttle_percent) = (bytes_of(&dirty), 0);
-        let mut link = LinkRate::new(policy.max_bandwidth_bytes_per_s);
+        let mut link = LinkRate::new(self.outgoing.pace.bytes_per_s());
         let fixed_cost = fixed_cost(self.request.fixed_cost_us, policy.downtime_limit_ms);
         for number in 1.. {
             let (began, before) = (Instant::now(), tally.read());
@@ -55,6 +55,7 @@ impl Session<'_> {
                 other => return Err(out_of_turn(other, "RoundReceived")),
             }
             let duration = began.elapsed();
+            link.limit_to(self.outgoing.pace.bytes_per_s());
             link.observe(SentRound {
                 content_pages: sent.content_pages - before.content_pages,
                 bare_pages: sent.zero_pages + sent.kept_pages

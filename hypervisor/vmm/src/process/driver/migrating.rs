@@ -6,6 +6,7 @@ use crate::migration::{HandOverError, SourceMachine, TargetMachine, ThisCpu};
 use godwit_wire::devices::MemoryBacking;
 use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationToken, TargetMemory};
+use godwit_wire::vmm_api::MigrationBandwidth;
 use std::time::Duration;
 
 impl Driver {
@@ -129,7 +130,10 @@ impl Driver {
             MigrationRole::Source,
             SourceHandOver::Copying,
         );
-        let outgoing = Arc::new(Outgoing::new(Arc::new(ledger)));
+        let outgoing = Arc::new(Outgoing::new(
+            Arc::new(ledger),
+            request.policy.max_bandwidth_bytes_per_s,
+        ));
         let machine = self.machine()?;
         let (ram, log) = (machine.ram().clone(), machine.dirty_log().clone());
         let guest_cpu = machine.guest_cpu().clone();
@@ -175,6 +179,30 @@ impl Driver {
                 self.void_incoming();
             }
         }
+        self.status()
+    }
+
+    /// The migration shall send at another pace from now on.
+    pub(in crate::process) fn set_migration_bandwidth(
+        &mut self,
+        command: MigrationBandwidth,
+    ) -> Result<MigrationStatus, Problem> {
+        let addressed = self.addressed(MigrationCommand {
+            migration: command.migration,
+            epoch: command.epoch,
+        })?;
+        let Addressed::Outgoing(outgoing) = addressed else {
+            return Err(Problem::conflict(
+                "wrong-role",
+                "this is the target of the migration; its source sends",
+            ));
+        };
+        outgoing
+            .set_bandwidth(command.max_bytes_per_s)
+            .map_err(|refused| {
+                Problem::conflict("handing-over", refused.to_string())
+                    .with_remedy("repeat this when it has been handed over, if it still matters")
+            })?;
         self.status()
     }
 
