@@ -22,6 +22,7 @@ use godwit_channel::tls::{self, Listener};
 use godwit_wire::id::{ImageId, VmId};
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::storage::ImportSource;
+use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::DirtyRateRequest;
 use jiff::Timestamp;
 use std::net::SocketAddr;
@@ -286,7 +287,11 @@ impl Controller {
         };
         let view = self.view();
         if let (Some(watched), Some(vm)) = (watched, view.vms.get(vm)) {
-            let forecast = foresee_move(&view, vm, target, policy, Some(watched));
+            let disks = preview
+                .forecast
+                .as_ref()
+                .map_or(Bytes(0), |known| known.disks);
+            let forecast = foresee_move(&view, vm, target, policy, disks, Some(watched));
             preview.forecast = Some(forecast);
         }
         Ok(preview)

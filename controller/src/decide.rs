@@ -10,6 +10,8 @@ mod host_limits;
 
 mod maintenance;
 
+mod migrate;
+
 mod network;
 
 mod snapshot;
@@ -64,8 +66,18 @@ pub(crate) fn decide(
         Intent::RebootVm { vm, mode } => vm::reboot(view, draft, *vm, *mode, actor),
         Intent::PauseVm { vm } => vm::pause(view, draft, *vm, actor),
         Intent::ResumeVm { vm } => vm::resume(view, draft, *vm, actor),
-        Intent::MigrateVm { vm, target, policy } => {
-            vm::migrate(view, draft, *vm, *target, policy, actor)
+        Intent::MigrateVm {
+            vm,
+            target,
+            policy,
+            disks,
+        } => {
+            let way = migrate::Way {
+                target: *target,
+                policy,
+                disks,
+            };
+            migrate::migrate(view, draft, *vm, &way, actor)
         }
         Intent::CancelOperation { operation } => cancel_operation(view, draft, *operation, actor),
         Intent::CordonHost { host, reason } => host::cordon(view, draft, *host, reason, actor),

@@ -8,8 +8,8 @@ pub use devices::{
 };
 
 use crate::model::{
-    DisksOnDelete, HostRejection, MaintenancePlan, MaintenancePolicy, PostCopyPermission,
-    PowerIntent, RestoreOnCancel, ReturnPolicy,
+    DisksOnDelete, DisksOnMove, HostRejection, MaintenancePlan, MaintenancePolicy,
+    PostCopyPermission, PowerIntent, RestoreOnCancel, ReturnPolicy,
 };
 use crate::plan::forecast::Forecast;
 use godwit_wire::host_api::{LeasePolicy, StopMode};
@@ -80,6 +80,8 @@ pub enum Intent {
         target: Option<HostId>,
         /// Limits.
         policy: MigrationPolicy,
+        /// What becomes of disks that the target does not see.
+        disks: DisksOnMove,
     },
     /// Calls an operation off; what cannot be called off any more is finished.
     CancelOperation {

@@ -104,7 +104,8 @@ async fn execute(core: &Arc<Core>, id: OperationId) {
         | Work::DeleteImage { .. }
         | Work::CreateDisk { .. }
         | Work::GrowDisk { .. }
-        | Work::DeleteDisk { .. } => storage::run(&context).await,
+        | Work::DeleteDisk { .. }
+        | Work::EraseCopy { .. } => storage::run(&context).await,
         Work::Upgrade { .. } => upgrade::run(&context).await,
         Work::Evacuate { .. } | Work::Drain { .. } | Work::Restore { .. } => {
             moves::run(&context).await

@@ -15,6 +15,8 @@ mod tests;
 
 mod tests_crash;
 
+mod tests_disks;
+
 mod tests_failover;
 
 mod tests_forecast;
@@ -31,7 +33,8 @@ use crate::controller::Controller;
 use crate::core::Settings;
 use crate::intent::{Accepted, Intent, NewVm};
 use crate::model::{
-    Actor, DiskState, Host, HostState, MaintenancePolicy, OperationState, PowerIntent, VmState,
+    Actor, Disk, DiskState, Host, HostState, MaintenancePolicy, OperationState, PowerIntent,
+    VmState,
 };
 use crate::store::Store;
 use crate::store::memory::MemoryStore;
@@ -163,6 +166,7 @@ impl Pool {
         assert_eq!(images, known, "images in the pools and in the records");
         for disk in view.disks.values() {
             assert_eq!((&disk.state, disk.operation), (&DiskState::Ready, None));
+            self.check_disk(&view, disk);
         }
         let held = |prefix: &str| self.store.list(prefix).unwrap().0.len();
         let specs = || view.vms.values().map(|vm| &vm.spec);
@@ -172,6 +176,30 @@ impl Pool {
             .map(|spec| crate::view::attachments(spec).count())
             .sum();
         assert_eq!(held("attachment/"), attached, "attachments");
+    }
+
+    /// A disk has one file, where its record and the machine that has it say; a VM that runs finds it written.
+    fn check_disk(&self, view: &View, disk: &Disk) {
+        let pools = self.hosts.values().flat_map(|host| host.pools());
+        let pools: BTreeMap<PoolId, SimPool> = pools.map(|pool| (pool.id, pool)).collect();
+        let files: Vec<PoolId> = pools
+            .values()
+            .filter(|pool| pool.disks().contains(&disk.id))
+            .map(|pool| pool.id)
+            .collect();
+        assert_eq!(files, [disk.pool], "files of {}", disk.name);
+        for vm in view.vms.values() {
+            let mut attached = crate::view::attachments(&vm.spec);
+            if let Some(attached) = attached.find(|attached| attached.disk == disk.id) {
+                assert_eq!(
+                    attached.pool, disk.pool,
+                    "where {} finds {}",
+                    vm.name, disk.name
+                );
+                let written = pools[&disk.pool].is_written(disk.id);
+                assert!(written || vm.owner.is_none(), "{} is blank", disk.name);
+            }
+        }
     }
 
     fn server_now(&self) -> (crate::agents::Agents, Arc<Life>) {

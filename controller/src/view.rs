@@ -636,8 +636,12 @@ impl View {
         match figures.phase {
             None | Some(MigrationPhase::Connecting) => 0.0,
             Some(MigrationPhase::PreCopy | MigrationPhase::Failed | MigrationPhase::Cancelled) => {
-                let sent = figures.progress.transferred_bytes.0 as f64;
-                let left = figures.progress.remaining_bytes.0 as f64;
+                let progress = &figures.progress;
+                // What of the disks needs no sending is as good as sent.
+                let disks = progress.disk_bytes.0 as f64;
+                let disks_left = progress.disk_remaining_bytes.0 as f64;
+                let sent = progress.transferred_bytes.0 as f64 + (disks - disks_left).max(0.0);
+                let left = progress.remaining_bytes.0 as f64 + disks_left;
                 if sent + left > 0.0 {
                     (sent / (sent + left)).min(0.9)
                 } else {

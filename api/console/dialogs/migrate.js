@@ -29,6 +29,7 @@ export function MigrateDialog({ vm, close }) {
   const [compress, setCompress] = useState(true);
   const [verify, setVerify] = useState(false);
   const [postCopy, setPostCopy] = useState(false);
+  const [withDisks, setWithDisks] = useState(false);
   const path = `/v1/vms/${vm.id}/migrate`;
   const policy = {
     downtime_limit_ms: Number(limit),
@@ -39,9 +40,10 @@ export function MigrateDialog({ vm, close }) {
     ...(postCopy ? { allow_postcopy: true } : {}),
     ...(deadline ? { deadline_s: Number(deadline) } : {}),
   };
-  const body = { ...(target ? { target } : {}), policy };
-  // Where it could go does not depend on what is chosen; what will become of it does.
-  const dry = useAnswer(vm.id, (signal) => tryPost(path, {}, signal));
+  const along = withDisks ? { disks: 'along' } : {};
+  const body = { ...(target ? { target } : {}), policy, ...along };
+  // Where it could go depends on whether its disks go with it and on nothing else; what will become of it does.
+  const dry = useAnswer(`${vm.id} ${withDisks}`, (signal) => tryPost(path, along, signal));
   const asked = JSON.stringify(body);
   const [usual] = useState(asked);
   // What is usual has been asked for already.
@@ -71,6 +73,9 @@ export function MigrateDialog({ vm, close }) {
             rejection=${placement?.rejections.find((rejection) => rejection.host === host.id)} chosen=${target === host.id}
             choose=${setTarget} />`)}
         </fieldset>`}
+        <label class="check">
+          <input type="checkbox" checked=${withDisks} data-testid="migrate-with-disks"
+            onChange=${(event) => setWithDisks(event.target.checked)} /> Take disks along that the target does not see</label>
         <details class="advanced">
           <summary>Limits</summary>
           <div class="fields">

@@ -17,6 +17,7 @@ export function Forecast({ forecast, busy }) {
   const figures = [
     [stays ? 'Given up after' : 'Time', seconds(forecast.seconds)],
     ['To send', mib(forecast.mib)],
+    forecast.disk_bytes > 0 && ['Disks', `at most ${bytes(forecast.disk_bytes)}`],
     ['Blackout', milliseconds(forecast.blackout_ms)],
     forecast.throttle_percent > 0 && ['Guest slowed by', percent(forecast.throttle_percent)],
     ['Dirty rate', rate(measured.dirty_bytes_per_s)],

@@ -149,6 +149,34 @@ fn a_vm_is_shown_with_its_migration() {
 }
 
 #[test]
+fn a_migration_with_disks_tells_how_far_they_are() {
+    let mut moving = migration_json();
+    moving["disks"] = json!([{
+        "disk": VM, "name": "data", "bytes": 4_294_967_296u64, "from_pool": POOL, "from_pool_name": "local",
+        "to_pool": POOL, "to_pool_name": "fast"
+    }]);
+    moving["progress"]["disk_bytes"] = json!(4_294_967_296u64);
+    moving["progress"]["disk_remaining_bytes"] = json!(3_221_225_472u64);
+    moving["progress"]["disk_transferred_bytes"] = json!(1_073_741_824u64);
+    check(
+        render::migration(&read::<Migration>(moving)),
+        expect![[r#"
+            Id:        019300aa-0000-7000-8000-0000000000b1
+            VM:        db-1
+            Way:       host-1 to host-2
+            State:     open (pre_copy)
+            Round:     2
+            Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+            Remaining: 12.0 MiB
+            Disks:     data from local to fast; 1.0 GiB sent, 3.0 GiB of 4.0 GiB remain
+            Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
+            Time:      2.3 s
+            Downtime:  48 ms (predicted)
+        "#]],
+    );
+}
+
+#[test]
 fn hosts_show_what_they_promised_and_what_they_use() {
     let host: Host = read(json!({
         "id": HOST_1, "name": "host-1", "address": "10.0.0.11:7072", "state": "cordoned",

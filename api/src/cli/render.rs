@@ -390,6 +390,7 @@ pub(super) fn migration(migration: &Migration) -> String {
             nonzero(progress.saved_bytes).map(|saved| format!("{} by compression", bytes(saved))),
         )
         .line("Remaining", bytes(progress.remaining_bytes))
+        .maybe("Disks", disks_along(migration))
         .line(
             "Rate",
             format!(
@@ -435,6 +436,30 @@ fn bandwidth(host: &Host) -> Option<String> {
         .map(|link| format!("{} to and from {}", rate(link.bytes_per_s), link.host_name));
     let told: Vec<String> = whole.into_iter().chain(links).collect();
     (!told.is_empty()).then(|| format!("at most {}", told.join(", ")))
+}
+
+/// The disks that move along, and how far they are.
+fn disks_along(migration: &Migration) -> Option<String> {
+    let progress = &migration.progress;
+    let ways = migration.disks.iter().map(|disk| {
+        format!(
+            "{} from {} to {}",
+            disk.name, disk.from_pool_name, disk.to_pool_name
+        )
+    });
+    let ways: Vec<String> = ways.collect();
+    if ways.is_empty() && progress.disk_bytes == 0 {
+        return None;
+    }
+    let far = format!(
+        "{} sent, {} of {} remain",
+        bytes(progress.disk_transferred_bytes),
+        bytes(progress.disk_remaining_bytes),
+        bytes(progress.disk_bytes)
+    );
+    let far = (progress.disk_bytes > 0).then_some(far);
+    let parts: Vec<String> = ways.into_iter().chain(far).collect();
+    Some(parts.join("; "))
 }
 
 /// What a source that does not know or has nothing to tell leaves at 0.

@@ -28,6 +28,9 @@ pub struct Migration {
     pub phase: Option<MigrationPhase>,
     /// Figures.
     pub progress: MigrationProgress,
+    /// Disks whose content moves along.
+    #[serde(default)]
+    pub disks: Vec<MigrationDisk>,
     /// Why it failed or was cancelled.
     pub reason: Option<String>,
     /// What was foreseen when it began; absent until then.
@@ -37,6 +40,25 @@ pub struct Migration {
     pub started_at: Timestamp,
     /// When it ended.
     pub ended_at: Option<Timestamp>,
+}
+
+/// A disk whose content moves along with its VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MigrationDisk {
+    /// The disk.
+    pub disk: Uuid,
+    /// Its name in the VM.
+    pub name: String,
+    /// Size the guest sees.
+    pub bytes: u64,
+    /// The storage pool it leaves.
+    pub from_pool: Uuid,
+    /// Name of that pool.
+    pub from_pool_name: String,
+    /// The storage pool it goes to.
+    pub to_pool: Uuid,
+    /// Name of that pool.
+    pub to_pool_name: String,
 }
 
 /// What the store has decided about a migration.
@@ -115,6 +137,15 @@ pub struct MigrationProgress {
     /// How long the target took to take host memory, before anything was sent.
     #[serde(default)]
     pub prefault_ms: u64,
+    /// What is to be moved of disks, in all.
+    #[serde(default)]
+    pub disk_bytes: u64,
+    /// What remains of that.
+    #[serde(default)]
+    pub disk_remaining_bytes: u64,
+    /// What was sent of disks.
+    #[serde(default)]
+    pub disk_transferred_bytes: u64,
     /// What the blackout consisted of; known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub blackout: Option<Blackout>,
@@ -207,6 +238,9 @@ pub struct Forecast {
     pub seconds: f64,
     /// Guest memory sent.
     pub mib: u64,
+    /// Size of the disks that move along: no more is sent of them.
+    #[serde(default)]
+    pub disk_bytes: u64,
     /// Time the guest stands still; if it will not converge, what it would be.
     pub blackout_ms: u64,
     /// How much the guest is slowed down; 0 if that is not needed.

@@ -31,8 +31,8 @@ pub use maintenance::{
 };
 pub use migration::{
     Blackout, DirtyReading, Forecast, ForecastFigures, ForecastOption, ForecastReason, Foreseen,
-    Migration, MigrationOutlook, MigrationPhase, MigrationProgress, MigrationState, PostCopy,
-    VcpuBusy,
+    Migration, MigrationDisk, MigrationOutlook, MigrationPhase, MigrationProgress, MigrationState,
+    PostCopy, VcpuBusy,
 };
 pub use network::{CreateNetwork, Lease, Network, NetworkAccepted, Subnet, Transport};
 pub use operation::{
@@ -42,8 +42,8 @@ pub use operation::{
 pub use problem::{FieldProblem, Problem};
 pub use request::{
     CancelMaintenance, ChangeHost, ChangeVm, Compression, CreateJoinToken, CreateMaintenance,
-    CreateVm, DeleteDisks, HostReason, LinkBandwidth, MigrateVm, MigrationPolicy, StartVm,
-    StopMode, StopVm, Verify, VmTemplate,
+    CreateVm, DeleteDisks, HostReason, LinkBandwidth, MigrateDisks, MigrateVm, MigrationPolicy,
+    StartVm, StopMode, StopVm, Verify, VmTemplate,
 };
 pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot, SnapshotAccepted, SnapshotState};
 pub use storage::{

@@ -12,7 +12,8 @@ pub struct Operation {
     /// Never changes.
     pub id: Uuid,
     /// What is done: `create`, `change`, `start`, `stop`, `reboot`, `pause`, `resume`, `migrate`, `delete`, `restart`,
-    /// `upgrade`, `evacuate`, `drain`, `restore`, `create_image`, `delete_image`, `create_disk`, `grow_disk` or `delete_disk`.
+    /// `upgrade`, `evacuate`, `drain`, `restore`, `create_image`, `delete_image`, `create_disk`, `grow_disk`,
+    /// `delete_disk` or `erase_copy`.
     pub kind: String,
     /// What it is done to.
     pub subject: Subject,

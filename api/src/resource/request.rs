@@ -155,6 +155,23 @@ pub struct MigrateVm {
     /// Limits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<MigrationPolicy>,
+    /// What becomes of disks that the target does not see; `shared_only` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<MigrateDisks>,
+    /// Id or name, at the target, of the storage pool that disks go to which move along; one of the same name, else the
+    /// roomiest, when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_pool: Option<String>,
+}
+
+/// What becomes of a VM's disks that the target of a migration does not see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MigrateDisks {
+    /// They keep the VM from going there.
+    SharedOnly,
+    /// Their content moves along, into a storage pool of the target with room for all of it.
+    Along,
 }
 
 /// Starts a VM.

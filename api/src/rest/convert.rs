@@ -300,10 +300,31 @@ pub(super) fn migration(view: &View, migration: &model::Migration) -> api::Migra
             MigrationPhase::Cancelled => api::MigrationPhase::Cancelled,
         }),
         progress: progress(&figures.progress),
+        disks: migration
+            .disks
+            .iter()
+            .map(|disk| moving_disk(view, migration, disk))
+            .collect(),
         reason,
         foreseen: migration.foreseen.as_ref().map(forecast::foreseen),
         started_at: migration.started_at,
         ended_at: migration.ended_at,
+    }
+}
+
+fn moving_disk(
+    view: &View,
+    migration: &model::Migration,
+    disk: &model::MovingDisk,
+) -> api::MigrationDisk {
+    api::MigrationDisk {
+        disk: disk.disk.0,
+        name: disk.name.clone(),
+        bytes: disk.bytes.0,
+        from_pool: disk.from.0,
+        from_pool_name: view.pool_name_at(migration.source, disk.from),
+        to_pool: disk.to.0,
+        to_pool_name: view.pool_name_at(migration.target, disk.to),
     }
 }
 
@@ -325,6 +346,9 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
         stalled_us: progress.stalled_us.clone(),
         saved_bytes: progress.saved_bytes.0,
         prefault_ms: progress.prefault_ms,
+        disk_bytes: progress.disk_bytes.0,
+        disk_remaining_bytes: progress.disk_remaining_bytes.0,
+        disk_transferred_bytes: progress.disk_transferred_bytes.0,
         blackout: progress.blackout.map(|parts| api::Blackout {
             predicted_us: parts.predicted_us,
             pause_us: parts.pause_us,

@@ -1,6 +1,7 @@
 //! What an operator asks of a migration, judged field by field.
 
-use crate::resource::{Compression, MigrationPolicy, Verify};
+use crate::resource::{Compression, MigrateDisks, MigrationPolicy, Verify};
+use godwit_controller::model::DisksOnMove;
 use godwit_wire::migration::{self, MAX_LANES};
 use godwit_wire::problem::FieldProblem;
 
@@ -8,6 +9,22 @@ use godwit_wire::problem::FieldProblem;
 const MAX_THROTTLE_PERCENT: u8 = 99;
 /// A slower migration would never end.
 const LEAST_BANDWIDTH_BYTES_PER_S: u64 = 1 << 20;
+
+/// What becomes of disks that the target does not see: they stay unless it is asked that they move.
+pub(super) fn disks_on_move(
+    asked: Option<MigrateDisks>,
+    pool: Option<String>,
+) -> Result<DisksOnMove, FieldProblem> {
+    match (asked, pool) {
+        (Some(MigrateDisks::Along), pool) => Ok(DisksOnMove::Along { pool }),
+        (None | Some(MigrateDisks::SharedOnly), None) => Ok(DisksOnMove::SharedOnly),
+        (None | Some(MigrateDisks::SharedOnly), Some(pool)) => Err(FieldProblem::new(
+            "disk_pool",
+            format!("no disk moves into {pool}, because disks shall not move along"),
+            "ask for `\"disks\": \"along\"` too, or leave the pool out",
+        )),
+    }
+}
 
 /// The policy with the usual values where nothing is asked, or everything that is wrong with it.
 pub(super) fn migration_policy(
@@ -144,6 +161,20 @@ mod tests {
             migration_policy(MigrationPolicy::default()),
             Ok(migration::MigrationPolicy::default())
         );
+    }
+
+    #[test]
+    fn disks_stay_unless_it_is_asked_that_they_move() {
+        let pool = || Some("fast".to_owned());
+        assert_eq!(disks_on_move(None, None), Ok(DisksOnMove::SharedOnly));
+        assert_eq!(
+            disks_on_move(Some(MigrateDisks::Along), pool()),
+            Ok(DisksOnMove::Along { pool: pool() })
+        );
+        for stay in [None, Some(MigrateDisks::SharedOnly)] {
+            let problem = disks_on_move(stay, pool()).expect_err("nothing would go there");
+            assert_eq!(problem.field, "disk_pool");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::extract::{
     vm_named,
 };
 use super::page::{PageQuery, page};
-use super::policy::migration_policy;
+use super::policy::{disks_on_move, migration_policy};
 use super::{Api, convert};
 use crate::resource::{
     Boot, ChangeVm, CreateVm, DeleteDisks, DryRun, List, MachineSpec, MachineType, MigrateVm,
@@ -346,7 +346,15 @@ async fn migrate(
     let target = host_in_field(&api.controller.view(), "target", body.target.as_deref())?;
     let policy = migration_policy(body.policy.unwrap_or_default())
         .map_err(|found| Refusal(Problem::invalid(found)))?;
-    carry_out(&api, &by, query, Intent::MigrateVm { vm, target, policy }).await
+    let disks = disks_on_move(body.disks, body.disk_pool)
+        .map_err(|found| Refusal(Problem::invalid(vec![found])))?;
+    let intent = Intent::MigrateVm {
+        vm,
+        target,
+        policy,
+        disks,
+    };
+    carry_out(&api, &by, query, intent).await
 }
 
 fn id(api: &Api, name: &str) -> Result<VmId, Refusal> {

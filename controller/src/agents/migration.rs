@@ -3,12 +3,15 @@
 use crate::agents::not_the_caller;
 use crate::core::Core;
 use crate::ledger::Draft;
-use crate::model::{Actor, MigrateCause, Migration, MigrationState, Subject, Work};
+use crate::model::{
+    Actor, BlankDisk, Disk, MigrateCause, Migration, MigrationState, Subject, Vm, Work,
+};
 use crate::view::View;
 use godwit_wire::host_api::{CommitReply, CommitRequest, Resolution, ResolveRequest};
 use godwit_wire::id::{HostId, MigrationId};
 use godwit_wire::migration::MigrationRole;
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::DiskOrigin;
 
 /// The target holds everything: it gets the VM if the migration is open and the VM still the source's.
 pub(super) async fn commit(
@@ -69,6 +72,11 @@ fn decide(
         return refused(reason);
     }
     let mut vm = vm.as_ref().clone();
+    if !hand_over_disks(draft, &migration, &mut vm) {
+        let reason = "the VM's disks are not as they were when it began";
+        void(draft, migration, reason);
+        return refused(reason);
+    }
     vm.give_to(migration.target);
     let operation = view.operations.get(&migration.operation);
     if matches!(
@@ -90,6 +98,29 @@ fn decide(
     draft.put_migration(migration);
     draft.put_vm(vm);
     Ok(CommitReply::Granted { epoch })
+}
+
+/// With the VM go its disks, in the same transaction: the record of each names the pool at the target, where it is whole
+/// by itself, and the machine finds it there. Whether they are as the migration found them; nothing is written otherwise.
+fn hand_over_disks(draft: &mut Draft<'_>, migration: &Migration, vm: &mut Vm) -> bool {
+    let mut disks = Vec::with_capacity(migration.disks.len());
+    for moving in &migration.disks {
+        let held =
+            |disk: &Disk| disk.pool == moving.from && disk.operation == Some(migration.operation);
+        match draft.disk(moving.disk).filter(held) {
+            Some(disk) if moving.blank == BlankDisk::Made => disks.push(Disk {
+                pool: moving.to,
+                origin: DiskOrigin::Blank,
+                ..disk
+            }),
+            _ => return false,
+        }
+    }
+    for disk in disks {
+        draft.put_disk(disk);
+    }
+    vm.spec = migration.spec_at_target(&vm.spec);
+    true
 }
 
 /// One end asks what became of a migration. A source that asks has lost its target: open becomes void.

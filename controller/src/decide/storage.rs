@@ -471,6 +471,16 @@ pub(super) fn delete_image(
         let detail = format!("{first}{others} are thin copies of {}", image.name);
         return Err(Problem::conflict("in-use", detail).with_remedy("delete those disks first"));
     }
+    if let Some(left) = view.copy_left_of(id) {
+        let name = view.disks.get(&left).map(|disk| disk.name.clone());
+        let detail = format!(
+            "what {} has left of a thin copy of {} when it moved is not erased yet",
+            name.unwrap_or_else(|| left.to_string()),
+            image.name
+        );
+        return Err(Problem::conflict("in-use", detail)
+            .with_remedy("wait until it is: its host may have to come back for that"));
+    }
     let work = Work::DeleteImage { image: id };
     let subject = Subject::image(id, &image.name);
     let operation = fresh(work, subject, actor, None, draft.now());

@@ -8,18 +8,16 @@ use crate::ledger::Draft;
 use crate::model::limits::MAX_VMS;
 use crate::model::rejection::{remedies, summary};
 use crate::model::{
-    Actor, Disk, DisksOnDelete, MigrateCause, PowerIntent, ProvisionCause, StartCause, Subject, Vm,
-    VmState, Work, name,
+    Actor, Disk, DisksOnDelete, PowerIntent, ProvisionCause, StartCause, Subject, Vm, VmState,
+    Work, name,
 };
 use crate::operation::fresh;
-use crate::plan::contract;
 use crate::plan::picture::{self, Demand};
 use crate::plan::placement::{Among, choose};
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
 use godwit_wire::machine::{MIN_MEMORY, MachineSpec, MachineType};
-use godwit_wire::migration::MigrationPolicy;
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::unit::Mib;
 use std::collections::BTreeMap;
@@ -577,58 +575,4 @@ pub(super) fn resume(
     let effect = format!("{} is resumed", vm.name);
     draft.put_vm(vm);
     Ok(Decision::new(Resource::Vm(id), Some(operation), effect))
-}
-
-/// What the operator has forbidden once and for all is not granted for one migration.
-fn check_post_copy(vm: &Vm, policy: &MigrationPolicy) -> Result<(), Problem> {
-    if vm.post_copy.grant(policy.post_copy) == policy.post_copy {
-        return Ok(());
-    }
-    Err(Problem::invalid(vec![FieldProblem::new(
-        "policy.allow_postcopy",
-        format!("post-copy is forbidden for {}", vm.name),
-        format!(
-            "leave it out, or allow it first: godwit vm set {} --post-copy allowed",
-            vm.name
-        ),
-    )]))
-}
-
-pub(super) fn migrate(
-    view: &View,
-    draft: &mut Draft<'_>,
-    id: VmId,
-    target: Option<HostId>,
-    policy: &MigrationPolicy,
-    actor: &Actor,
-) -> Result<Decision, Problem> {
-    let (mut vm, source) = running_vm(view, id)?;
-    check_post_copy(&vm, policy)?;
-    let state = view.vm_status(&vm).state;
-    if !matches!(state, VmState::Running | VmState::Paused) {
-        let detail = format!("{} is {state:?}, so it cannot move live", vm.name).to_lowercase();
-        return Err(Problem::conflict("not-running", detail));
-    }
-    let placement = place(view, &picture::moving(view, &vm), target)?;
-    let work = Work::Migrate {
-        vm: id,
-        wanted: target,
-        policy: policy.clone(),
-        cause: MigrateCause::ByHand,
-        migration: None,
-    };
-    let operation = begin(draft, &mut vm, work, actor);
-    // From what is known; whoever only asks has the guest watched, too.
-    let forecast = contract::foresee_move(view, &vm, placement.host, policy, None);
-    let effect = format!(
-        "{} moves from {} to {}",
-        vm.name,
-        view.host_name(source),
-        placement.host_name
-    );
-    draft.put_vm(vm);
-    let mut decision = Decision::new(Resource::Vm(id), Some(operation), effect);
-    decision.preview.placement = Some(placement);
-    decision.preview.forecast = Some(forecast);
-    Ok(decision)
 }

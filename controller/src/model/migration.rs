@@ -1,5 +1,6 @@
 //! One attempt to move one VM, and the decision about it that stands for ever.
 
+use super::MovingDisk;
 use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, OperationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationProgress};
 use jiff::Timestamp;
@@ -36,6 +37,9 @@ pub struct Migration {
     pub send_generation: Generation,
     /// Limits.
     pub policy: MigrationPolicy,
+    /// Disks whose content moves along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<MovingDisk>,
     /// The operation that drives it.
     pub operation: OperationId,
     /// The decision.

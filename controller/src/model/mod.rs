@@ -22,6 +22,8 @@ pub mod rejection;
 
 pub mod snapshot;
 
+pub mod moving_disk;
+
 pub mod migration;
 
 pub mod maintenance;
@@ -38,12 +40,13 @@ pub use maintenance::{
     MovedVm, PlannedMove, RestoreOnCancel, ReturnPolicy,
 };
 pub use migration::{Foreseen, ForeseenOutcome, HeldBack, Migration, MigrationState};
+pub use moving_disk::{BlankDisk, DisksOnMove, MovingDisk};
 pub use network::Network;
 pub use operation::{
     MigrateCause, MoveState, MoveTask, Operation, OperationState, Placed, ProvisionCause,
     StartCause, Step, StepState, UpgradeState, UpgradeTask, Work,
 };
-pub use rejection::{HostRejection, Rejection};
+pub use rejection::{DiskTie, HostRejection, Rejection};
 pub use snapshot::{AfterSnapshot, Snapshot, SnapshotState, writable_disk};
 pub use storage::{Disk, DiskState, DisksOnDelete, Image, ImageState};
 pub use vm::{MaintenancePolicy, PostCopyPermission, PowerIntent, Retry, Trouble, Vm, VmState};

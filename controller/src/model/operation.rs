@@ -1,10 +1,10 @@
 //! Durable operations: what is being done, recorded step by step so that a server killed at any instant resumes.
 
 use crate::model::limits::MAX_STEPS;
-use crate::model::{Actor, AfterSnapshot, DisksOnDelete, MoveAction, Subject};
+use crate::model::{Actor, AfterSnapshot, DisksOnDelete, DisksOnMove, MoveAction, Subject};
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::{
-    DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId,
+    DiskId, Epoch, Generation, HostId, ImageId, MaintenanceId, MigrationId, OperationId, PoolId,
     SnapshotId, SuccessionId, VmId,
 };
 use godwit_wire::migration::MigrationPolicy;
@@ -163,6 +163,9 @@ pub enum Work {
         wanted: Option<HostId>,
         /// Limits.
         policy: MigrationPolicy,
+        /// What becomes of disks that the target does not see.
+        #[serde(default)]
+        disks: DisksOnMove,
         /// Why.
         cause: MigrateCause,
         /// The attempt under way; set before any host is told.
@@ -215,6 +218,18 @@ pub enum Work {
     DeleteDisk {
         /// Which.
         disk: DiskId,
+    },
+    /// Erases what a migration has left of a disk: in the pool it has gone from, or in the one it has not gone to.
+    EraseCopy {
+        /// Which disk.
+        disk: DiskId,
+        /// The pool, in which the disk is not.
+        pool: PoolId,
+        /// The host that left it there.
+        host: HostId,
+        /// The image that it is a thin copy of.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        base: Option<ImageId>,
     },
     /// Saves a VM. One that shall not run on stands still first, and goes on as a `Stop` afterwards.
     CreateSnapshot {
@@ -300,6 +315,7 @@ impl Work {
             Self::CreateDisk { .. } => "create_disk",
             Self::GrowDisk { .. } => "grow_disk",
             Self::DeleteDisk { .. } => "delete_disk",
+            Self::EraseCopy { .. } => "erase_copy",
             Self::CreateSnapshot { .. } => "create_snapshot",
             Self::DeleteSnapshot { .. } => "delete_snapshot",
             Self::Upgrade { .. } => "upgrade",

@@ -3,7 +3,7 @@
 use crate::model::HostState;
 use godwit_wire::id::{HostId, PoolId};
 use godwit_wire::machine::CpuMismatch;
-use godwit_wire::unit::Mib;
+use godwit_wire::unit::{Bytes, Mib};
 use serde::{Deserialize, Serialize};
 
 /// A host and why it was turned down.
@@ -75,6 +75,44 @@ pub enum Rejection {
         /// Its name.
         name: String,
     },
+    /// It does not have a storage pool that the running VM's disks are in, and nobody asked for them to move along.
+    #[error(
+        "the host does not have the storage pool {name}, and disks do not move along unless asked to"
+    )]
+    DisksStay {
+        /// Which pool.
+        pool: PoolId,
+        /// Its name.
+        name: String,
+    },
+    /// Disks shall move along into a pool that it does not have.
+    #[error("the host has no storage pool {name} that disks could move to")]
+    NoSuchPool {
+        /// What was asked for.
+        name: String,
+    },
+    /// None of its storage pools has room for a disk that would move along.
+    #[error(
+        "no storage pool of the host takes {disk} of {needed}: the most that is free is {free}"
+    )]
+    NoRoomForDisk {
+        /// Name of the disk in the machine.
+        disk: String,
+        /// Its whole size.
+        needed: Bytes,
+        /// Free in the roomiest pool that may be used.
+        free: Bytes,
+    },
+    /// A disk would have to move along and cannot.
+    #[error("the host does not have the storage pool {name}, and {disk} cannot move along: {tie}")]
+    DiskTied {
+        /// Name of the disk in the machine.
+        disk: String,
+        /// Name of the pool it is in.
+        name: String,
+        /// What holds it.
+        tie: DiskTie,
+    },
     /// It has the storage pool and cannot use it.
     #[error("the host cannot use the storage pool {name}: {trouble}")]
     PoolInTrouble {
@@ -88,6 +126,24 @@ pub enum Rejection {
     /// It failed with this VM a moment ago.
     #[error("an attempt on this host has just failed")]
     JustFailed,
+}
+
+/// What holds a disk in its pool.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[serde(tag = "tie", rename_all = "snake_case")]
+pub enum DiskTie {
+    /// Another VM has it too.
+    #[error("{vm} has it too")]
+    Shared {
+        /// Name of that VM.
+        vm: String,
+    },
+    /// The VM only reads it; what is only read is not copied.
+    #[error("it is attached for reading only")]
+    ReadOnly,
+    /// It is not known how large it is.
+    #[error("it is not ready")]
+    NotReady,
 }
 
 impl Rejection {
@@ -116,6 +172,19 @@ impl Rejection {
                 "choose a host with the same kind of CPU, or stop the VM and start it there".into()
             }
             Self::NoPool { name, .. } => {
+                format!("move the disk to a shared pool, or give the host the directory of {name}")
+            }
+            Self::DisksStay { name, .. } => format!(
+                "move the VM with its disks (`godwit vm migrate NAME --with-disks`), move the disk to a shared pool, or give the host the directory of {name}"
+            ),
+            Self::NoSuchPool { .. } => {
+                "name a pool that the host has, or leave the pool out".into()
+            }
+            Self::NoRoomForDisk { needed, free, .. } => format!(
+                "make room for {} in a storage pool of the host",
+                Bytes(needed.0.saturating_sub(free.0))
+            ),
+            Self::DiskTied { name, .. } => {
                 format!("move the disk to a shared pool, or give the host the directory of {name}")
             }
             Self::PoolInTrouble { .. } => "mend the pool's file system on the host".into(),

@@ -2,13 +2,19 @@
 //!
 //! ```text
 //! wait for a place ─▶ record the migration (open) ─▶ prepare the target ─▶ tell the source ─▶ watch
+//!                                (blank disks first, where disks move along)
 //!                                                        │ refused, failed, cancelled, lost      │
 //!                                                        ▼                                       ▼
 //!                                     void (unless committed meanwhile)          committed, by the target's word
 //!                                     source runs on, target's copy destroyed    source's copy released
 //! ```
 //! The decision is the record's: whatever this executor sees or misses, an open migration is voided or committed
-//! exactly once, and everything after follows the record.
+//! exactly once, and everything after follows the record. So do disks that move along: with the commit they are at the
+//! target, and what the source has left of them is erased; else what the target has of them is.
+
+mod begin;
+
+mod disks;
 
 mod drive;
 mod fair_share;
@@ -16,18 +22,15 @@ mod fair_share;
 use super::Ended;
 use super::context::{Conclusion, Context};
 use crate::ledger::Draft;
-use crate::model::rejection::{remedies, summary};
-use crate::model::{HeldBack, Liveness, Migration, MigrationState, Operation, Subject, Vm, Work};
-use crate::plan::admission::{Crowd, Wait, begins};
-use crate::plan::fairness::share;
-use crate::plan::picture;
-use crate::plan::placement::{Among, choose};
+use crate::model::{Liveness, Migration, MigrationState, Operation, Subject, Vm};
 use crate::view::View;
+use begin::begin;
+use disks::let_go_of_disks;
 use drive::{Why, drive, has_ended, source_is_gone, status};
 use fair_share::keep_to_share;
 use godwit_wire::host_api::CancelMigration;
 use godwit_wire::id::MigrationId;
-use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole, PostCopy};
+use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::VmmState;
 use std::future::Future;
@@ -67,179 +70,6 @@ fn record(context: &Context<'_>, id: MigrationId) -> Result<Arc<Migration>, Ende
         .get(&id)
         .cloned()
         .ok_or(Ended::GaveUp)
-}
-
-enum Begun {
-    Migration(MigrationId),
-    Wait(Wait),
-    Ended,
-}
-
-/// Records the migration as soon as both hosts have a free place; `None` when the operation has ended.
-async fn begin(context: &Context<'_>) -> Result<Option<MigrationId>, Ended> {
-    let crowd = Crowd::new(context.core.settings.migrations_per_host);
-    let mut told = None;
-    loop {
-        let begun = context.change(|view, draft, operation| {
-            let begun = begin_in_turn(view, draft, operation, crowd);
-            if let Begun::Wait(wait) = &begun
-                && told.as_ref() != Some(&wait.topic())
-            {
-                operation.waits(wait.to_string(), draft.now());
-            }
-            begun
-        });
-        let begun = begun.await?;
-        match begun {
-            Begun::Migration(id) => return Ok(Some(id)),
-            Begun::Ended => return Ok(None),
-            Begun::Wait(wait) => {
-                told = Some(wait.topic());
-                let version = context.view().version;
-                context
-                    .core
-                    .until(|view| (view.version > version).then_some(()))
-                    .await;
-            }
-        }
-    }
-}
-
-fn begin_in_turn(
-    view: &View,
-    draft: &mut Draft<'_>,
-    operation: &mut Operation,
-    crowd: Crowd,
-) -> Begun {
-    let Work::Migrate {
-        vm: id,
-        wanted,
-        policy,
-        cause,
-        migration,
-    } = operation.work.clone()
-    else {
-        return Begun::Ended;
-    };
-    if let Some(migration) = migration {
-        return Begun::Migration(migration);
-    }
-    let Some(mut vm) = Context::vm(view, id) else {
-        Context::conclude(
-            draft,
-            operation,
-            None,
-            Conclusion::Failed(Problem::not_found("VM", id)),
-        );
-        return Begun::Ended;
-    };
-    if let Some(actor) = &operation.cancel {
-        let detail = format!("called off by {actor} before it began");
-        Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled(detail));
-        return Begun::Ended;
-    }
-    let Some(source) = vm.owner else {
-        let problem = Problem::conflict("not-running", format!("{} is off", vm.name));
-        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
-        return Begun::Ended;
-    };
-    if view.liveness(source).is_silent() {
-        let detail = format!(
-            "{} is silent, so {} cannot move live",
-            view.host_name(source),
-            vm.name
-        );
-        let problem = Problem::conflict("host-silent", detail);
-        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
-        return Begun::Ended;
-    }
-    if let Some(disk) = view.busy_disk(&vm) {
-        let name = disk.name.clone();
-        return Begun::Wait(Wait::Disk { name });
-    }
-    let choice = choose(
-        &picture::hosts(view),
-        &picture::moving(view, &vm),
-        Among {
-            only: wanted,
-            failed: &[],
-        },
-    );
-    let Some((target, _)) = choice.best else {
-        let detail = format!("no host takes {}: {}", vm.name, summary(&choice.rejections));
-        let problem =
-            Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections));
-        Context::conclude(draft, operation, Some(vm), Conclusion::Failed(problem));
-        return Begun::Ended;
-    };
-    if let Err(wait) = begins(view, source, target, crowd) {
-        return Begun::Wait(wait);
-    }
-    // Whoever began the operation: what the VM forbids is not done.
-    let policy = MigrationPolicy {
-        post_copy: vm.post_copy.grant(policy.post_copy),
-        ..policy
-    };
-    let mut migration = Migration {
-        id: MigrationId::fresh(),
-        vm: id,
-        vm_name: vm.name.clone(),
-        source,
-        source_name: view.host_name(source),
-        target,
-        target_name: view.host_name(target),
-        epoch: vm.epoch,
-        prepare_generation: vm.next_generation(),
-        send_generation: vm.next_generation(),
-        policy: policy.clone(),
-        operation: operation.id,
-        state: MigrationState::Open,
-        phase: None,
-        progress: None,
-        held_back: HeldBack::No,
-        foreseen: None,
-        started_at: draft.now(),
-        ended_at: None,
-    };
-    note_company(view, draft, &mut migration);
-    let detail = format!(
-        "from {} to {}",
-        migration.source_name, migration.target_name
-    );
-    operation.begin_step("prepare the target", detail, draft.now());
-    operation.work = Work::Migrate {
-        vm: id,
-        wanted,
-        policy,
-        cause,
-        migration: Some(migration.id),
-    };
-    vm.migration = Some(migration.id);
-    let started = Begun::Migration(migration.id);
-    draft.put_migration(migration);
-    draft.put_vm(vm);
-    started
-}
-
-/// Those that run beside each other or under a limit do not show what their link carries.
-fn note_company(view: &View, draft: &mut Draft<'_>, migration: &mut Migration) {
-    let touches = |other: &Migration| {
-        [migration.source, migration.target]
-            .iter()
-            .any(|host| other.source == *host || other.target == *host)
-    };
-    let company: Vec<_> = view.moving().filter(|other| touches(other)).collect();
-    let limited = share(view, migration) != migration.policy.max_bandwidth_bytes_per_s;
-    if limited || !company.is_empty() {
-        migration.held_back = HeldBack::Yes;
-    }
-    for other in company {
-        if other.is_open() && other.held_back == HeldBack::No {
-            let mut other = other.as_ref().clone();
-            other.held_back = HeldBack::Yes;
-            draft.put_migration(other);
-        }
-    }
 }
 
 /// Asks the source to stop sending, then voids the migration unless it was committed meanwhile.
@@ -463,6 +293,9 @@ async fn lose_memory(context: &Context<'_>, migration: &Migration) -> Result<(),
             );
             let problem = Problem::conflict("memory-lost", detail);
             let vm = Context::vm(view, migration.vm);
+            if let Some(record) = view.migrations.get(&migration.id) {
+                let_go_of_disks(view, draft, operation, record);
+            }
             Context::conclude(draft, operation, vm, Conclusion::Failed(problem));
         })
         .await
@@ -518,6 +351,7 @@ async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), En
                     Conclusion::Failed(Problem::internal("an open migration was concluded"))
                 }
             };
+            let_go_of_disks(view, draft, operation, &record);
             draft.put_migration(record);
             Context::conclude(draft, operation, vm, conclusion);
         })

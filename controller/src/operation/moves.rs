@@ -14,9 +14,9 @@ use super::context::{Conclusion, Context};
 use crate::ledger::Draft;
 use crate::model::limits::MAX_MOVE_ATTEMPTS;
 use crate::model::{
-    Actor, Maintenance, MaintenanceState, MigrateCause, MoveAction, MoveState, MoveTask,
-    MovedState, MovedVm, Operation, OperationState, PowerIntent, RestoreOnCancel, ReturnPolicy,
-    StartCause, Subject, Vm, Work,
+    Actor, DisksOnMove, Maintenance, MaintenanceState, MigrateCause, MoveAction, MoveState,
+    MoveTask, MovedState, MovedVm, Operation, OperationState, PowerIntent, RestoreOnCancel,
+    ReturnPolicy, StartCause, Subject, Vm, Work,
 };
 use crate::operation::fresh;
 use crate::plan::admission::{Crowd, receives_another, sends_another};
@@ -404,6 +404,8 @@ fn child_work(task: &MoveTask, vm: &Vm, leaving: Option<HostId>) -> Option<Work>
         vm: id,
         wanted,
         policy: MigrationPolicy::default(),
+        // Nobody is surprised by terabytes on the wire.
+        disks: DisksOnMove::SharedOnly,
         cause: MigrateCause::ByPlan,
         migration: None,
     };

@@ -7,6 +7,7 @@
 //! ```
 //! Every command may be repeated: a resumed executor tells the host again and gets the present state.
 
+mod copy;
 mod disk;
 mod image;
 
@@ -44,6 +45,9 @@ async fn carry_out(context: &Context<'_>) -> Result<(), Ended> {
         Work::CreateDisk { disk } => disk::create_disk(context, disk).await,
         Work::GrowDisk { disk, bytes } => disk::grow_disk(context, disk, bytes).await,
         Work::DeleteDisk { disk } => disk::delete_disk(context, disk).await,
+        Work::EraseCopy {
+            disk, pool, host, ..
+        } => copy::erase_copy(context, &copy::Left { disk, pool, host }).await,
         _ => Err(Ended::GaveUp),
     }
 }

@@ -38,6 +38,8 @@ const LATER: [u64; 7] = [2, 3, 4, 8, 16, 32, 64];
 pub struct Circumstances {
     /// Memory the guest has touched.
     pub resident: Bytes,
+    /// Size of the disks that move along. No more than that is sent of them; what they have never held costs nothing.
+    pub disks: Bytes,
     /// How it dirties memory.
     pub dirtying: Dirtying,
     /// What earlier migrations showed of the link and the hosts.
@@ -62,17 +64,19 @@ pub fn foresee(circumstances: &Circumstances, policy: &MigrationPolicy) -> Forec
         verdict,
         limit_ms: policy.downtime_limit_ms,
         resident: circumstances.resident,
+        disks: circumstances.disks,
         dirtying: circumstances.dirtying.clone(),
         figures: circumstances.figures,
     }
 }
 
-/// Foresees the migration of `vm` to `target`; `dirtying` is a fresh sample, if there is one.
+/// Foresees the migration of `vm` to `target` with so much of disks; `dirtying` is a fresh sample, if there is one.
 pub fn foresee_move(
     view: &View,
     vm: &Vm,
     target: HostId,
     policy: &MigrationPolicy,
+    disks: Bytes,
     dirtying: Option<Dirtying>,
 ) -> Forecast {
     let usage = view.vm_usage(vm);
@@ -96,6 +100,7 @@ pub fn foresee_move(
     };
     let circumstances = Circumstances {
         resident,
+        disks,
         dirtying: dirtying.unwrap_or_else(|| Dirtying::last_known(usage.dirty_bytes_per_s)),
         figures: figures(view, source, target, policy),
         post_copy: vm.post_copy,
@@ -116,13 +121,17 @@ enum End {
 fn follow(circumstances: &Circumstances, policy: &MigrationPolicy) -> (End, Course) {
     let Circumstances {
         resident,
+        disks,
         dirtying,
         figures,
+        ..
     } = circumstances;
     let limit = policy.max_bandwidth_bytes_per_s.unwrap_or(u64::MAX);
     let bytes_per_s = figures.bytes_per_s.min(limit).max(1);
     let deadline = policy.deadline_s.map(Duration::from_secs);
-    let (mut elapsed, mut sent) = (CONNECTING, 0u64);
+    // Disks and memory go over the same link: whatever their order, both together take this long.
+    let mut elapsed = CONNECTING + time_for(disks.0, bytes_per_s);
+    let mut sent = 0u64;
     let (mut rest, mut throttle_percent) = (resident.0, 0);
     let post_copy = match policy.verify {
         Verify::Frames => policy.post_copy,
@@ -369,6 +378,7 @@ mod tests {
     fn guest(dirtying: Dirtying) -> Circumstances {
         Circumstances {
             resident: Bytes(1024 * MIB),
+            disks: Bytes(0),
             dirtying,
             figures: figures_of(100 * MIB, 12),
             post_copy: PostCopyPermission::Allowed,
@@ -414,6 +424,26 @@ mod tests {
         );
         assert!((10.0..12.0).contains(&course.seconds), "{course:?}");
         assert_eq!(course.rounds, 1);
+    }
+
+    #[test]
+    fn disks_that_move_along_take_time_and_leave_the_blackout_as_it_is() {
+        let alone = guest(Dirtying::last_known(0));
+        let with_disks = Circumstances {
+            disks: Bytes(5_000 * MIB),
+            ..alone.clone()
+        };
+        let policy = MigrationPolicy::default();
+        let course = |circumstances: &Circumstances| match foresee(circumstances, &policy).verdict {
+            Verdict::Converges(course) => course,
+            other => panic!("{other:?}"),
+        };
+        let (alone, with_disks) = (course(&alone), course(&with_disks));
+        assert!((with_disks.seconds - alone.seconds - 50.0).abs() < 0.01);
+        assert_eq!(
+            (with_disks.mib, with_disks.blackout_ms),
+            (alone.mib, alone.blackout_ms)
+        );
     }
 
     #[test]
@@ -591,6 +621,7 @@ mod tests {
         (1u64..4096, 0u64..2000, 1u64..4096, 1u64..2000, 1u64..200).prop_map(
             |(resident, rate, set, link, fixed_ms)| Circumstances {
                 resident: Bytes(resident * MIB),
+                disks: Bytes(0),
                 dirtying: writing(rate, set),
                 figures: figures_of(link * MIB, fixed_ms),
                 post_copy: PostCopyPermission::Allowed,

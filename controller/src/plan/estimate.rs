@@ -244,6 +244,7 @@ mod tests {
             prepare_generation: Generation(1),
             send_generation: Generation(2),
             policy: MigrationPolicy::default(),
+            disks: Vec::new(),
             operation: OperationId::fresh(),
             state: MigrationState::Committed { epoch: Epoch(2) },
             phase: Some(MigrationPhase::Completed),

@@ -79,7 +79,7 @@ pub fn shares(flows: &[Flow], limits: &Limits) -> BTreeMap<MigrationId, Option<u
     let mut waiting: Vec<&Flow> = flows.iter().collect();
     // Each turn settles those that use the resource which is full first, when all that wait get more alike.
     while let Some((each, narrowest)) = first_full(&left, &waiting) {
-        let (bound, free): (Vec<_>, Vec<_>) = waiting
+        let (bound, free): (Vec<&Flow>, Vec<&Flow>) = waiting
             .into_iter()
             .partition(|flow| resources(flow).contains(&narrowest));
         for flow in bound {

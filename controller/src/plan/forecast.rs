@@ -16,6 +16,8 @@ pub struct Forecast {
     pub limit_ms: u64,
     /// Memory the guest has touched.
     pub resident: Bytes,
+    /// Size of the disks that move along.
+    pub disks: Bytes,
     /// How it dirties memory.
     pub dirtying: Dirtying,
     /// What earlier migrations showed.
@@ -156,14 +158,29 @@ impl Forecast {
     }
 }
 
+/// What is added to the memory, if disks move along.
+struct Disks(Bytes);
+
+impl fmt::Display for Disks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Bytes(0) => Ok(()),
+            bytes => write!(f, " and up to {bytes} of disks"),
+        }
+    }
+}
+
 impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.verdict {
             Verdict::Converges(course) => {
                 write!(
                     f,
-                    "converges: {:.1} s, {}, blackout {} ms",
-                    course.seconds, course.mib, course.blackout_ms
+                    "converges: {:.1} s, {}{}, blackout {} ms",
+                    course.seconds,
+                    course.mib,
+                    Disks(self.disks),
+                    course.blackout_ms
                 )?;
                 match course.throttle_percent {
                     0 => Ok(()),
@@ -172,8 +189,12 @@ impl fmt::Display for Forecast {
             }
             Verdict::GoesAhead(course) => write!(
                 f,
-                "does not converge; the guest goes ahead of its memory: {:.1} s, {}, blackout {} ms, then {} follow",
-                course.seconds, course.mib, course.blackout_ms, course.rest
+                "does not converge; the guest goes ahead of its memory: {:.1} s, {}{}, blackout {} ms, then {} follow",
+                course.seconds,
+                course.mib,
+                Disks(self.disks),
+                course.blackout_ms,
+                course.rest
             ),
             Verdict::WillNot {
                 because, options, ..

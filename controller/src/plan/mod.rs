@@ -1,6 +1,8 @@
 //! What should be done, as pure functions of a picture of the pool: no clock, no network, no randomness, and the
 //! same answer for the same picture.
 
+pub mod along;
+
 pub mod picture;
 
 pub mod placement;

@@ -1,12 +1,14 @@
 //! The pool as planners see it: small values that can be changed step by step while a plan is made.
 
 use crate::model::limits::VCPUS_PER_CORE;
-use crate::model::{HostState, Liveness, Snapshot, Vm};
+use crate::model::{DisksOnMove, HostState, Liveness, Snapshot, Vm};
+use crate::plan::along::{Along, PoolPicture, along};
 use crate::view::{Observed, View, attachments, vm_memory};
 use godwit_wire::host_api::MAX_VMS_PER_HOST;
 use godwit_wire::id::{HostId, PoolId, VmId};
 use godwit_wire::machine::{CpuBaseline, CpuFacts};
-use godwit_wire::unit::Mib;
+use godwit_wire::storage::PoolReport;
+use godwit_wire::unit::{Bytes, Mib};
 use std::collections::BTreeMap;
 
 /// A host.
@@ -34,8 +36,8 @@ pub struct HostPicture {
     pub vms: usize,
     /// Busy share of all cores together, 0 to 100.
     pub cpu_percent: f64,
-    /// Storage pools it sees, with what keeps it from using them.
-    pub pools: BTreeMap<PoolId, Option<String>>,
+    /// Storage pools it sees.
+    pub pools: BTreeMap<PoolId, PoolPicture>,
 }
 
 /// What placement needs to know of a VM.
@@ -59,6 +61,8 @@ pub struct Demand {
     pub cpu_percent: f64,
     /// Storage pools its disks are in, by name.
     pub pools: BTreeMap<PoolId, String>,
+    /// What may move along, where the host does not see those pools; `None` when the disks stay.
+    pub along: Option<Along>,
 }
 
 /// All hosts.
@@ -98,15 +102,37 @@ impl HostPicture {
     }
 }
 
-fn pools(observed: &Observed) -> BTreeMap<PoolId, Option<String>> {
+fn pools(observed: &Observed, promised: &BTreeMap<PoolId, Bytes>) -> BTreeMap<PoolId, PoolPicture> {
+    let picture = |report: &PoolReport| PoolPicture {
+        name: report.name.clone(),
+        trouble: report.trouble.clone(),
+        free: Bytes(
+            report
+                .free_bytes
+                .0
+                .saturating_sub(promised.get(&report.pool).map_or(0, |bytes| bytes.0)),
+        ),
+    };
     let reports = observed.pools.iter();
     reports
-        .map(|report| (report.pool, report.trouble.clone()))
+        .map(|report| (report.pool, picture(report)))
         .collect()
+}
+
+/// Room promised to disks that are on their way into a pool. What of them is there already counts twice, which errs on
+/// the safe side.
+fn promised(view: &View) -> BTreeMap<PoolId, Bytes> {
+    let mut promised: BTreeMap<PoolId, Bytes> = BTreeMap::new();
+    for disk in view.open_migrations().flat_map(|m| &m.disks) {
+        let bytes = promised.entry(disk.to).or_default();
+        *bytes = Bytes(bytes.0.saturating_add(disk.bytes.0));
+    }
+    promised
 }
 
 /// All hosts of a view.
 pub fn hosts(view: &View) -> Hosts {
+    let promised = promised(view);
     let picture = |id: HostId| {
         let host = view.hosts.get(&id)?;
         let committed = view.committed(id);
@@ -124,7 +150,9 @@ pub fn hosts(view: &View) -> Hosts {
             vcpus_committed: committed.vcpus,
             vms: committed.vms,
             cpu_percent: view.host_usage(id).cpu_percent,
-            pools: observed.map(|observed| pools(observed)).unwrap_or_default(),
+            pools: observed
+                .map(|observed| pools(observed, &promised))
+                .unwrap_or_default(),
         })
     };
     view.hosts
@@ -147,6 +175,7 @@ pub fn booting(view: &View, vm: &Vm) -> Demand {
         pools: attachments(&vm.spec)
             .map(|attached| (attached.pool, view.pool_name(attached.pool)))
             .collect(),
+        along: None,
     }
 }
 
@@ -166,5 +195,13 @@ pub fn moving(view: &View, vm: &Vm) -> Demand {
         here: vm.owner,
         cpu_percent: view.vm_usage(vm).cpu_percent,
         ..booting(view, vm)
+    }
+}
+
+/// A VM that moves while it runs, its disks with it if they may.
+pub fn moving_with(view: &View, vm: &Vm, disks: &DisksOnMove) -> Demand {
+    Demand {
+        along: along(view, vm, disks),
+        ..moving(view, vm)
     }
 }

@@ -1,6 +1,7 @@
 //! Where a VM goes: filters that turn hosts down by name, then a score on room left and measured CPU.
 
 use crate::model::{HostRejection, HostState, Rejection};
+use crate::plan::along::destinations;
 use crate::plan::picture::{Demand, HostPicture, Hosts};
 use godwit_wire::id::HostId;
 use std::collections::BTreeSet;
@@ -74,24 +75,29 @@ pub fn admit(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
     room(host, demand)
 }
 
-/// Whether `host` can use every storage pool that the VM's disks are in.
+/// Whether `host` can use every storage pool that the VM's disks are in, or takes the disks along.
 pub fn storage(host: &HostPicture, demand: &Demand) -> Result<(), Rejection> {
     for (pool, name) in &demand.pools {
         let (pool, name) = (*pool, name.clone());
-        match host.pools.get(&pool) {
-            None => return Err(Rejection::NoPool { pool, name }),
-            Some(Some(trouble)) => {
-                let trouble = trouble.clone();
-                return Err(Rejection::PoolInTrouble {
-                    pool,
-                    name,
-                    trouble,
-                });
+        let Some(seen) = host.pools.get(&pool) else {
+            match (&demand.along, demand.here) {
+                (Some(_), _) => continue,
+                (None, Some(_)) => return Err(Rejection::DisksStay { pool, name }),
+                (None, None) => return Err(Rejection::NoPool { pool, name }),
             }
-            Some(None) => {}
+        };
+        if let Some(trouble) = seen.trouble.clone() {
+            return Err(Rejection::PoolInTrouble {
+                pool,
+                name,
+                trouble,
+            });
         }
     }
-    Ok(())
+    match &demand.along {
+        Some(along) => destinations(&host.pools, along).map(|_| ()),
+        None => Ok(()),
+    }
 }
 
 /// Whether `host` has room for the VM, whatever else may speak against it.
@@ -131,6 +137,7 @@ pub fn score(host: &HostPicture, demand: &Demand) -> f64 {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::plan::along::PoolPicture;
     use godwit_wire::id::{PoolId, VmId};
     use godwit_wire::machine::{CpuBaseline, CpuFacts};
     use godwit_wire::unit::Mib;
@@ -169,6 +176,7 @@ pub(crate) mod tests {
             here: None,
             cpu_percent: 0.0,
             pools: Default::default(),
+            along: None,
         }
     }
 
@@ -225,11 +233,13 @@ pub(crate) mod tests {
     fn a_host_without_the_pool_of_a_disk_is_turned_down_by_its_name() {
         let pool_id = PoolId(Uuid::from_u128(7));
         let mut sees = host(1, 4096, 4);
-        sees.pools.insert(pool_id, None);
+        sees.pools.insert(pool_id, Default::default());
         let mut troubled = host(2, 8192, 4);
-        troubled
-            .pools
-            .insert(pool_id, Some("the file system is read-only".into()));
+        let trouble = PoolPicture {
+            trouble: Some("the file system is read-only".into()),
+            ..Default::default()
+        };
+        troubled.pools.insert(pool_id, trouble);
         let blind = host(3, 8192, 4);
         let mut wanted = demand(1, 512, 1);
         wanted.pools.insert(pool_id, "fast".into());

@@ -285,7 +285,7 @@ impl HostDriver for SimDriver {
         pool: PoolId,
         disk: DiskId,
     ) -> Result<(), CallError> {
-        self.call(to, "delete disk", |host| host.pool(pool)?.delete_disk(disk))
+        self.call(to, "delete disk", |host| host.delete_disk(pool, disk))
             .await
     }
 

@@ -3,6 +3,8 @@
 //! It is adversarial where the protocol allows it: a VMM stops as late as it may after its lease has ended.
 
 mod agent;
+mod disks;
+mod handover;
 mod migration;
 
 use super::SimHosts;
@@ -11,21 +13,17 @@ use super::storage::SimPool;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
 use godwit_wire::host_api::{
-    CancelMigration, HostFacts, LeasePolicy, PrepareIncoming, SetBalloon, StartOutgoing, StartVm,
-    StopVm, UpgradeOutcome, UpgradeVm, UpgradedVm, VmCommand, VmReport,
+    HostFacts, LeasePolicy, SetBalloon, StartVm, StopVm, UpgradeOutcome, UpgradeVm, UpgradedVm,
+    VmCommand, VmReport,
 };
-use godwit_wire::id::{Epoch, Generation, HostId, MigrationId, PoolId, SuccessionId, VmId};
-use godwit_wire::machine::MachineSpec;
-use godwit_wire::migration::{
-    MigrationPhase, MigrationProgress, MigrationRole, MigrationStatus, MigrationToken,
-};
+use godwit_wire::id::{DiskId, Epoch, Generation, HostId, PoolId, SuccessionId, VmId};
+use godwit_wire::migration::{MigrationPhase, MigrationStatus};
 use godwit_wire::problem::Problem;
 use godwit_wire::succession::SuccessionBlackout;
 use godwit_wire::unit::Bytes;
 use godwit_wire::usage::VmUsage;
 use godwit_wire::vmm_api::{
-    DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth, PauseReason, StopReason,
-    VmmState,
+    DirtyRate, DirtyRateRequest, MigrationBandwidth, PauseReason, StopReason, VmmState,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
@@ -68,6 +66,8 @@ struct SimVm {
     state: Option<VmmState>,
     lease: LeasePolicy,
     migration: Option<MigrationStatus>,
+    /// Where it finds its disks.
+    disks: Vec<(PoolId, DiskId)>,
     successions: BTreeSet<SuccessionId>,
 }
 
@@ -299,16 +299,6 @@ impl SimHost {
         found.ok_or_else(|| Problem::not_found("storage pool", id))
     }
 
-    /// Every disk must be there, whole, before a VM that has it comes.
-    fn check_disks(&self, spec: &MachineSpec) -> Result<(), Problem> {
-        for attached in crate::view::attachments(spec) {
-            if !self.pool(attached.pool)?.can_use(attached.disk) {
-                return Err(refuse("no-disk"));
-            }
-        }
-        Ok(())
-    }
-
     /// A VM's disk cannot be written any more, or again.
     pub(super) fn stall(&self, vm: VmId, state: VmmState) {
         if let Some(vm) = self.state().vms.get_mut(&vm) {
@@ -385,12 +375,16 @@ impl SimHost {
                     state: Some(running),
                     lease: command.lease,
                     migration: None,
+                    disks: disks::of(&command.spec),
                     successions: BTreeSet::new(),
                 },
             );
         }
         self.poke.notify_one();
-        Ok(state.report(vm).unwrap())
+        let report = state.report(vm).unwrap();
+        drop(state);
+        self.write_disks(vm);
+        Ok(report)
     }
 
     fn set(
@@ -465,104 +459,6 @@ impl SimHost {
         state.vms.get(&vm).map_or(0, |vm| vm.successions.len())
     }
 
-    pub(super) fn prepare_incoming(
-        &self,
-        vm: VmId,
-        command: &PrepareIncoming,
-    ) -> Result<IncomingReady, Problem> {
-        self.check_disks(&command.spec)?;
-        let mut state = self.admit(vm, command.epoch, command.generation)?;
-        let status = MigrationStatus {
-            migration: command.migration,
-            sequence: 1,
-            role: MigrationRole::Target,
-            phase: MigrationPhase::Connecting,
-            progress: MigrationProgress::default(),
-            connected: false,
-            reason: None,
-        };
-        let known = state.vms.get(&vm).and_then(|vm| vm.migration.as_ref());
-        if known.is_none_or(|known| known.migration != command.migration) {
-            state.vms.insert(
-                vm,
-                SimVm {
-                    epoch: command.epoch,
-                    generation: command.generation,
-                    state: Some(VmmState::Incoming),
-                    lease: command.lease,
-                    migration: Some(status),
-                    successions: BTreeSet::new(),
-                },
-            );
-        }
-        self.poke.notify_one();
-        Ok(IncomingReady {
-            address: state.facts.address,
-            token: token_of(command.migration),
-        })
-    }
-
-    pub(super) fn start_outgoing(
-        self: &Arc<Self>,
-        vm: VmId,
-        command: &StartOutgoing,
-    ) -> Result<VmReport, Problem> {
-        if command.token != token_of(command.migration) {
-            return Err(Problem::conflict(
-                "bad-token",
-                "this is not the target's token",
-            ));
-        }
-        let mut begun = false;
-        let rate_bytes_per_s = self.state().sends_bytes_per_s;
-        let report = self.set(vm, command.epoch, command.generation, |vm, _| {
-            if vm
-                .migration
-                .as_ref()
-                .is_some_and(|known| known.migration == command.migration)
-            {
-                return Ok(());
-            }
-            begun = true;
-            vm.migration = Some(MigrationStatus {
-                migration: command.migration,
-                sequence: 1,
-                role: MigrationRole::Source,
-                phase: MigrationPhase::PreCopy,
-                progress: MigrationProgress {
-                    memory_bytes: Bytes(512 << 20),
-                    rate_bytes_per_s,
-                    ..MigrationProgress::default()
-                },
-                connected: true,
-                reason: None,
-            });
-            Ok(())
-        })?;
-        if begun {
-            let told = command.fixed_cost_us;
-            let share = (vm, command.policy.max_bandwidth_bytes_per_s);
-            let mut state = self.state();
-            state.told_fixed_cost_us.push(told);
-            state.told_bytes_per_s.push(share);
-        }
-        let hosts = self.hosts.get().unwrap();
-        let target = hosts
-            .values()
-            .find(|host| host.state().facts.address == command.target)
-            .cloned();
-        if let Some(target) = target.filter(|_| begun) {
-            tokio::spawn(migration::send(
-                self.clone(),
-                target,
-                vm,
-                command.migration,
-                (command.epoch, command.policy.post_copy),
-            ));
-        }
-        Ok(report)
-    }
-
     pub(super) fn dirty_rate(
         &self,
         vm: VmId,
@@ -622,35 +518,6 @@ impl SimHost {
         Ok(state.report(vm).unwrap())
     }
 
-    pub(super) fn cancel_migration(
-        &self,
-        vm: VmId,
-        command: &CancelMigration,
-    ) -> Result<VmReport, Problem> {
-        let mut state = self.state();
-        let held = state.lease_held(Instant::now());
-        let known = state
-            .vms
-            .get_mut(&vm)
-            .ok_or_else(|| Problem::not_found("VM", vm))?;
-        let status = known
-            .migration
-            .as_mut()
-            .filter(|known| known.migration == command.migration);
-        let status = status.ok_or_else(|| Problem::not_found("migration", command.migration))?;
-        match (status.role, status.phase) {
-            (MigrationRole::Source, MigrationPhase::PreCopy | MigrationPhase::Blackout) => {
-                status.phase = MigrationPhase::Cancelled;
-                status.reason = Some("cancelled".into());
-                let _ = known.run(held);
-            }
-            (_, phase) if phase.is_final() => {}
-            _ => return Err(refuse("too-late")),
-        }
-        self.poke.notify_one();
-        Ok(state.report(vm).unwrap())
-    }
-
     pub(super) fn destroy(&self, vm: VmId, epoch: Epoch) -> Result<(), Problem> {
         let mut state = self.state();
         if let Some(problem) = state.refuses_destructions.clone() {
@@ -667,34 +534,6 @@ impl SimHost {
             true => Ok(Box::new(tokio::io::duplex(64).0)),
             false => Err(Problem::not_found("VM", vm)),
         }
-    }
-
-    fn with_migration<T>(
-        &self,
-        vm: VmId,
-        migration: MigrationId,
-        change: impl FnOnce(&mut SimVm, bool) -> T,
-    ) -> Option<T> {
-        let mut state = self.state();
-        let held = state.lease_held(Instant::now());
-        let known = state.vms.get_mut(&vm)?;
-        known
-            .migration
-            .as_ref()
-            .filter(|known| known.migration == migration)?;
-        let result = change(known, held);
-        self.poke.notify_one();
-        Some(result)
-    }
-
-    fn phase(&self, vm: VmId, migration: MigrationId) -> Option<MigrationPhase> {
-        self.with_migration(vm, migration, |vm, _| {
-            vm.migration.as_ref().map(|status| status.phase)
-        })?
-    }
-
-    fn enter(&self, vm: VmId, migration: MigrationId, phase: MigrationPhase) {
-        self.with_migration(vm, migration, |vm, _| vm.enter(phase));
     }
 }
 
@@ -762,9 +601,4 @@ impl State {
             devices: None,
         })
     }
-}
-
-/// What a simulated target gives out.
-fn token_of(migration: MigrationId) -> MigrationToken {
-    MigrationToken(format!("token of {migration}"))
 }

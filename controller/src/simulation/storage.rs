@@ -24,6 +24,8 @@ struct Content {
     images: BTreeMap<ImageId, (ImageReport, Instant)>,
     disks: BTreeMap<DiskId, (DiskReport, Instant)>,
     snapshots: BTreeMap<SnapshotId, (SnapshotReport, Instant)>,
+    /// Disks that something was written to.
+    written: BTreeSet<DiskId>,
     /// Why new disks fail, from the second on.
     fails: Option<String>,
     trouble: Option<String>,
@@ -50,6 +52,7 @@ impl SimPool {
             images: BTreeMap::new(),
             disks: BTreeMap::new(),
             snapshots: BTreeMap::new(),
+            written: BTreeSet::new(),
             fails: None,
             trouble: None,
         };
@@ -253,7 +256,30 @@ impl SimPool {
     }
 
     pub(super) fn delete_disk(&self, disk: DiskId) -> Result<(), Problem> {
-        self.content().disks.remove(&disk);
+        let mut content = self.content();
+        content.disks.remove(&disk);
+        content.written.remove(&disk);
         Ok(())
+    }
+
+    /// Something is written to a disk.
+    pub(super) fn write(&self, disk: DiskId) {
+        let mut content = self.content();
+        if content.disks.contains_key(&disk) {
+            content.written.insert(disk);
+        }
+    }
+
+    /// Whether a disk is whole by itself and nothing was ever written to it.
+    pub(super) fn is_blank(&self, disk: DiskId) -> bool {
+        let content = self.content();
+        let known = content.disks.get(&disk);
+        let alone = known.is_some_and(|(report, _)| report.base.is_none());
+        alone && !content.written.contains(&disk)
+    }
+
+    /// Whether a disk is there and holds what was written to it.
+    pub(super) fn is_written(&self, disk: DiskId) -> bool {
+        self.content().written.contains(&disk)
     }
 }

@@ -11,6 +11,7 @@ fn migrate(vm: VmId, target: u128) -> Intent {
         vm,
         target: Some(Pool::id(target)),
         policy: MigrationPolicy::default(),
+        disks: Default::default(),
     }
 }
 

@@ -80,7 +80,7 @@ where
 }
 
 /// [`at_every_transaction`] with a look at every pool that has settled, told whether its server was killed.
-async fn at_every_transaction_and_then<F>(
+pub(super) async fn at_every_transaction_and_then<F>(
     prepare: impl Fn() -> F,
     intent: impl Fn(VmId) -> Intent,
     look: impl Fn(&Pool, VmId, bool),
@@ -112,6 +112,7 @@ async fn a_server_killed_at_any_step_of_a_migration_resumes_with_exactly_one_own
         vm,
         target: Some(Pool::id(2)),
         policy: MigrationPolicy::default(),
+        disks: Default::default(),
     };
     let killed = at_every_transaction(one_vm, migrate).await;
     assert!(killed >= 5, "killed {killed} times");
@@ -150,6 +151,7 @@ fn go_ahead(vm: VmId) -> Intent {
             post_copy: PostCopy::Allowed,
             ..MigrationPolicy::default()
         },
+        disks: Default::default(),
     }
 }
 
@@ -312,10 +314,10 @@ async fn a_server_killed_at_any_step_of_a_maintenance_drains_and_restores_all_th
 }
 
 /// Small and repeatable; quality does not matter here.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
-    fn roll(&mut self, sides: u64) -> u64 {
+    pub(super) fn roll(&mut self, sides: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;
@@ -358,6 +360,7 @@ async fn whatever_fails_at_random_no_vm_is_lost_and_none_runs_twice() {
                             vm,
                             target: None,
                             policy,
+                            disks: Default::default(),
                         })
                         .await;
                 }

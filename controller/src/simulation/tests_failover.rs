@@ -233,6 +233,7 @@ async fn a_source_that_falls_silent_during_a_migration_loses_no_vm() {
                 vm,
                 target: Some(Pool::id(2)),
                 policy,
+                disks: Default::default(),
             };
             let operation = pool.submit(intent).await.unwrap().operation.unwrap();
             tokio::time::sleep(Duration::from_millis(after_ms)).await;

@@ -14,6 +14,7 @@ fn migrate(vm: VmId, target: u128, policy: MigrationPolicy) -> Intent {
         vm,
         target: Some(Pool::id(target)),
         policy,
+        disks: Default::default(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::intent::{BandwidthLimit, HostChange, VmChange};
-use crate::model::{HeldBack, PostCopyPermission};
+use crate::model::{DisksOnMove, HeldBack, PostCopyPermission};
 use godwit_wire::migration::{MigrationPolicy, PostCopy};
 
 fn migrate(vm: VmId, target: u128, post_copy: PostCopy) -> Intent {
@@ -13,6 +13,7 @@ fn migrate(vm: VmId, target: u128, post_copy: PostCopy) -> Intent {
             post_copy,
             ..MigrationPolicy::default()
         },
+        disks: DisksOnMove::SharedOnly,
     }
 }
 

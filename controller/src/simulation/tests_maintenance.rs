@@ -215,6 +215,7 @@ async fn a_vm_moved_by_hand_during_a_maintenance_stays() {
         vm: a,
         target: Some(Pool::id(to)),
         policy,
+        disks: Default::default(),
     };
     pool.succeeds(pool.submit(by_hand).await.unwrap()).await;
     pool.running(a).await;

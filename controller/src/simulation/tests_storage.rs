@@ -16,7 +16,7 @@ use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{PauseReason, VmmState};
 use std::net::Ipv4Addr;
 
-const GIB: u64 = 1 << 30;
+pub(super) const GIB: u64 = 1 << 30;
 
 fn new_image(name: &str, path: &str) -> Intent {
     Intent::CreateImage(NewImage {
@@ -29,7 +29,7 @@ fn new_image(name: &str, path: &str) -> Intent {
     })
 }
 
-fn blank(pool: PoolId, bytes: u64) -> NewVmDisk {
+pub(super) fn blank(pool: PoolId, bytes: u64) -> NewVmDisk {
     disk_of(NewDiskSource::New {
         pool: Some(pool),
         bytes: Some(Bytes(bytes)),
@@ -48,7 +48,7 @@ fn disk_of(source: NewDiskSource) -> NewVmDisk {
     }
 }
 
-fn from_image(image: ImageId) -> NewVmDisk {
+pub(super) fn from_image(image: ImageId) -> NewVmDisk {
     disk_of(NewDiskSource::New {
         pool: None,
         bytes: None,
@@ -68,7 +68,7 @@ fn nic(network: NetworkId, address: NicAddress) -> NewNic {
     }
 }
 
-fn with_disks(name: &str, disks: Vec<NewVmDisk>) -> NewVm {
+pub(super) fn with_disks(name: &str, disks: Vec<NewVmDisk>) -> NewVm {
     NewVm {
         devices: NewDevices {
             disks: Some(disks),
@@ -106,7 +106,7 @@ impl Pool {
         }
     }
 
-    async fn created(&self, new: NewVm) -> VmId {
+    pub(super) async fn created(&self, new: NewVm) -> VmId {
         let name = new.name.clone();
         let accepted = self.submit(Intent::CreateVm(new)).await.unwrap();
         self.succeeds(accepted).await;
@@ -115,11 +115,11 @@ impl Pool {
         id
     }
 
-    fn disk(&self, name: &str) -> DiskId {
+    pub(super) fn disk(&self, name: &str) -> DiskId {
         self.view().find_disk(name).expect("the disk exists").id
     }
 
-    async fn refusal(&self, intent: Intent) -> String {
+    pub(super) async fn refusal(&self, intent: Intent) -> String {
         let problem = self.submit(intent).await.expect_err("it is refused");
         format!("{}: {problem}", problem.kind)
     }
@@ -381,10 +381,11 @@ async fn a_vm_with_a_local_disk_stays_with_its_host_and_blocks_its_maintenance()
         vm,
         target: Some(Pool::id(2)),
         policy: MigrationPolicy::default(),
+        disks: Default::default(),
     };
     expect_test::expect![[r#"
-        no-room: no host takes a: host-2: the host does not have the storage pool local-1
-          remedy: host-2: move the disk to a shared pool, or give the host the directory of local-1"#]]
+        no-room: no host takes a: host-2: the host does not have the storage pool local-1, and disks do not move along unless asked to
+          remedy: host-2: move the VM with its disks (`godwit vm migrate NAME --with-disks`), move the disk to a shared pool, or give the host the directory of local-1"#]]
     .assert_eq(&pool.refusal(migrate).await);
     let plan = pool
         .controller

@@ -1,7 +1,7 @@
 //! Pools, disks and networks as the records and the hosts' reports together show them.
 
 use super::View;
-use crate::model::{Disk, DisksOnDelete, Image, Network, Snapshot, Vm};
+use crate::model::{Disk, DisksOnDelete, Image, MovingDisk, Network, Snapshot, Vm, Work};
 use godwit_wire::devices::{DiskAccess, DiskSource, NicAttach};
 use godwit_wire::id::{DiskId, HostId, ImageId, NetworkId, PoolId, SnapshotId, VmId};
 use godwit_wire::machine::MachineSpec;
@@ -193,6 +193,36 @@ impl View {
             .flat_map(|observed| &observed.pools)
             .find(|report| report.pool == id)
             .map_or_else(|| id.to_string(), |report| report.name.clone())
+    }
+
+    /// Name that a host gives a pool, or that another gives it.
+    pub fn pool_name_at(&self, host: HostId, id: PoolId) -> String {
+        let observed = self.observed.get(&host);
+        let report = observed.and_then(|seen| seen.pools.iter().find(|report| report.pool == id));
+        report.map_or_else(|| self.pool_name(id), |report| report.name.clone())
+    }
+
+    /// Whether what a migration has left of a disk in a pool is still to be erased there.
+    pub fn is_erased_from(&self, disk: DiskId, pool: PoolId) -> bool {
+        self.active_operations().any(|operation| {
+            matches!(&operation.work, Work::EraseCopy { disk: of, pool: there, .. } if (*of, *there) == (disk, pool))
+        })
+    }
+
+    /// The disk of which a migration has left a thin copy of an image that is still to be erased.
+    pub fn copy_left_of(&self, image: ImageId) -> Option<DiskId> {
+        self.active_operations()
+            .find_map(|operation| match &operation.work {
+                Work::EraseCopy { disk, base, .. } if *base == Some(image) => Some(*disk),
+                _ => None,
+            })
+    }
+
+    /// Whether a pool is where a disk is, or where an open migration takes it.
+    pub fn belongs_in(&self, disk: DiskId, pool: PoolId) -> bool {
+        let is_there = self.disks.get(&disk).is_some_and(|disk| disk.pool == pool);
+        let comes = |moving: &MovingDisk| (moving.disk, moving.to) == (disk, pool);
+        is_there || self.open_migrations().any(|m| m.disks.iter().any(comes))
     }
 
     /// Name of an image, or its id once it is gone.

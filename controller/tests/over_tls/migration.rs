@@ -6,7 +6,7 @@ use axum::routing::{post, put};
 use axum::{Json, Router};
 use godwit_channel::pki::{HostRequest, JoinToken};
 use godwit_channel::tls::{self, Listener, MigrationTls, TlsClient};
-use godwit_controller::model::PowerIntent;
+use godwit_controller::model::{DisksOnMove, PowerIntent};
 use godwit_controller::{Controller, Intent, NewVm};
 use godwit_wire::host_api::{
     Heartbeat, HeartbeatReply, HostFacts, HostReport, JoinReply, JoinRequest, PrepareIncoming,
@@ -287,6 +287,7 @@ async fn each_end_of_a_migration_gets_an_identity_for_its_part_and_the_store_get
         vm,
         target: Some(two.host),
         policy: MigrationPolicy::default(),
+        disks: DisksOnMove::SharedOnly,
     };
     controller.submit(migrate, &operator()).await.unwrap();
 

@@ -16,6 +16,7 @@
 //! goes on from the record and the processes it finds (see [`adoption`](crate::adoption)).
 
 // These modules are one state machine over several files: each extends the driver by one concern.
+mod arriving;
 mod attach;
 mod driver;
 mod handover;

@@ -172,6 +172,12 @@ pub struct MigrationProgress {
     pub saved_bytes: Bytes,
     /// How long the target took to take host memory, before anything was sent.
     pub prefault_ms: u64,
+    /// What is to be moved of disks, in all.
+    pub disk_bytes: Bytes,
+    /// What remains of that.
+    pub disk_remaining_bytes: Bytes,
+    /// What was sent of disks.
+    pub disk_transferred_bytes: Bytes,
     /// What the blackout consisted of; known at the end, at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub blackout: Option<Blackout>,

@@ -26,6 +26,10 @@ pub(super) fn forecast(forecast: &Forecast) -> String {
         )
         .line(if arrives { "Time" } else { "Given up" }, rounds)
         .line("To send", mib(forecast.mib))
+        .maybe(
+            "Disks",
+            (forecast.disk_bytes > 0).then(|| format!("at most {}", bytes(forecast.disk_bytes))),
+        )
         .line("Blackout", blackout)
         .maybe(
             "Slowed",

@@ -3,7 +3,7 @@
 use super::act;
 use crate::cli::words::size;
 use crate::cli::{ChangeOptions, Failure, Session};
-use crate::resource::{Compression, MigrateVm, MigrationPolicy, Verify};
+use crate::resource::{Compression, MigrateDisks, MigrateVm, MigrationPolicy, Verify};
 use clap::Args;
 
 /// A move.
@@ -42,6 +42,12 @@ pub struct MigrateArgs {
     /// The move ends, one way or the other, within this time.
     #[arg(long, value_name = "SECONDS")]
     deadline_s: Option<u64>,
+    /// Disks that the target does not see move along, into one of its storage pools.
+    #[arg(long)]
+    with_disks: bool,
+    /// Storage pool of the target that they go to: one of the same name, else the roomiest, when absent.
+    #[arg(long, value_name = "POOL", requires = "with_disks")]
+    disk_pool: Option<String>,
     #[command(flatten)]
     change: ChangeOptions,
 }
@@ -59,6 +65,8 @@ pub(super) async fn migrate(session: &Session, arguments: MigrateArgs) -> Result
         compression,
         allow_postcopy,
         deadline_s,
+        with_disks,
+        disk_pool,
         change,
     } = arguments;
     let body = MigrateVm {
@@ -74,6 +82,8 @@ pub(super) async fn migrate(session: &Session, arguments: MigrateArgs) -> Result
             allow_postcopy: allow_postcopy.then_some(true),
             deadline_s,
         }),
+        disks: with_disks.then_some(MigrateDisks::Along),
+        disk_pool,
     };
     act(session, &vm, "migrate", &body, change).await
 }

@@ -28,6 +28,7 @@ pub(super) fn forecast(forecast: &Forecast) -> api::Forecast {
         downtime_limit_ms: forecast.limit_ms,
         seconds: (course.seconds * 10.0).round() / 10.0,
         mib: course.mib.0,
+        disk_bytes: forecast.disks.0,
         blackout_ms: course.blackout_ms,
         throttle_percent: course.throttle_percent,
         rounds: course.rounds,

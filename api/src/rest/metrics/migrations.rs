@@ -15,6 +15,7 @@ use godwit_wire::migration::{MigrationPhase, MigrationProgress};
 use jiff::Timestamp;
 use post_copy::PostCopyFigures;
 use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
@@ -53,6 +54,7 @@ pub(super) struct MigrationFigures {
     observed: Mutex<BTreeSet<MigrationId>>,
     durations: Family<OutcomeLabel, Histogram, fn() -> Histogram>,
     transferred: Family<OutcomeLabel, Histogram, fn() -> Histogram>,
+    disks_transferred: Counter,
     downtime: Histogram,
     blackout_error: Histogram,
     foreseen_error: Histogram,
@@ -68,6 +70,7 @@ impl MigrationFigures {
             observed: Mutex::default(),
             durations: Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS_S)),
             transferred: Family::new_with_constructor(|| Histogram::new(TRANSFERRED_BUCKETS_BYTES)),
+            disks_transferred: Counter::default(),
             downtime: Histogram::new(DOWNTIME_BUCKETS_S),
             blackout_error: Histogram::new(ERROR_BUCKETS),
             foreseen_error: Histogram::new(ERROR_BUCKETS),
@@ -104,6 +107,8 @@ impl MigrationFigures {
         self.transferred
             .get_or_create(&label)
             .observe(progress.transferred_bytes.0 as f64);
+        self.disks_transferred
+            .inc_by(progress.disk_transferred_bytes.0);
         if let Some(us) = progress.downtime_us {
             self.downtime.observe(us as f64 / 1e6);
         }
@@ -131,6 +136,12 @@ impl MigrationFigures {
             "Bytes that a migration put on the wire",
             Unit::Bytes,
             self.transferred.clone(),
+        );
+        registry.register_with_unit(
+            "migration_disks_transferred",
+            "Bytes of disks that moved along with their VMs, arrived or not",
+            Unit::Bytes,
+            self.disks_transferred.clone(),
         );
         registry.register_with_unit(
             "migration_downtime",
@@ -216,6 +227,7 @@ mod tests {
             prepare_generation: Generation(1),
             send_generation: Generation(2),
             policy: MigrationPolicy::default(),
+            disks: Vec::new(),
             operation: OperationId::fresh(),
             state: MigrationState::Committed { epoch: Epoch(2) },
             phase: Some(MigrationPhase::Completed),

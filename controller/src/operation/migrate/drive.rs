@@ -1,5 +1,6 @@
 //! An open migration: both ends are told, then watched until the migration is decided.
 
+use super::disks::{Blanks, make_blanks};
 use super::fair_share::{Share, keep_to_share};
 use crate::model::{Liveness, Migration};
 use crate::operation::context::{Context, Sent};
@@ -13,7 +14,6 @@ use godwit_wire::host_api::{PrepareIncoming, StartOutgoing, VmReport};
 use godwit_wire::id::HostId;
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationStatus};
 use godwit_wire::vmm_api::{DirtyRateRequest, VmmState};
-use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::pin;
 use std::time::Duration;
@@ -36,7 +36,7 @@ pub(super) struct Why {
 }
 
 impl Why {
-    fn failed(reason: impl Into<String>) -> Self {
+    pub(super) fn failed(reason: impl Into<String>) -> Self {
         Self {
             reason: reason.into(),
             cancelled: false,
@@ -55,11 +55,11 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         name: vm.name.clone(),
         epoch: migration.epoch,
         generation: migration.prepare_generation,
-        spec: vm.spec.clone(),
+        spec: migration.spec_at_target(&vm.spec),
         lease: vm.lease,
         migration: migration.id,
+        arriving_disks: migration.disk_names(),
         // The driver that speaks to hosts adds it; here, nobody sees a key.
-        arriving_disks: BTreeSet::new(),
         identity: None,
     };
     let driver = &context.core.driver;
@@ -76,6 +76,9 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
             || view.liveness(migration.source) == Liveness::RestartAllowed
             || view.liveness(migration.target) == Liveness::RestartAllowed
     };
+    if make_blanks(context, migration, over).await? == Blanks::Interrupted {
+        return watch(context, migration, None, None).await;
+    }
     let prepared = context.send(
         migration.target,
         |to| driver.prepare_incoming(to, vm.id, &prepare),
@@ -100,7 +103,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
             ..migration.policy.clone()
         },
         fixed_cost_us: figures.learned_fixed_us(),
-        leaving_disks: BTreeSet::new(),
+        leaving_disks: migration.disk_names(),
         identity: None,
     };
     let detail = format!("to {} at {}", migration.target_name, ready.address);
@@ -167,7 +170,8 @@ async fn note_copying(
             });
             if let (Some(record), Some(vm)) = (record, view.vms.get(&migration.vm)) {
                 let policy = &migration.policy;
-                let forecast = foresee_move(view, vm, migration.target, policy, watched.clone());
+                let (target, disks) = (migration.target, migration.disk_bytes());
+                let forecast = foresee_move(view, vm, target, policy, disks, watched.clone());
                 let mut record = record.as_ref().clone();
                 record.foreseen = Some(forecast.foreseen());
                 draft.put_migration(record);

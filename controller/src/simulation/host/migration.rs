@@ -83,6 +83,7 @@ pub(super) async fn send(
     source.enter(vm, migration, MigrationPhase::AwaitingCommit);
     if both_linked(&source, &target) {
         target.enter(vm, migration, MigrationPhase::AwaitingCommit);
+        target.write_disks(vm);
         tokio::spawn(receive(
             source.clone(),
             target,

@@ -225,6 +225,7 @@ impl Driver {
         record: VmRecord,
         ask: &PrepareIncoming,
     ) -> Result<IncomingReady, Problem> {
+        self.check_arriving_disks(ask).await?;
         let ports = self.context.migration_ports;
         let request = IncomingRequest {
             attachments: Attachments::default(),

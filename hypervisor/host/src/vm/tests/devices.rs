@@ -1,12 +1,13 @@
 //! What a driver does about disks, seeds and networks.
 
 use super::fake::{Host, start};
+use super::prepare;
 use crate::vm::{Command, Resize};
 use godwit_wire::devices::{
     CloudInit, Disk, DiskAccess, DiskAttachment, DiskFormat, DiskSource, Nic, NicAttach, Vsock,
 };
-use godwit_wire::host_api::StartVm;
-use godwit_wire::id::{DiskId, NetworkId, VmId};
+use godwit_wire::host_api::{PrepareIncoming, StartVm};
+use godwit_wire::id::{DiskId, MigrationId, NetworkId, VmId};
 use godwit_wire::storage::{CreateDisk, DiskOrigin};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::{PauseReason, VmmState};
@@ -145,6 +146,55 @@ async fn what_this_host_does_not_have_is_named_and_nothing_is_left() {
             .await
             .unwrap_err();
         assert_eq!(refused.fields[0].field, field, "{refused}");
+        assert!(!host.registry.context().state.vm(vm).path().exists());
+    }
+    assert_eq!(host.fakes.spawned(), 0);
+}
+
+/// The machine on its way to this host, with disks whose content comes with it.
+async fn on_its_way(host: &Host, arriving: &[&str]) -> PrepareIncoming {
+    let (ask, _) = machine(host).await;
+    PrepareIncoming {
+        spec: ask.spec,
+        arriving_disks: arriving.iter().map(|name| (*name).to_owned()).collect(),
+        ..prepare(MigrationId::fresh(), 4, 7)
+    }
+}
+
+#[tokio::test]
+async fn an_incoming_vm_finds_the_blank_disk_that_its_content_goes_to() {
+    let host = Host::new().await;
+    let vm = VmId::fresh();
+    let ask = on_its_way(&host, &["root"]).await;
+    host.registry
+        .ask(vm, |reply| Command::Prepare(ask, reply))
+        .await
+        .unwrap();
+    assert_eq!(host.fakes.spawned(), 1);
+}
+
+#[tokio::test]
+async fn an_incoming_vm_whose_blank_disk_is_missing_is_refused_by_name() {
+    let host = Host::new().await;
+    let mut missing = on_its_way(&host, &["root"]).await;
+    if let DiskSource::Volume { disk, .. } = &mut missing.spec.devices.disks[2].source {
+        *disk = DiskId::fresh();
+    }
+    let no_volume = on_its_way(&host, &["file"]).await;
+    let unknown = on_its_way(&host, &["data"]).await;
+    for (ask, kind, named) in [
+        (missing, "no-blank-disk", "root"),
+        (no_volume, "invalid-request", "file is no writable disk"),
+        (unknown, "invalid-request", "data is no writable disk"),
+    ] {
+        let vm = VmId::fresh();
+        let refused = host
+            .registry
+            .ask(vm, |reply| Command::Prepare(ask, reply))
+            .await
+            .unwrap_err();
+        assert_eq!(refused.kind, kind, "{refused}");
+        assert!(format!("{refused}").contains(named), "{refused}");
         assert!(!host.registry.context().state.vm(vm).path().exists());
     }
     assert_eq!(host.fakes.spawned(), 0);
