@@ -2,6 +2,7 @@
 //! and through their memory.
 
 use super::config::{ConfigSpace, Identity};
+use super::platform::ConfigMirror;
 use super::virtio::{BAR_BYTES, VirtioPci};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +27,7 @@ pub struct PciBus {
     functions: [Option<Mutex<VirtioPci>>; SLOTS],
     /// Where functions' memory begins; slot N's is N BARs behind it until the guest moves it.
     window: u64,
+    mirror: Option<Box<dyn ConfigMirror>>,
 }
 
 impl PciBus {
@@ -36,6 +38,7 @@ impl PciBus {
             bridge: Mutex::new(ConfigSpace::new(HOST_BRIDGE)),
             functions: [const { None }; SLOTS],
             window: window.into(),
+            mirror: None,
         }
     }
 
@@ -52,6 +55,29 @@ impl PciBus {
             "slot {slot} is taken"
         );
         self.functions[slot] = Some(Mutex::new(function));
+    }
+
+    /// Shows configuration space in `mirror` as well, from now on. Guests read it far more often than they write it.
+    pub fn mirror_to(&mut self, mirror: Box<dyn ConfigMirror>) {
+        self.mirror = Some(mirror);
+        self.show();
+    }
+
+    /// Shows configuration space as it is; needed after functions were restored.
+    pub fn show(&self) {
+        if let Some(mirror) = &self.mirror {
+            mirror.show(0, lock(&self.bridge).bytes());
+        }
+        self.functions()
+            .for_each(|function| self.show_one(&function));
+    }
+
+    fn show_one(&self, function: &VirtioPci) {
+        match (&self.mirror, function.plain_config()) {
+            (None, _) => {}
+            (Some(mirror), Some(registers)) => mirror.show(function.slot(), registers),
+            (Some(mirror), None) => mirror.withdraw(function.slot()),
+        }
     }
 
     /// All functions, in order.
@@ -74,10 +100,19 @@ impl PciBus {
     /// The guest writes configuration space at `offset` of ECAM.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         match Target::of(offset) {
-            Some(Target { slot: 0, register }) => lock(&self.bridge).write(register.into(), data),
+            Some(Target { slot: 0, register }) => {
+                let mut bridge = lock(&self.bridge);
+                bridge.write(register.into(), data);
+                if let Some(mirror) = &self.mirror {
+                    mirror.show(0, bridge.bytes());
+                }
+            }
             Some(Target { slot, register }) => {
                 if let Some(function) = &self.functions[slot] {
-                    lock(function).write_config(register, data);
+                    let mut function = lock(function);
+                    function.write_config(register, data);
+                    // Under its lock, so that the latest write is what stays to be seen.
+                    self.show_one(&function);
                 }
             }
             None => {}
@@ -133,4 +168,80 @@ impl Target {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::config::CONFIG_BYTES;
+    use crate::pci::virtio::tests::{SLOT, function};
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    /// What a guest would see of each function, until it is withdrawn.
+    #[derive(Clone, Debug, Default)]
+    struct Seen(Arc<Mutex<BTreeMap<u8, Option<[u8; CONFIG_BYTES]>>>>);
+
+    impl ConfigMirror for Seen {
+        fn show(&self, slot: u8, registers: &[u8; CONFIG_BYTES]) {
+            let mut seen = lock(&self.0);
+            if let Some(page) = seen.entry(slot).or_insert(Some([0; CONFIG_BYTES])) {
+                *page = *registers;
+            }
+        }
+
+        fn withdraw(&self, slot: u8) {
+            lock(&self.0).insert(slot, None);
+        }
+    }
+
+    fn bus() -> (PciBus, Seen) {
+        let mut bus = PciBus::new(0xc000_0000);
+        bus.insert(function());
+        let seen = Seen::default();
+        bus.mirror_to(Box::new(seen.clone()));
+        (bus, seen)
+    }
+
+    fn config(bus: &PciBus, slot: u8) -> [u8; CONFIG_BYTES] {
+        let mut registers = [0; CONFIG_BYTES];
+        bus.read_config(u64::from(slot) * 8 * FUNCTION_BYTES, &mut registers);
+        registers
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_shown_is_what_a_read_would_give(
+            writes in prop::collection::vec((prop::sample::select(vec![0, SLOT, 9]), 0u64..256, any::<u32>()), 0..40)
+        ) {
+            let (bus, seen) = bus();
+            for (slot, register, value) in writes {
+                let at = u64::from(slot) * 8 * FUNCTION_BYTES + register;
+                bus.write_config(at, &value.to_le_bytes());
+                let shown: Vec<_> = lock(&seen.0).clone().into_iter().collect();
+                prop_assert!(shown.iter().map(|(slot, _)| *slot).eq([0, SLOT]));
+                for (slot, page) in shown {
+                    if let Some(page) = page {
+                        prop_assert_eq!(page, config(&bus, slot));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_function_whose_registers_reach_its_memory_is_not_shown_any_more() {
+        let (bus, seen) = bus();
+        let registers = config(&bus, SLOT);
+        let mut at = usize::from(registers[0x34]);
+        // The access capability is of the vendor's kind 5.
+        while (registers[at], registers[at + 3]) != (9, 5) {
+            at = usize::from(registers[at + 1]);
+        }
+        let start = u64::from(SLOT) * 8 * FUNCTION_BYTES;
+        bus.write_config(start + at as u64 + 12, &4u32.to_le_bytes());
+        assert_eq!(lock(&seen.0)[&SLOT], None);
+        assert!(lock(&seen.0)[&0].is_some());
+    }
 }

@@ -2,7 +2,7 @@
 //! the guest may write.
 
 /// Bytes that a conventional function has; what lies behind reads as zero.
-pub(super) const CONFIG_BYTES: usize = 256;
+pub const CONFIG_BYTES: usize = 256;
 
 pub(super) const COMMAND: usize = 0x04;
 pub(super) const BAR0: usize = 0x10;

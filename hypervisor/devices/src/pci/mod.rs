@@ -25,6 +25,7 @@ mod virtio;
 
 pub use bus::{PciBus, SLOTS};
 pub use common::{MAX_QUEUES, QueueRegisters};
-pub use platform::{InterruptLine, MsiMessage, Platform};
+pub use config::CONFIG_BYTES;
+pub use platform::{ConfigMirror, InterruptLine, MsiMessage, Platform};
 pub use saved::{SAVED_FUNCTION_VERSION, SavedFunction};
 pub use virtio::{BAR_BYTES, VirtioPci};

@@ -1,5 +1,6 @@
 //! What the bus needs of the hypervisor below it.
 
+use super::config::CONFIG_BYTES;
 use std::fmt::Debug;
 use std::io;
 use vmm_sys_util::eventfd::EventFd;
@@ -32,4 +33,13 @@ pub trait Platform: Send + Sync + Debug {
 
     /// Takes back what [`Self::place_doorbell`] did.
     fn remove_doorbell(&self, doorbell: &EventFd, address: u64) -> io::Result<()>;
+}
+
+/// Copies of configuration space that guests read without leaving for the hypervisor.
+pub trait ConfigMirror: Send + Sync + Debug {
+    /// From now on guests read `registers` of the function in `slot` there, and zeros behind them.
+    fn show(&self, slot: u8, registers: &[u8; CONFIG_BYTES]);
+
+    /// From now on the bus is asked for all of that function, whatever is shown later.
+    fn withdraw(&self, slot: u8);
 }

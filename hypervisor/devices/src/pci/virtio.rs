@@ -197,6 +197,11 @@ impl VirtioPci {
         self.config.read(offset, data);
     }
 
+    /// What reading configuration space gives; nothing when that has effects, through the access capability.
+    pub(super) fn plain_config(&self) -> Option<&[u8; CONFIG_BYTES]> {
+        self.accessed().is_none().then(|| self.config.bytes())
+    }
+
     /// The guest writes configuration space.
     pub fn write_config(&mut self, offset: u16, data: &[u8]) {
         let offset = usize::from(offset);

@@ -87,8 +87,47 @@ pub fn map_memory(
         memory_size: bytes,
         userspace_addr: host_address,
     };
-    // SAFETY: the range is a live mapping owned by GuestRam, which outlives the VM (both live in Machine, RAM
-    // is reference-counted and never remapped), and the guest may do what it likes with its own memory.
+    set_slot(vm, region)
+}
+
+/// Lets the guest read `bytes` of this process's memory at `host_address`; its writes leave the guest. The caller keeps
+/// the mapping alive until [`unmap`] or as long as the VM.
+pub fn map_read_only(
+    vm: &VmFd,
+    slot: u32,
+    guest_address: u64,
+    host_address: u64,
+    bytes: u64,
+) -> Result<(), KvmError> {
+    if !vm.check_extension(kvm_ioctls::Cap::ReadonlyMem) {
+        return Err(KvmError::Lacks("read-only memory"));
+    }
+    set_slot(
+        vm,
+        kvm_bindings::kvm_userspace_memory_region {
+            slot,
+            flags: kvm_bindings::KVM_MEM_READONLY,
+            guest_phys_addr: guest_address,
+            memory_size: bytes,
+            userspace_addr: host_address,
+        },
+    )
+}
+
+/// Takes a slot of memory from the guest.
+pub fn unmap(vm: &VmFd, slot: u32) -> Result<(), KvmError> {
+    set_slot(
+        vm,
+        kvm_bindings::kvm_userspace_memory_region {
+            slot,
+            ..Default::default()
+        },
+    )
+}
+
+fn set_slot(vm: &VmFd, region: kvm_bindings::kvm_userspace_memory_region) -> Result<(), KvmError> {
+    // SAFETY: the range is a live mapping that the caller keeps for as long as the slot is there, made for the guest
+    // to use; nobody in this process holds references into it.
     unsafe { vm.set_user_memory_region(region) }
         .map_err(KvmError::during("KVM_SET_USER_MEMORY_REGION"))
 }

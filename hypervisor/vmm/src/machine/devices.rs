@@ -4,9 +4,10 @@
 //! 4 vsock, 8 to 23 disks (the seed disk last), 24 to 31 network cards.
 
 use super::attachments;
+use super::config_pages::ConfigPages;
 use super::layout::MMIO_WINDOW;
 use super::{MachineError, MachineEvent, MachineParts};
-use crate::kvm::Interrupts;
+use crate::kvm::{Interrupts, VmFd};
 use crate::memory::GuestRam;
 use godwit_devices::balloon::{Balloon, BalloonControl};
 use godwit_devices::block::{Block, BlockConfig, ResizeHandle};
@@ -94,7 +95,7 @@ impl PciDevices {
     pub(super) fn build(
         parts: &MachineParts,
         ram: &GuestRam,
-        interrupts: Interrupts,
+        vm: Arc<VmFd>,
         plug: Plug,
     ) -> Result<Self, MachineError> {
         let devices = &parts.spec.devices;
@@ -102,7 +103,7 @@ impl PciDevices {
         let mut builder = Builder {
             bus: PciBus::new(MMIO_WINDOW.start as u32),
             ram,
-            platform: Arc::new(interrupts),
+            platform: Arc::new(Interrupts::new(vm.clone())),
             events: Arc::new(move |event| sink(MachineEvent::Device(event))),
         };
         builder.add(RNG_SLOT, Rng::new()?);
@@ -149,6 +150,9 @@ impl PciDevices {
             };
             let card = Net::plugged(config, plug)?;
             builder.add(slot, card);
+        }
+        if let Some(pages) = ConfigPages::new(vm) {
+            builder.bus.mirror_to(Box::new(pages));
         }
         Ok(Self {
             bus: Arc::new(builder.bus),
@@ -250,6 +254,8 @@ impl PciDevices {
         for (function, saved) in functions.iter_mut().zip(saved) {
             function.restore(saved)?;
         }
+        drop(functions);
+        self.bus.show();
         Ok(())
     }
 

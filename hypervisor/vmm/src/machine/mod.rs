@@ -4,6 +4,7 @@ mod acpi;
 mod attachments;
 mod boot;
 mod boot_params;
+mod config_pages;
 mod devices;
 mod error;
 pub mod layout;

@@ -147,10 +147,7 @@ impl Machine {
         };
         let pci = match spec.machine_type {
             MachineType::Godwit1 => None,
-            MachineType::Godwit2 => {
-                let interrupts = kvm::Interrupts::new(vm.clone());
-                Some(PciDevices::build(parts, &ram, interrupts, plug)?)
-            }
+            MachineType::Godwit2 => Some(PciDevices::build(parts, &ram, vm.clone(), plug)?),
         };
         let buses = Buses {
             ports: bus.clone(),

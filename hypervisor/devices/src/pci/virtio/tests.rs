@@ -168,7 +168,7 @@ impl VirtioDevice for FakeDevice {
 }
 
 const MEMORY_BYTES: usize = 1 << 20;
-const SLOT: u8 = 8;
+pub(in crate::pci) const SLOT: u8 = 8;
 const BAR: u32 = 0xc004_0000;
 
 struct Rig {
@@ -180,6 +180,11 @@ struct Rig {
 
 fn memory() -> GuestMemory {
     GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).unwrap()
+}
+
+/// A function at work on nothing.
+pub(in crate::pci) fn function() -> VirtioPci {
+    rig().function
 }
 
 fn rig() -> Rig {
