@@ -2,12 +2,13 @@
 
 import { openDialog, confirm } from './parts/dialog.js';
 import { perform } from './parts/notices.js';
-import { post, remove } from './lib/api.js';
+import { patch, post, remove } from './lib/api.js';
 import { go } from './lib/router.js';
 import { CreateVmDialog } from './dialogs/create-vm.js';
 import { EvacuateDialog } from './dialogs/evacuate.js';
 import { MaintenanceDialog } from './dialogs/maintenance.js';
 import { MigrateDialog } from './dialogs/migrate.js';
+import { UpgradeDialog } from './dialogs/upgrade.js';
 import { AddHostDialog } from './dialogs/add-host.js';
 import { CreateDiskDialog, CreateImageDialog, GrowDiskDialog } from './dialogs/storage.js';
 import { CreateNetworkDialog } from './dialogs/create-network.js';
@@ -28,6 +29,7 @@ export function vmIntents(vm) {
     is('stopped', 'failed', 'pending') && { id: 'start', label: 'Start', main: true, run: () => send(vm, 'start', 'Start') },
     is('running', 'paused') && { id: 'migrate', label: 'Migrate…', main: true, run: () => openDialog(MigrateDialog, { vm }) },
     is('paused') && { id: 'resume', label: 'Resume', main: true, run: () => send(vm, 'resume', 'Resume') },
+    postCopyIntent(vm),
     is('running') && { id: 'pause', label: 'Pause', run: () => send(vm, 'pause', 'Pause') },
     is('running') && {
       id: 'reboot', label: 'Reboot…',
@@ -56,7 +58,16 @@ export function vmIntents(vm) {
   return all.filter(Boolean);
 }
 
-/** Everything that can be asked of `host` now, except its maintenance. */
+/** Whether its moves may let the guest go ahead of its memory. */
+function postCopyIntent(vm) {
+  const allowed = vm.post_copy !== 'forbidden';
+  const set = (to, what) => perform(`${what} ${vm.name}`, () => patch(`/v1/vms/${vm.id}`, { post_copy: to }));
+  return allowed
+    ? { id: 'forbid-post-copy', label: 'Forbid post-copy', run: () => set('forbidden', 'Forbid post-copy for') }
+    : { id: 'allow-post-copy', label: 'Allow post-copy', run: () => set('allowed', 'Allow post-copy for') };
+}
+
+/** Everything that can be asked of `host` now, except its maintenance and its upgrade. */
 export function hostIntents(host) {
   const ask = (verb, what) => perform(`${what} ${host.name}`, () => post(`/v1/hosts/${host.id}/${verb}`));
   const guests = host.committed.vms;
@@ -107,6 +118,12 @@ export const addHost = () => openDialog(AddHostDialog);
 export async function maintain(host) {
   const started = await openDialog(MaintenanceDialog, { host });
   if (started) go('maintenance', started.id);
+}
+
+/** Lets a host's VMs go on in VMMs of its agent's program, when the operator agrees. */
+export async function upgrade(host) {
+  if (!await openDialog(UpgradeDialog, { host })) return;
+  await perform(`Upgrade ${host.name}`, () => post(`/v1/hosts/${host.id}/upgrade`));
 }
 
 /** `what` names it for the operator, such as "Migrate web-1". */

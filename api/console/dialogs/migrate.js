@@ -30,6 +30,7 @@ export function MigrateDialog({ vm, close }) {
   const [verify, setVerify] = useState(false);
   const [postCopy, setPostCopy] = useState(false);
   const [withDisks, setWithDisks] = useState(false);
+  const forbidden = vm.post_copy === 'forbidden';
   const path = `/v1/vms/${vm.id}/migrate`;
   const policy = {
     downtime_limit_ms: Number(limit),
@@ -92,9 +93,9 @@ export function MigrateDialog({ vm, close }) {
               <input type="checkbox" checked=${compress}
                 onChange=${(event) => setCompress(event.target.checked)} /> Compress pages where that is faster</label>
             <label class="check">
-              <input type="checkbox" checked=${postCopy} disabled=${verify}
-                onChange=${(event) => setPostCopy(event.target.checked)} /> Let it run there before all of its memory has followed
-                (until then the loss of either host loses it)</label>
+              <input type="checkbox" checked=${postCopy} disabled=${verify || forbidden} data-testid="migrate-post-copy"
+                onChange=${(event) => setPostCopy(event.target.checked)} /> ${forbidden ? 'Post-copy is forbidden for this VM'
+                : 'Let it run there before all of its memory has followed (until then the loss of either host loses it)'}</label>
             <label class="check">
               <input type="checkbox" checked=${verify}
                 disabled=${postCopy} onChange=${(event) => setVerify(event.target.checked)} /> Compare a hash of all memory (lengthens the blackout)</label>

@@ -78,6 +78,7 @@ async function call(method, path, body, signal) {
 
 export const get = (path, signal) => call('GET', path, undefined, signal);
 export const post = (path, body = {}, signal) => call('POST', path, body, signal);
+export const patch = (path, body) => call('PATCH', path, body);
 export const remove = (path) => call('DELETE', path);
 
 /** Sends a file; it may take as long as it takes. */

@@ -28,7 +28,12 @@ export function find(pool, kind, idOrName) {
   return pool[kind].get(idOrName) ?? [...pool[kind].values()].find((item) => item.name === idOrName);
 }
 
-export const isMoving = (migration) => Boolean(migration) && migration.state === 'open' && !MIGRATION_ENDS.includes(migration.phase);
+/** Whether it is under way: not decided, or decided while memory still follows the guest. */
+export const isMoving = (migration) => Boolean(migration)
+  && ((migration.state === 'open' && !MIGRATION_ENDS.includes(migration.phase)) || memoryFollows(migration));
+
+/** Whether the guest runs at the target and some of its memory is still at the source. */
+export const memoryFollows = (migration) => migration.state === 'committed' && migration.phase === 'post_copy';
 
 export const movingMigrations = (pool) => [...pool.migration.values()].filter(isMoving).sort(newestFirst('started_at')).reverse();
 

@@ -1,9 +1,9 @@
 // One host.
 
 import { html } from '../lib/ui.js';
-import { ago, mib, percent, time } from '../lib/format.js';
+import { ago, mib, percent, rate, time } from '../lib/format.js';
 import { find, guestsOf, maintenances, migrationOf } from '../lib/pool.js';
-import { hostIntents, maintain } from '../intents.js';
+import { hostIntents, maintain, upgrade } from '../intents.js';
 import { linkTo } from '../lib/router.js';
 import { useNow } from '../lib/clock.js';
 import { Actions } from '../parts/actions.js';
@@ -16,6 +16,16 @@ import { State } from '../parts/state.js';
 import { PageHead } from './page.js';
 
 const EVENTS_SHOWN = 30;
+
+/** An agent that answers can be asked to change the VMMs of what runs there. */
+const canBeUpgraded = (host, here) => ['up', 'cordoned'].includes(host.state) && here.length > 0;
+
+/** What migrations may send from and to it. */
+function bandwidth(host) {
+  const links = (host.links ?? []).map((link) => `${rate(link.bytes_per_s)} to and from ${link.host_name}`);
+  const whole = host.migration_bandwidth_bytes_per_s && `${rate(host.migration_bandwidth_bytes_per_s)} each way`;
+  return [whole, ...links].filter(Boolean).join(', ') || 'all there is';
+}
 
 export function HostView({ pool, id }) {
   const now = useNow();
@@ -30,12 +40,14 @@ export function HostView({ pool, id }) {
   const facts = [
     ['Address', host.address], ['CPU', host.facts?.cpu?.model], ['CPU level', host.facts?.cpu?.level], ['Cores', host.capacity.cores],
     ['Memory', mib(host.facts?.memory_mib)], ['For guests', mib(host.capacity.guest_memory_mib)], ['vCPUs given out', host.committed.vcpus],
-    ['Kernel', host.facts?.kernel], ['Godwit', host.version], ['Last heard', host.last_seen ? ago(host.last_seen, now) : 'never'], ['Id', host.id],
+    ['Migrations may use', bandwidth(host)], ['Kernel', host.facts?.kernel], ['Godwit', host.version], ['Last heard', host.last_seen ? ago(host.last_seen, now) : 'never'], ['Id', host.id],
   ];
   return html`<${PageHead} title=${host.name} crumb=${crumb} note=${html`<${State} kind="host" state=${host.state} reason=${host.reason}
     testid="host-state" />`}>
       ${canBeMaintained(host) && html`<button type="button" class="button" data-testid="maintenance-open"
         onClick=${() => maintain(host)}>Maintenance…</button>`}
+      ${canBeUpgraded(host, here) && html`<button type="button" class="button" data-testid="upgrade-open"
+        onClick=${() => upgrade(host)}>Upgrade VMs…</button>`}
       ${host.maintenance && html`<a class="button" href=${linkTo('maintenance', host.maintenance)}>Open maintenance</a>`}
       <${Actions} intents=${hostIntents(host)} name=${host.name} />
     <//>

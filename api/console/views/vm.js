@@ -93,6 +93,7 @@ function Facts({ pool, vm, now }) {
     boot.cmdline && ['Command line', boot.cmdline],
     ['Should be', words(vm.intent)], ['Home', home?.name ?? '–'],
     ['In maintenance', POLICIES[vm.maintenance_policy] ?? words(vm.maintenance_policy)],
+    ['Post-copy', vm.post_copy === 'forbidden' ? 'forbidden' : 'allowed where a move asks for it'],
     ['Host silent', LEASES[vm.lease] ?? words(vm.lease)],
     ['Epoch', vm.epoch], ['Created', ago(vm.created_at, now)], ['Changed', ago(vm.changed_at, now)], ['Id', vm.id],
   ].filter(Boolean);
