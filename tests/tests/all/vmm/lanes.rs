@@ -11,7 +11,7 @@ use godwit_wire::migration::{
     Compression, MigrationPhase, MigrationPolicy, MigrationRole, MigrationStatus,
 };
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::VmmState;
+use godwit_wire::vmm_api::{MigrationBandwidth, VmmState};
 use std::time::{Duration, Instant};
 
 #[tokio::test]
@@ -118,6 +118,51 @@ async fn the_bandwidth_limit_holds_for_all_lanes_together() {
         landed.progress.transferred_bytes.0 as f64 / BYTES_PER_S as f64 * 0.9,
     );
     assert!(began.elapsed() >= fastest, "{:?}", landed.progress);
+    verify_guest(&target).await;
+}
+
+#[tokio::test]
+async fn a_limit_can_be_lifted_while_a_migration_runs() {
+    const BYTES_PER_S: u64 = 1 << 20;
+    require!(skip::kvm());
+    let dir = TestDir::new();
+    let (source, request) = boot_pilot(&dir, "source", 1, Mib(96)).await;
+    let filled = source
+        .shell()
+        .await
+        .expect("shell")
+        .command("fill 64")
+        .await;
+    filled.expect("memory that is not zero");
+    let target = Vmm::start(&dir, "target").await.expect("a target");
+    let policy = MigrationPolicy {
+        lanes: 2,
+        max_bandwidth_bytes_per_s: Some(BYTES_PER_S),
+        compression: Compression::Off,
+        ..verifying()
+    };
+    let began = Instant::now();
+    let flight = Flight::start(&source, &target, &request, policy)
+        .await
+        .expect("take-off");
+    flight
+        .source_reaches(MigrationPhase::PreCopy)
+        .await
+        .expect("it copies");
+    let lifted = MigrationBandwidth {
+        migration: flight.migration,
+        epoch: flight.epoch,
+        max_bytes_per_s: None,
+    };
+    let path = "/v1/migration/bandwidth";
+    let refused = target.api.post::<MigrationStatus>(path, &lifted).await;
+    let refused = refused.expect_err("a target sends nothing");
+    assert!(format!("{refused:#}").contains("source"), "{refused:#}");
+    let _: MigrationStatus = source.api.post(path, &lifted).await.expect("lifted");
+    let landed = flight.land().await.expect("the guest lands");
+    let limited =
+        Duration::from_secs_f64(landed.progress.content_pages as f64 * 4096.0 / BYTES_PER_S as f64);
+    assert!(began.elapsed() < limited / 2, "{:?}", landed.progress);
     verify_guest(&target).await;
 }
 
