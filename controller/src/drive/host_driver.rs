@@ -192,6 +192,16 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         disk: DiskId,
     ) -> Result<(), CallError>;
 
+    /// Erases what is left of a disk, unless a machine has claimed it under an epoch after `up_to`; done also when it
+    /// is not there.
+    async fn erase_copy(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        up_to: Epoch,
+    ) -> Result<(), CallError>;
+
     /// Begins to save a VM.
     async fn take_snapshot(
         &self,

@@ -378,6 +378,17 @@ impl HostDriver for TlsDriver {
         self.client(to).delete(&disk_path(pool, disk)).await
     }
 
+    async fn erase_copy(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        up_to: Epoch,
+    ) -> Result<(), CallError> {
+        let path = format!("{}?up_to_epoch={up_to}", disk_path(pool, disk));
+        self.client(to).delete(&path).await
+    }
+
     async fn take_snapshot(
         &self,
         to: HostAddress,

@@ -227,6 +227,8 @@ pub enum Work {
         pool: PoolId,
         /// The host that left it there.
         host: HostId,
+        /// Latest epoch under which a machine had it there; one that was claimed later is another.
+        up_to: Epoch,
         /// The image that it is a thin copy of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<ImageId>,

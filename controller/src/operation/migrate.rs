@@ -362,8 +362,15 @@ fn arrived(draft: &mut Draft<'_>, operation: &Operation, record: &Migration, vm:
     let figures = record.progress.as_ref();
     let downtime = figures.and_then(|progress| progress.downtime_us);
     let sent = figures.map(|progress| format!(", {} sent", progress.transferred_bytes));
+    let disks = match record.disk_names() {
+        names if names.is_empty() => String::new(),
+        names => {
+            let names: Vec<String> = names.into_iter().collect();
+            format!(" with its disks {}", names.join(", "))
+        }
+    };
     let message = format!(
-        "{} moved from {} to {}{}{}",
+        "{} moved from {} to {}{disks}{}{}",
         record.vm_name,
         record.source_name,
         record.target_name,

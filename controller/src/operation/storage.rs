@@ -46,8 +46,20 @@ async fn carry_out(context: &Context<'_>) -> Result<(), Ended> {
         Work::GrowDisk { disk, bytes } => disk::grow_disk(context, disk, bytes).await,
         Work::DeleteDisk { disk } => disk::delete_disk(context, disk).await,
         Work::EraseCopy {
-            disk, pool, host, ..
-        } => copy::erase_copy(context, &copy::Left { disk, pool, host }).await,
+            disk,
+            pool,
+            host,
+            up_to,
+            ..
+        } => {
+            let left = copy::Left {
+                disk,
+                pool,
+                host,
+                up_to,
+            };
+            copy::erase_copy(context, &left).await
+        }
         _ => Err(Ended::GaveUp),
     }
 }

@@ -289,6 +289,17 @@ impl HostDriver for SimDriver {
             .await
     }
 
+    async fn erase_copy(
+        &self,
+        to: HostAddress,
+        pool: PoolId,
+        disk: DiskId,
+        up_to: Epoch,
+    ) -> Result<(), CallError> {
+        self.call(to, "erase copy", |host| host.erase_copy(pool, disk, up_to))
+            .await
+    }
+
     async fn take_snapshot(
         &self,
         to: HostAddress,

@@ -2,7 +2,7 @@
 //! is shared by the hosts that share the pool.
 
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, ImportImage, ImportSource,
@@ -24,8 +24,8 @@ struct Content {
     images: BTreeMap<ImageId, (ImageReport, Instant)>,
     disks: BTreeMap<DiskId, (DiskReport, Instant)>,
     snapshots: BTreeMap<SnapshotId, (SnapshotReport, Instant)>,
-    /// Disks that something was written to.
-    written: BTreeSet<DiskId>,
+    /// Disks that something was written to, and under which epoch last.
+    written: BTreeMap<DiskId, Epoch>,
     /// Why new disks fail, from the second on.
     fails: Option<String>,
     trouble: Option<String>,
@@ -52,7 +52,7 @@ impl SimPool {
             images: BTreeMap::new(),
             disks: BTreeMap::new(),
             snapshots: BTreeMap::new(),
-            written: BTreeSet::new(),
+            written: BTreeMap::new(),
             fails: None,
             trouble: None,
         };
@@ -262,12 +262,17 @@ impl SimPool {
         Ok(())
     }
 
-    /// Something is written to a disk.
-    pub(super) fn write(&self, disk: DiskId) {
+    /// Something is written to a disk by a VM under an epoch.
+    pub(super) fn write(&self, disk: DiskId, epoch: Epoch) {
         let mut content = self.content();
         if content.disks.contains_key(&disk) {
-            content.written.insert(disk);
+            content.written.insert(disk, epoch);
         }
+    }
+
+    /// The epoch under which a VM has claimed a disk last.
+    pub(super) fn claimed_under(&self, disk: DiskId) -> Option<Epoch> {
+        self.content().written.get(&disk).copied()
     }
 
     /// Whether a disk is whole by itself and nothing was ever written to it.
@@ -275,11 +280,11 @@ impl SimPool {
         let content = self.content();
         let known = content.disks.get(&disk);
         let alone = known.is_some_and(|(report, _)| report.base.is_none());
-        alone && !content.written.contains(&disk)
+        alone && !content.written.contains_key(&disk)
     }
 
     /// Whether a disk is there and holds what was written to it.
     pub(super) fn is_written(&self, disk: DiskId) -> bool {
-        self.content().written.contains(&disk)
+        self.content().written.contains_key(&disk)
     }
 }

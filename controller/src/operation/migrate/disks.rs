@@ -120,7 +120,7 @@ async fn make_blank(
         Sent::Interrupted => return Ok(Blanks::Interrupted),
         // What an earlier migration has left there is not blank.
         Sent::Answer(_) => {
-            let delete = |to| driver.delete_disk(to, pool, id);
+            let delete = |to| driver.erase_copy(to, pool, id, migration.epoch);
             match context.send(migration.target, delete, &over).await {
                 Sent::Answer(()) => {}
                 Sent::Refused(problem) => return Err(failed(&problem.detail)),
@@ -196,6 +196,7 @@ pub(super) fn let_go_of_disks(
                 disk: disk.id,
                 pool,
                 host,
+                up_to: migration.epoch,
                 base,
             };
             let subject = Subject::disk(disk.id, &disk.name);

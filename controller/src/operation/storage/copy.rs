@@ -6,15 +6,16 @@
 //!        └──────── pause ───────────┘
 //! ```
 //! The host may be away for as long as it likes. What must never happen is that the disk itself is erased: nothing is
-//! sent while the disk's record, or an open migration, names the pool, and no migration takes the disk into the pool
-//! before this operation has ended.
+//! sent while the disk's record, or an open migration, names the pool, no migration takes the disk into the pool before
+//! this operation has ended, and a command that arrives later still is refused, because the disk's lock names a later
+//! epoch by then.
 
 use super::note_deletion;
 use crate::model::{Subject, Work};
 use crate::operation::Ended;
 use crate::operation::context::{Conclusion, Context, FIRST_PAUSE, Sent};
 use crate::view::View;
-use godwit_wire::id::{DiskId, HostId, PoolId};
+use godwit_wire::id::{DiskId, Epoch, HostId, PoolId};
 use godwit_wire::problem::Problem;
 use std::time::Duration;
 
@@ -29,6 +30,7 @@ pub(super) struct Left {
     pub(super) disk: DiskId,
     pub(super) pool: PoolId,
     pub(super) host: HostId,
+    pub(super) up_to: Epoch,
 }
 
 /// What to do next.
@@ -103,7 +105,7 @@ async fn erase(context: &Context<'_>, left: &Left) -> Result<(), Problem> {
         };
         let told = context.send(
             host,
-            |to| driver.delete_disk(to, left.pool, left.disk),
+            |to| driver.erase_copy(to, left.pool, left.disk, left.up_to),
             |view| view.belongs_in(left.disk, left.pool),
         );
         match told.await {

@@ -6,7 +6,7 @@
 use super::{SimHost, refuse};
 use godwit_wire::devices::DiskSource;
 use godwit_wire::host_api::PrepareIncoming;
-use godwit_wire::id::{DiskId, PoolId, VmId};
+use godwit_wire::id::{DiskId, Epoch, PoolId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::VmmState;
@@ -57,10 +57,11 @@ impl SimHost {
 
     /// The VM, or a migration that fills it, has written to all of its disks.
     pub(super) fn write_disks(&self, vm: VmId) {
-        let disks = self.state().vms.get(&vm).map(|vm| vm.disks.clone());
-        for (pool, disk) in disks.unwrap_or_default() {
-            if let Ok(pool) = self.pool(pool) {
-                pool.write(disk);
+        let known = self.state().vms.get(&vm).cloned();
+        let Some(known) = known else { return };
+        for (pool, disk) in &known.disks {
+            if let Ok(pool) = self.pool(*pool) {
+                pool.write(*disk, known.epoch);
             }
         }
     }
@@ -76,6 +77,20 @@ impl SimHost {
             return Err(refuse("disk-in-use"));
         }
         self.pool(pool)?.delete_disk(disk)
+    }
+
+    /// As [`delete_disk`](Self::delete_disk), unless a VMM has claimed the disk under a later epoch.
+    pub(in crate::simulation) fn erase_copy(
+        &self,
+        pool: PoolId,
+        disk: DiskId,
+        up_to: Epoch,
+    ) -> Result<(), Problem> {
+        let claimed = self.pool(pool)?.claimed_under(disk);
+        if claimed.is_some_and(|epoch| epoch > up_to) {
+            return Err(refuse("disk-in-use"));
+        }
+        self.delete_disk(pool, disk)
     }
 
     fn has_open(&self, pool: PoolId, disk: DiskId) -> bool {

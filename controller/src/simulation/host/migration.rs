@@ -151,6 +151,7 @@ async fn receive(
                         });
                     });
                 }
+                target.write_disks(vm);
                 let mut state = target.state();
                 state.fence.insert(vm, epoch);
                 return;

@@ -8,14 +8,15 @@ use axum::http::StatusCode;
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::StreamExt;
-use godwit_channel::problem::{Answer, JsonBody, PathArgs, Refusal};
+use godwit_channel::problem::{Answer, JsonBody, PathArgs, QueryArgs, Refusal};
 use godwit_wire::devices::DiskSource;
-use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
     WorkState,
 };
+use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -128,11 +129,23 @@ async fn disk(State(agent): Shared, PathArgs((pool, disk)): DiskPath) -> Answer<
     answer(blocking(&agent, move |storage| storage.disk(pool, disk)).await?)
 }
 
+#[derive(Debug, Deserialize)]
+struct DeleteArgs {
+    /// Only if no machine has claimed the disk under a later epoch.
+    #[serde(default)]
+    up_to_epoch: Option<Epoch>,
+}
+
 async fn delete_disk(
     State(agent): Shared,
     PathArgs((pool, disk)): DiskPath,
+    QueryArgs(DeleteArgs { up_to_epoch }): QueryArgs<DeleteArgs>,
 ) -> Result<StatusCode, Refusal> {
-    let Json(()) = answer(blocking(&agent, move |storage| storage.delete_disk(pool, disk)).await?)?;
+    let deleted = blocking(&agent, move |storage| match up_to_epoch {
+        None => storage.delete_disk(pool, disk),
+        Some(epoch) => storage.erase_copy(pool, disk, epoch),
+    });
+    let Json(()) = answer(deleted.await?)?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -8,14 +8,19 @@ use super::qcow2::{self, Backing};
 use super::work::{Begin, Key, Progress};
 use super::{OpenPool, Storage};
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, ImageId, PoolId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId};
 use godwit_wire::storage::{CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, WorkState};
 use godwit_wire::unit::Bytes;
 use rustix::fs::FlockOperation;
+use serde::Deserialize;
 use std::fs::File;
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// Most bytes of the record in a disk's lock.
+const LOCK_RECORD_BYTES: usize = 512;
 
 /// Where a disk's bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -248,15 +253,37 @@ impl Storage {
 
     /// Deletes a disk that nobody uses, or stops its making; may block.
     pub(crate) fn delete_disk(&self, pool: PoolId, disk: DiskId) -> Result<(), StorageError> {
+        self.remove_disk(pool, disk, Epoch(u64::MAX))
+    }
+
+    /// As [`delete_disk`](Self::delete_disk), unless a machine has claimed the disk under a later epoch: a command
+    /// that comes late must not delete a disk that has come back since.
+    pub(crate) fn erase_copy(
+        &self,
+        pool: PoolId,
+        disk: DiskId,
+        up_to: Epoch,
+    ) -> Result<(), StorageError> {
+        self.remove_disk(pool, disk, up_to)
+    }
+
+    fn remove_disk(&self, pool: PoolId, disk: DiskId, up_to: Epoch) -> Result<(), StorageError> {
         let open = self.pool(pool)?;
         let key = disk_key(pool, disk);
         self.work.not_read(key)?;
         let guard = open.lock()?;
-        self.work.cancel(key);
         let lock = match self.claim(&open, disk) {
             Err(StorageError::NoSuchDisk(_)) => None,
             claimed => Some(claimed?),
         };
+        if let Some(lock) = &lock {
+            let path = open.disk_lock(disk.0);
+            let claimed = claimed_under(lock).map_err(|error| open.io("read", &path, error))?;
+            if let Some(epoch) = claimed.filter(|epoch| *epoch > up_to) {
+                return Err(StorageError::ClaimedSince { disk, epoch });
+            }
+        }
+        self.work.cancel(key);
         open.remove(&guard, Kind::Disk, disk.0)?;
         drop(lock);
         self.pools_changed();
@@ -310,7 +337,12 @@ impl Storage {
         self.recorded(open, disk)?;
         let path = open.disk_lock(disk.0);
         let mut options = File::options();
-        options.create(true).truncate(false).write(true).mode(0o600);
+        options
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600);
         let file = open.open_file(&path, &mut options)?;
         match rustix::fs::fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(file),
@@ -320,6 +352,21 @@ impl Storage {
             Err(error) => Err(open.io("lock", &path, error.into())),
         }
     }
+}
+
+/// The epoch that the record in a lock names; `None` when no machine has ever claimed the disk.
+fn claimed_under(lock: &File) -> io::Result<Option<Epoch>> {
+    #[derive(Deserialize)]
+    struct Claimed {
+        epoch: Epoch,
+    }
+    let mut record = [0; LOCK_RECORD_BYTES];
+    let length = lock.read_at(&mut record, 0)?;
+    if length == 0 {
+        return Ok(None);
+    }
+    let claimed: Claimed = serde_json::from_slice(&record[..length])?;
+    Ok(Some(claimed.epoch))
 }
 
 const fn disk_key(pool: PoolId, disk: DiskId) -> Key {

@@ -1,7 +1,7 @@
 //! Why something cannot be done in a pool.
 
 use godwit_channel::file::FileError;
-use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
 use godwit_wire::problem::{FieldProblem, Problem};
 use godwit_wire::unit::Bytes;
 use std::io;
@@ -34,6 +34,9 @@ pub(crate) enum StorageError {
     /// A machine writes it.
     #[error("a machine uses disk {0}")]
     DiskInUse(DiskId),
+    /// It is not the copy that was left any more.
+    #[error("a machine has claimed disk {disk} under epoch {epoch} since")]
+    ClaimedSince { disk: DiskId, epoch: Epoch },
     /// Disks are thin copies of it.
     #[error("disk {child} is a thin copy of image {image}")]
     ImageInUse { image: ImageId, child: DiskId },
@@ -105,6 +108,8 @@ impl StorageError {
             Self::Busy { .. } => {
                 Problem::conflict("busy", detail).with_remedy("wait until it is done")
             }
+            Self::ClaimedSince { .. } => Problem::conflict("disk-in-use", detail)
+                .with_remedy("delete the disk itself, if it is not needed"),
             Self::DiskInUse(_) => {
                 Problem::conflict("disk-in-use", detail).with_remedy("stop the machine first")
             }

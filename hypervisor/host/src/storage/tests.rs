@@ -4,7 +4,7 @@ use super::pool::Kind;
 use super::*;
 use godwit_devices::skip::skip;
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, ImageId};
+use godwit_wire::id::{DiskId, Epoch, ImageId};
 use godwit_wire::storage::{
     CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, ImportImage, ImportSource, WorkState,
 };
@@ -492,6 +492,44 @@ async fn a_disk_in_use_is_neither_deleted_nor_grown_nor_copied() {
         .off(move |storage, pool| storage.delete_disk(pool, disk))
         .await
         .unwrap();
+}
+
+#[tokio::test]
+async fn what_was_left_of_a_disk_is_erased_and_one_that_has_come_back_is_not() {
+    let fixture = fixture();
+    let report = fixture.create(blank(DiskFormat::Raw, MIB)).await.unwrap();
+    let disk = report.disk;
+    let located = fixture
+        .off(move |storage, pool| storage.locate(pool, disk))
+        .await
+        .unwrap();
+    // As a VMM leaves it when it ends.
+    let record = format!(
+        "{:512}",
+        r#"{"vm":"00000000-0000-0000-0000-000000000001","epoch":5}"#
+    );
+    std::fs::write(&located.lock, record).unwrap();
+    let late = fixture
+        .off(move |storage, pool| storage.erase_copy(pool, disk, Epoch(4)))
+        .await;
+    assert!(
+        matches!(
+            late,
+            Err(StorageError::ClaimedSince {
+                epoch: Epoch(5),
+                ..
+            })
+        ),
+        "{late:?}"
+    );
+    assert!(!fixture.files("disks").is_empty());
+    for _ in 0..2 {
+        fixture
+            .off(move |storage, pool| storage.erase_copy(pool, disk, Epoch(5)))
+            .await
+            .unwrap();
+    }
+    assert!(fixture.files("disks").is_empty());
 }
 
 #[tokio::test]
