@@ -39,7 +39,7 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
     ['Remaining', begun ? `${inMib(p.remaining_bytes)} MiB` : '–'],
     ['Dirty rate', rate(told(p.dirty_bytes_per_s))],
     ['Predicted blackout', milliseconds(told(p.predicted_blackout_ms))],
-    ['Lanes', told(p.lanes) || '–'],
+    ['Lanes', !told(p.lanes) ? '–' : p.opened_lanes > p.lanes ? `${p.lanes} of ${p.opened_lanes}` : p.lanes],
     p.throttle_percent > 0 && ['Guest slowed by', percent(p.throttle_percent)],
     p.stalled_us?.length > 0 && ['Longest vCPU stall', milliseconds(Math.max(...p.stalled_us) / 1000)],
     p.kept_pages > 0 && ['Kept at the target', `${inMib(p.kept_pages * 4096)} MiB`],

@@ -326,6 +326,7 @@ fn migrations_show_how_far_they_are() {
     ended["phase"] = json!("completed");
     ended["progress"]["downtime_us"] = json!(8_312);
     ended["progress"]["lanes"] = json!(4);
+    ended["progress"]["opened_lanes"] = json!(8);
     ended["progress"]["throttle_percent"] = json!(40);
     ended["progress"]["kept_pages"] = json!(1_024);
     ended["progress"]["saved_bytes"] = json!(104_857_600);
@@ -358,7 +359,7 @@ fn migrations_show_how_far_they_are() {
             Saved:     100.0 MiB by compression
             Remaining: 12.0 MiB
             Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
-            Lanes:     4
+            Lanes:     4 of 8
             Slowed:    the guest is kept from running for 40% of its time
             Prefault:  120 ms
             Time:      2.3 s

@@ -401,7 +401,10 @@ pub(super) fn migration(migration: &Migration) -> String {
         )
         .maybe(
             "Lanes",
-            nonzero(progress.lanes.into()).map(|lanes| lanes.to_string()),
+            nonzero(progress.lanes.into()).map(|lanes| match progress.opened_lanes {
+                opened if u64::from(opened) > lanes => format!("{lanes} of {opened}"),
+                _ => lanes.to_string(),
+            }),
         )
         .maybe(
             "Slowed",

@@ -122,9 +122,12 @@ pub struct MigrationProgress {
     pub predicted_blackout_ms: u64,
     /// Since the migration began.
     pub elapsed_ms: u64,
-    /// Connections that carry pages.
+    /// Connections that carry pages at the moment.
     #[serde(default)]
     pub lanes: u8,
+    /// Connections that there are for pages; those that would not make it faster rest.
+    #[serde(default)]
+    pub opened_lanes: u8,
     /// Share of their time that vCPUs are kept from running, so that the copy catches up.
     #[serde(default)]
     pub throttle_percent: u8,

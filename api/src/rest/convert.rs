@@ -342,6 +342,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
         predicted_blackout_ms: progress.predicted_blackout_ms,
         elapsed_ms: progress.elapsed_ms,
         lanes: progress.lanes,
+        opened_lanes: progress.opened_lanes,
         throttle_percent: progress.throttle_percent,
         stalled_us: progress.stalled_us.clone(),
         saved_bytes: progress.saved_bytes.0,

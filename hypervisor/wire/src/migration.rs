@@ -161,8 +161,11 @@ pub struct MigrationProgress {
     pub predicted_blackout_ms: u64,
     /// Since the migration began.
     pub elapsed_ms: u64,
-    /// Connections that carry pages.
+    /// Connections that carry pages at the moment.
     pub lanes: u8,
+    /// Connections that there are for pages; those that would not make it faster rest. 0 from a source that does not
+    /// tell.
+    pub opened_lanes: u8,
     /// Share of their time that the throttled vCPUs are kept from running.
     pub throttle_percent: u8,
     /// For how long each vCPU was kept from running so far, by its number; empty while none was.

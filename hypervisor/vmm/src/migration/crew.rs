@@ -1,6 +1,7 @@
 //! The lanes of a source, each on a thread of its own, round after round.
 
 use super::lane::{Lane, PagesError};
+use super::places::{Places, Turn};
 use super::round::Round;
 use std::net::TcpStream;
 use std::ops::ControlFlow;
@@ -13,31 +14,36 @@ use std::time::Duration;
 /// How often the crew's owner looks at a round under way.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// Lanes at work.
+/// All lanes, at work or resting.
 pub(super) struct Crew {
+    places: Arc<Places>,
     orders: Vec<Sender<Arc<Round>>>,
     done: Receiver<Result<(), PagesError>>,
     sockets: Vec<TcpStream>,
 }
 
 impl Crew {
-    /// Puts every lane on a thread. They end with the crew.
+    /// Puts every lane on a thread, where it works while there is a place for it. They end with the crew.
     pub(super) fn start<'scope, 'env>(
         scope: &'scope Scope<'scope, 'env>,
         lanes: Vec<(Lane<'scope>, TcpStream)>,
+        places: &Arc<Places>,
     ) -> Self {
+        assert_eq!(lanes.len(), places.lanes(), "the places are for these");
         let (report, done) = mpsc::channel();
         let (mut orders, mut sockets) = (Vec::new(), Vec::new());
-        for (mut lane, socket) in lanes {
+        for (number, (mut lane, socket)) in lanes.into_iter().enumerate() {
             let (order, inbox) = mpsc::channel::<Arc<Round>>();
-            let report = report.clone();
+            let (report, places) = (report.clone(), places.clone());
             scope.spawn(move || {
+                let turn = Turn::new(&places, number);
                 for round in inbox {
                     // A lane that panics must still be counted, or its owner waits for it for ever.
-                    let sent = catch_unwind(AssertUnwindSafe(|| lane.send(&round)))
+                    let sent = catch_unwind(AssertUnwindSafe(|| lane.send(&round, turn)))
                         .unwrap_or(Err(PagesError::Stopped));
                     if sent.is_err() {
                         round.stop();
+                        places.drain();
                     }
                     if report.send(sent).is_err() {
                         break;
@@ -48,6 +54,7 @@ impl Crew {
             sockets.push(socket);
         }
         Self {
+            places: places.clone(),
             orders,
             done,
             sockets,
@@ -73,6 +80,7 @@ impl Crew {
         mut observe: impl FnMut() -> ControlFlow<()>,
     ) -> Result<(), PagesError> {
         let round = Arc::new(round);
+        self.places.begin();
         for order in &self.orders {
             // A lane that has ended has said why.
             let _ = order.send(round.clone());
@@ -104,6 +112,7 @@ impl Crew {
     }
 
     fn hang_up(&self) {
+        self.places.drain();
         for socket in &self.sockets {
             // It may be down already.
             let _ = socket.shutdown(std::net::Shutdown::Both);

@@ -3,6 +3,7 @@
 use super::claims::Claims;
 use super::compare::{Fate, Seed, Theirs};
 use super::pace::Pace;
+use super::places::Turn;
 use super::round::{Guest, Round, Slice, Tally};
 use super::squeeze::Squeeze;
 use super::stream::{FrameStream, StreamError};
@@ -87,15 +88,19 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Sends slices of `round` until none is left, and that this was all.
-    pub(super) fn send(&mut self, round: &Round) -> Result<(), PagesError> {
+    /// Sends slices of `round` when it is this lane's turn, until none is left, and that this was all.
+    pub(super) fn send(&mut self, round: &Round, turn: Turn<'_>) -> Result<(), PagesError> {
         match round.seed {
             None => {
-                while let Some(slice) = round.take() {
+                while let Some(slice) = turn.take(round) {
                     self.send_slice(round, &slice)?;
                 }
             }
-            Some(seed) => self.compare_and_send(round, seed)?,
+            Some(seed) => self.compare_and_send(round, seed, turn)?,
+        }
+        // A lane that rested may learn of it only here.
+        if round.is_stopped() {
+            return Err(PagesError::Stopped);
         }
         self.flush_zeros(round.number)?;
         let (round, pages) = (round.number, self.pages);
@@ -104,23 +109,36 @@ impl<'a> Lane<'a> {
 
     /// Asks what the target holds of each slice of `round` and sends what differs. It is asked about the next slice
     /// before this one is sent, so that it hashes while this end compares.
-    fn compare_and_send(&mut self, round: &Round, seed: Seed) -> Result<(), PagesError> {
-        let mut next = self.take_and_ask(round)?;
+    fn compare_and_send(
+        &mut self,
+        round: &Round,
+        seed: Seed,
+        turn: Turn<'_>,
+    ) -> Result<(), PagesError> {
+        let mut next = self.ask(round, turn.take(round))?;
         while let Some((slice, asked)) = next {
-            next = self.take_and_ask(round)?;
+            next = self.ask(round, turn.take_at_once(round))?;
             let held = self.hear_what_is_held(&asked)?;
             self.theirs = Some(Theirs::new(seed, asked.address, held));
             self.send_slice(round, &slice)?;
             self.theirs = None;
+            if next.is_none() {
+                // It may only have to rest; then it does so with nothing in hand.
+                next = self.ask(round, turn.take(round))?;
+            }
         }
         Ok(())
     }
 
-    fn take_and_ask(&mut self, round: &Round) -> Result<Option<(Slice, FrameHeader)>, PagesError> {
+    fn ask(
+        &mut self,
+        round: &Round,
+        slice: Option<Slice>,
+    ) -> Result<Option<(Slice, FrameHeader)>, PagesError> {
         if round.is_stopped() {
             return Err(PagesError::Stopped);
         }
-        let Some(slice) = round.take() else {
+        let Some(slice) = slice else {
             return Ok(None);
         };
         let start = self.log.slots()[slice.slot].guest_address;

@@ -5,8 +5,10 @@
 //! ledger       what the API tells of a migration; the one place its state changes
 //! pace         pure: the limit on what all lanes send together
 //! link_rate    pure: how fast the link carries pages, from the latest rounds
+//! lane_choice  pure: how many lanes are to carry pages, from what they were seen to carry
 //! squeeze      pure: whether compressing pays
 //! round        one pass over dirty memory, shared out among the lanes
+//! places       how many lanes take work at a time, the others resting until the round ends
 //! claims       pages that a guest which runs at the target already still lacks, each sent once
 //! maps         sets of missing pages on the wire
 //! compare      which pages need not be sent, because the target has kept them
@@ -35,10 +37,12 @@ mod connection;
 mod crew;
 mod hand_over;
 mod lane;
+mod lane_choice;
 mod ledger;
 mod link_rate;
 mod maps;
 mod pace;
+mod places;
 mod round;
 mod sockets;
 mod source;

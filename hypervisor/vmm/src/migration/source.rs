@@ -10,6 +10,7 @@ mod black_out;
 mod connect;
 mod error;
 mod follow;
+mod lanes_at_work;
 mod rounds;
 
 use super::crew::Crew;
@@ -30,6 +31,7 @@ use godwit_wire::id::VmId;
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{Arrival, Blackout, MigrationPhase, ToSource, ToTarget};
 use godwit_wire::vmm_api::OutgoingRequest;
+use lanes_at_work::LanesAtWork;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -154,6 +156,7 @@ pub fn send_machine(
         ledger: &outgoing.ledger,
         request,
         ram,
+        lanes: LanesAtWork::new(request.policy.lanes),
         tls: request
             .identity
             .as_ref()
@@ -182,6 +185,7 @@ struct Session<'a> {
     ledger: &'a Ledger<SourceHandOver>,
     request: &'a OutgoingRequest,
     ram: &'a GuestRam,
+    lanes: LanesAtWork,
     tls: Option<MigrationTls>,
     started: Instant,
 }
@@ -263,7 +267,7 @@ impl Session<'_> {
             at_once: Pace::new(None),
             tally: Tally::default(),
         };
-        let lanes = self.open_lanes(self.lane_count(), agreed.urgent_lanes, &shared)?;
+        let lanes = self.open_lanes(self.lanes.opened(), agreed.urgent_lanes, &shared)?;
         let memory_bytes = self.ram.size();
         self.ledger
             .progress(|progress| progress.memory_bytes = memory_bytes);
@@ -271,10 +275,11 @@ impl Session<'_> {
         // What devices wrote up to now is sent by the first round anyhow.
         self.ram.take_written();
         std::thread::scope(|scope| {
-            let crew = Crew::start(scope, lanes.bulk);
+            let crew = Crew::start(scope, lanes.bulk, &self.lanes.places);
             let counted = (&crew, &shared.tally);
             let mut slowed = machine.throttle().map(Throttling::start);
             let rest = self.pre_copy(log, counted, control, slowed.as_mut(), agreed)?;
+            self.note_lanes(self.lanes.settle());
             if !rest.ahead {
                 return Ok(Some(self.black_out(log, counted, control, machine, rest)?));
             }

@@ -30,6 +30,7 @@ async fn a_busy_guest_moves_whole_over_many_encrypted_lanes() {
     flight.send(policy).await.expect("take-off");
     let landed = flight.land().await.expect("the guest lands");
     assert_eq!(landed.progress.lanes, 16);
+    assert_eq!(landed.progress.opened_lanes, 16);
     let blackout = landed.progress.blackout.expect("its parts are known");
     let downtime_us = landed.progress.downtime_us.expect("the downtime is known");
     let parts = blackout.pause_us
@@ -38,6 +39,25 @@ async fn a_busy_guest_moves_whole_over_many_encrypted_lanes() {
         + blackout.restore_us
         + blackout.commit_us;
     assert!(parts <= downtime_us, "{blackout:?} in {downtime_us} us");
+    verify_guest(&target).await;
+}
+
+#[tokio::test]
+async fn a_busy_guest_moves_whole_over_as_many_lanes_as_the_source_chooses() {
+    require!(skip::kvm());
+    let dir = TestDir::new();
+    let (source, request) = boot_dirtying_pilot(&dir, "source", 2).await;
+    let target = Vmm::start(&dir, "target").await.expect("a target");
+    // Rounds that are long enough to look at, and in which some lanes rest.
+    let policy = MigrationPolicy {
+        lanes: 0,
+        max_bandwidth_bytes_per_s: Some(96 << 20),
+        compression: Compression::Off,
+        ..verifying()
+    };
+    let landed = fly(&source, &target, &request, policy).await.progress;
+    assert!(landed.lanes >= 1, "{landed:?}");
+    assert!(landed.lanes <= landed.opened_lanes, "{landed:?}");
     verify_guest(&target).await;
 }
 

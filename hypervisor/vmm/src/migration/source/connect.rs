@@ -14,16 +14,12 @@ use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
-    Compression, FrameHeader, FrameKind, LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES,
-    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PostCopy, TargetMemory, ToSource, ToTarget, Verify,
+    Compression, FrameHeader, FrameKind, LaneKind, MAX_TOUCHED_STRETCHES, OLDEST_PROTOCOL_VERSION,
+    PROTOCOL_VERSION, PostCopy, TargetMemory, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::PAGE_BYTES;
 use std::net::TcpStream;
-use std::num::NonZero;
 use std::time::Instant;
-
-/// Lanes where the operator leaves their number to the source: one for each CPU, but no more than a link needs.
-const MAX_CHOSEN_LANES: usize = 8;
 
 /// What a target has agreed to.
 pub(super) struct Agreed {
@@ -66,8 +62,8 @@ impl Session<'_> {
     ) -> Result<(FrameStream, Agreed), SourceError> {
         let mut stream = self.dial()?;
         let seed = fresh_seed()?;
-        let lanes = self.lane_count();
-        let urgent_lanes = self.urgent_lane_count(lanes);
+        let lanes = self.lanes.opened();
+        let urgent_lanes = self.urgent_lane_count();
         stream.send(&ToTarget::Hello {
             version: PROTOCOL_VERSION,
             oldest_version: OLDEST_PROTOCOL_VERSION,
@@ -95,7 +91,8 @@ impl Session<'_> {
         stream.limit_silence().map_err(StreamError::from)?;
         self.ledger.progress(|progress| {
             progress.prefault_ms = asked.elapsed().as_millis() as u64;
-            progress.lanes = lanes;
+            progress.lanes = self.lanes.at_work();
+            progress.opened_lanes = lanes;
         });
         match answer {
             ToSource::Accept {
@@ -127,21 +124,12 @@ impl Session<'_> {
         }
     }
 
-    pub(super) fn lane_count(&self) -> u8 {
-        match self.request.policy.lanes {
-            0 => {
-                let cpus = std::thread::available_parallelism().map_or(1, NonZero::get);
-                cpus.min(MAX_CHOSEN_LANES) as u8
-            }
-            asked => asked.min(MAX_LANES),
-        }
-    }
-
-    /// Urgent lanes are of use only where post-copy is, which a hash over all memory before the hand-over excludes.
-    fn urgent_lane_count(&self, lanes: u8) -> u8 {
+    /// Urgent lanes are of use only where post-copy is, which a hash over all memory before the hand-over excludes. They
+    /// carry single pages that are waited for, so it is CPUs that they need and not more of the link.
+    fn urgent_lane_count(&self) -> u8 {
         let policy = &self.request.policy;
         match (policy.post_copy, policy.verify) {
-            (PostCopy::Allowed, Verify::Frames) => lanes,
+            (PostCopy::Allowed, Verify::Frames) => self.lanes.at_work(),
             _ => 0,
         }
     }

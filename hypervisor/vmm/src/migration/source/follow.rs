@@ -95,7 +95,7 @@ impl Session<'_> {
             return Heard::Broken(error.into());
         }
         std::thread::scope(|scope| {
-            let crew = Crew::start(scope, lanes.bulk);
+            let crew = Crew::start(scope, lanes.bulk, &self.lanes.places);
             self.serve((&mut control, &crew, lanes.urgent), shared, owed, dark)
         })
     }

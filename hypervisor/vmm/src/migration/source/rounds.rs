@@ -178,7 +178,12 @@ impl Session<'_> {
         };
         let late = || deadline.is_some_and(|deadline| Instant::now() > deadline);
         let result = crew.send(round, || {
-            note(tally.read());
+            let sent = tally.read();
+            note(sent);
+            if guest == Guest::Runs {
+                let limit = self.outgoing.pace.bytes_per_s();
+                self.note_lanes(self.lanes.look(number, sent, limit));
+            }
             if late() || self.ledger.hand_over() != SourceHandOver::Copying {
                 return ControlFlow::Break(());
             }
@@ -193,6 +198,16 @@ impl Session<'_> {
             }),
             (result, _) => Ok(result?),
         }
+    }
+
+    /// Tells of another number of lanes at work.
+    pub(super) fn note_lanes(&self, changed: Option<u8>) {
+        let Some(lanes) = changed else {
+            return;
+        };
+        let opened = self.lanes.opened();
+        tracing::info!(migration = %self.request.migration, lanes, opened, "another number of lanes carries pages");
+        self.ledger.progress(|progress| progress.lanes = lanes);
     }
 
     pub(super) const fn blackout_too_long(&self) -> SourceError {
