@@ -4,8 +4,8 @@ use crate::input::Input;
 use crate::vmm_api::read;
 use godwit_wire::migration::{
     Codec, FRAME_HEADER_BYTES, FrameHeader, FrameKind, HeldPages, MAX_COMPARED_PAGES,
-    MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_MAPPED_PAGES, MAX_STATE_BYTES, PAGE_HASH_BYTES,
-    ToSource, ToTarget,
+    MAX_CONTROL_BYTES, MAX_FRAME_PAGES, MAX_FRAME_SECTORS, MAX_MAPPED_PAGES, MAX_STATE_BYTES,
+    PAGE_HASH_BYTES, SECTOR_BYTES, ToSource, ToTarget, difference,
 };
 use godwit_wire::unit::PAGE_BYTES;
 
@@ -15,8 +15,10 @@ pub fn run(data: &[u8]) {
     match input.u8() % 4 {
         0 => header(&input.array()),
         1 => {
-            if let Some(ToTarget::Hello { spec, .. }) = read(input.rest()) {
+            if let Some(ToTarget::Hello { spec, disks, .. }) = read(input.rest()) {
                 let _ = spec.problems("spec");
+                let travelling = disks.into_iter().map(|disk| disk.name).collect();
+                assert_eq!(difference(&spec, &spec, &travelling), None);
             }
         }
         2 => drop(read::<ToSource>(input.rest())),
@@ -47,7 +49,12 @@ fn header(bytes: &[u8; FRAME_HEADER_BYTES]) {
     };
     let unsealed = FRAME_HEADER_BYTES - 4;
     assert_eq!(header.encode(&[])[..unsealed], bytes[..unsealed]);
-    assert!(header.address.is_multiple_of(PAGE_BYTES));
+    let unit = if header.kind.is_of_disk() {
+        SECTOR_BYTES
+    } else {
+        PAGE_BYTES
+    };
+    assert!(header.address.is_multiple_of(unit));
     match header.kind {
         FrameKind::Control => assert!(header.length <= MAX_CONTROL_BYTES),
         FrameKind::State => assert!(header.length <= MAX_STATE_BYTES),
@@ -57,6 +64,15 @@ fn header(bytes: &[u8; FRAME_HEADER_BYTES]) {
             match header.codec {
                 Codec::Raw => assert_eq!(u64::from(header.length), raw),
                 Codec::Lz4 => assert!((1..raw).contains(&u64::from(header.length))),
+            }
+        }
+        FrameKind::DiskContent => {
+            assert!((1..=MAX_FRAME_SECTORS).contains(&header.pages));
+            match header.codec {
+                Codec::Raw => assert_eq!(u64::from(header.length), header.content_bytes()),
+                Codec::Lz4 => {
+                    assert!((1..header.content_bytes()).contains(&u64::from(header.length)))
+                }
             }
         }
         FrameKind::Missing => {
@@ -73,6 +89,8 @@ fn header(bytes: &[u8; FRAME_HEADER_BYTES]) {
             assert!((1..=MAX_COMPARED_PAGES).contains(&header.pages));
             assert_eq!(header.length, 0);
         }
-        FrameKind::Zero | FrameKind::Want | FrameKind::Served => assert_eq!(header.length, 0),
+        FrameKind::Zero | FrameKind::DiskZero | FrameKind::Want | FrameKind::Served => {
+            assert_eq!(header.length, 0)
+        }
     }
 }

@@ -22,6 +22,8 @@ pub mod lease;
 
 pub mod initramfs;
 
+pub mod qcow2;
+
 pub mod linux;
 
 pub mod vmm;

@@ -40,6 +40,8 @@ pub struct Flight<'a> {
     pub identity: Option<MigrationIdentity>,
     /// What earlier flights showed of the cost of a blackout.
     pub fixed_cost_us: Option<u64>,
+    /// Names of the disks whose content the source sends.
+    pub leaving_disks: BTreeSet<String>,
 }
 
 impl<'a> Flight<'a> {
@@ -73,7 +75,31 @@ impl<'a> Flight<'a> {
     ) -> anyhow::Result<Self> {
         let migration = MigrationId::fresh();
         let identities = Some(fresh_identities(migration)?);
-        Self::prepare_all(source, target, request, (migration, identities, Some(kept))).await
+        Self::prepare_all(
+            source,
+            target,
+            request,
+            (migration, identities, Some(kept)),
+            BTreeSet::new(),
+        )
+        .await
+    }
+
+    /// The same for a VM whose disks of these names the source has to itself; `request` says where the target has room
+    /// for them.
+    pub async fn prepare_with_disks(
+        source: &'a Vmm,
+        target: &'a Vmm,
+        request: &CreateRequest,
+        disks: &[&str],
+    ) -> anyhow::Result<Self> {
+        let disks: BTreeSet<_> = disks.iter().map(|name| (*name).to_owned()).collect();
+        let alone = (MigrationId::fresh(), None, None);
+        let flight = Self::prepare_all(source, target, request, alone, disks.clone()).await?;
+        Ok(Self {
+            leaving_disks: disks,
+            ..flight
+        })
     }
 
     /// Both ends' identities are given, source first, or none.
@@ -84,7 +110,8 @@ impl<'a> Flight<'a> {
         migration: MigrationId,
         identities: Option<Identities>,
     ) -> anyhow::Result<Self> {
-        Self::prepare_all(source, target, request, (migration, identities, None)).await
+        let all = (migration, identities, None);
+        Self::prepare_all(source, target, request, all, BTreeSet::new()).await
     }
 
     async fn prepare_all(
@@ -92,6 +119,7 @@ impl<'a> Flight<'a> {
         target: &'a Vmm,
         request: &CreateRequest,
         (migration, identities, kept): (MigrationId, Option<Identities>, Option<KeptMemory>),
+        arriving_disks: BTreeSet<String>,
     ) -> anyhow::Result<Self> {
         let incoming = IncomingRequest {
             attachments: request.attachments.clone(),
@@ -103,7 +131,7 @@ impl<'a> Flight<'a> {
             listen: SocketAddr::from(([127, 0, 0, 1], 0)),
             last_port: None,
             kept,
-            arriving_disks: BTreeSet::new(),
+            arriving_disks,
             identity: identities.as_ref().map(|(_, target)| target.clone()),
         };
         let ready: IncomingReady = target
@@ -120,6 +148,7 @@ impl<'a> Flight<'a> {
             token: ready.token,
             identity: identities.map(|(source, _)| source),
             fixed_cost_us: None,
+            leaving_disks: BTreeSet::new(),
         })
     }
 
@@ -150,7 +179,7 @@ impl<'a> Flight<'a> {
             token: self.token.clone(),
             policy,
             fixed_cost_us: self.fixed_cost_us,
-            leaving_disks: BTreeSet::new(),
+            leaving_disks: self.leaving_disks.clone(),
             identity: self.identity.clone(),
         };
         self.source

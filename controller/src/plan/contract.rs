@@ -13,7 +13,7 @@ use crate::plan::forecast::{Because, Course, Forecast, Remedy, Verdict};
 use crate::plan::traffic::Flow;
 use crate::view::View;
 use godwit_wire::id::{HostId, MigrationId};
-use godwit_wire::migration::convergence::{Decision, RoundOutcome};
+use godwit_wire::migration::convergence::{Decision, DiskOutcome, RoundOutcome};
 use godwit_wire::migration::{MigrationPolicy, PostCopy, Verify};
 use godwit_wire::unit::{Bytes, Mib};
 use std::time::Duration;
@@ -150,6 +150,7 @@ fn follow(circumstances: &Circumstances, policy: &MigrationPolicy) -> (End, Cour
             took,
             rest_bytes: rest,
             previous_rest_bytes,
+            disks: DiskOutcome::default(),
             bytes_per_s,
             fixed_cost: Duration::from_micros(figures.fixed_us),
             throttle_percent,
@@ -183,7 +184,7 @@ fn follow(circumstances: &Circumstances, policy: &MigrationPolicy) -> (End, Cour
                 return (End::GivenUp, course(Duration::ZERO, sent, blackout));
             }
             Decision::Throttle { percent } => throttle_percent = percent,
-            Decision::AnotherRound => {}
+            Decision::AnotherRound | Decision::SlowDisks { .. } => {}
         }
     }
     unreachable!("the rounds are limited")

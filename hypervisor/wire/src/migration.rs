@@ -51,6 +51,18 @@
 //!
 //! A lane asks for its next slice before it sends the one before, so that neither end waits for the other.
 //!
+//! Disks whose content travels (`Hello` names them) go through the same rounds, before memory in each of them:
+//!
+//! ```text
+//!   DiskContent* DiskZero* Pages* Zero* EndOfRound on each lane →
+//!   EndOfRound                           →
+//!                                        ←  RoundReceived{flush_us}   (what came of the disks is durable)
+//! ```
+//!
+//! The first round brings all of a disk, each later one the clusters that the guest has changed since, and the one of
+//! the blackout what is left. Also a guest that goes ahead of its memory takes its disks along whole: their last round
+//! is sent while it stands still. The target makes them durable before it says `Ready`.
+//!
 //! A round ends on every lane before the next begins on any, so that no older copy of a page can overtake a newer
 //! one. Either side may send `Abort` before `Done`; from `Done` on only the store's answer decides.
 
@@ -58,6 +70,7 @@ mod frame;
 mod held;
 mod identity;
 mod policy;
+mod travelling;
 
 pub mod convergence;
 
@@ -65,6 +78,7 @@ pub use frame::{Codec, FrameError, FrameHeader, FrameKind, checksum};
 pub use held::{HeldError, HeldPages, PAGE_HASH_BYTES};
 pub use identity::{MigrationIdentity, MigrationToken};
 pub use policy::{Compression, MAX_LANES, MigrationPolicy, PostCopy, Verify};
+pub use travelling::{DISKS_CAPABILITY, TravellingDisk, difference};
 
 use crate::cpu::GuestCpu;
 use crate::id::{Epoch, MigrationId, VmId};
@@ -85,6 +99,10 @@ pub const MAX_STATE_BYTES: u32 = 16 * 1024 * 1024;
 pub const MAX_TOUCHED_STRETCHES: usize = 1024;
 /// Most pages in one frame (1 MiB): long enough to keep a link full, short enough to react to a cancel.
 pub const MAX_FRAME_PAGES: u32 = 256;
+/// Unit of disks.
+pub const SECTOR_BYTES: u64 = 512;
+/// Most sectors in one frame (1 MiB).
+pub const MAX_FRAME_SECTORS: u32 = 2048;
 /// Most pages that one map of missing pages covers (1 GiB; 32 KiB on the wire).
 pub const MAX_MAPPED_PAGES: u32 = 1 << 18;
 /// Most pages that are compared at a time (4 MiB; at most 16.1 KiB of hashes). Two such answers fit what a connection
@@ -198,9 +216,11 @@ const SHORT_PASS_US: u64 = 20_000;
 
 impl MigrationProgress {
     /// What the blackout took beside sending the rest, in microseconds: what the next one between the same hosts will
-    /// take too. `None` when it is not known, or the guest went ahead of its memory.
+    /// take too. `None` when it is not known, the guest went ahead of its memory, or disks went along.
     pub fn fixed_cost_us(&self) -> Option<u64> {
-        let parts = self.blackout.filter(|_| self.post_copy.is_none())?;
+        // Where disks went along, making them durable is part of it, which depends on what the guest wrote.
+        let plain = self.post_copy.is_none() && self.disk_bytes == Bytes(0);
+        let parts = self.blackout.filter(|_| plain)?;
         let beside = match parts.rest_bytes_per_s {
             0 => 0,
             rate => {
@@ -334,6 +354,9 @@ pub struct Done {
     pub round: u32,
     /// Pages sent in all.
     pub pages: u64,
+    /// Bytes of disks sent in all, zeros among them.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub disk_bytes: u64,
     /// XXH3-128 of the state frame's payload, as 32 hex digits.
     pub state_hash: String,
     /// Time since the guest's clocks were sampled for the state, in nanoseconds. The target adds what passes until it
@@ -347,6 +370,10 @@ pub struct Done {
     /// XXH3-128 of all guest memory, as 32 hex digits, when asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_hash: Option<String>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Something both ends must know to move a machine; unknown names in `required` are refused before the pause.
@@ -396,6 +423,10 @@ pub enum ToTarget {
         /// random for this migration. Absent from sources that cannot.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         compare_seed: Option<u64>,
+        /// Disks whose content comes along, numbered from 0 in disk frames. A source that names some requires
+        /// [`DISKS_CAPABILITY`].
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        disks: Vec<TravellingDisk>,
     },
     /// Opens a lane.
     Join {
@@ -431,6 +462,9 @@ pub enum ToTarget {
         round: u32,
         /// Pages sent so far (with content and zero) on this lane or on all of them, all rounds together.
         pages: u64,
+        /// Bytes of disks sent so far, likewise.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        disk_bytes: u64,
     },
     /// Everything has been sent, or will follow: the target may become ready.
     Done(Done),
@@ -482,6 +516,10 @@ pub enum ToSource {
     RoundReceived {
         /// Number of the round.
         round: u32,
+        /// How long it took to make durable what came of disks, in microseconds: the last round's will take about as
+        /// long.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        flush_us: u64,
     },
     /// What `WillMiss` named is not here any more.
     Discarded,
@@ -546,12 +584,17 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_went_ahead_shows_no_fixed_cost() {
+    fn a_guest_that_went_ahead_or_took_disks_along_shows_no_fixed_cost() {
         let ahead = MigrationProgress {
             post_copy: Some(PostCopyProgress::default()),
             ..progress(0, 0)
         };
         assert_eq!(ahead.fixed_cost_us(), None);
+        let with_disks = MigrationProgress {
+            disk_bytes: Bytes(1),
+            ..progress(0, 0)
+        };
+        assert_eq!(with_disks.fixed_cost_us(), None);
         assert_eq!(MigrationProgress::default().fixed_cost_us(), None);
     }
 

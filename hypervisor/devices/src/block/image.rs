@@ -13,7 +13,8 @@ use godwit_wire::storage::MAX_DISK;
 use rustix::fs::FallocateFlags;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::ops;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -177,6 +178,41 @@ impl Image {
         }
     }
 
+    /// Fills `buffer` from byte `offset` on, as the guest would read it.
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        match self {
+            Self::Raw(file) => file.file.read_exact_at(buffer, offset),
+            Self::Qcow2(image) => image.read_at(buffer, offset),
+        }
+    }
+
+    /// Writes `content` at byte `offset`.
+    pub(crate) fn write_at(&self, content: &[u8], offset: u64) -> io::Result<()> {
+        match self {
+            Self::Raw(file) => file.file.write_all_at(content, offset),
+            Self::Qcow2(image) => image.write_at(content, offset),
+        }
+    }
+
+    /// The first stretch between `offset` and `end` that may hold anything but zeros.
+    pub(crate) fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<ops::Range<u64>>> {
+        match self {
+            Self::Raw(file) => file.next_data(offset, end),
+            Self::Qcow2(image) => image.next_data(offset, end),
+        }
+    }
+
+    /// Makes `range` read as zeros and gives its space back where that is possible.
+    pub(crate) fn make_zero(&self, range: Range) -> io::Result<()> {
+        match self {
+            Self::Raw(file) => match file.punch(range) {
+                Err(error) if is_unsupported(&error) => file.write_zeroes(range),
+                result => result,
+            },
+            Self::Qcow2(image) => image.write_zeroes(range),
+        }
+    }
+
     /// Makes everything written durable.
     pub(crate) fn flush(&self) -> io::Result<()> {
         match self {
@@ -268,6 +304,20 @@ impl RawFile {
         Ok(rustix::fs::seek(&*self.file, rustix::fs::SeekFrom::End(0))?)
     }
 
+    fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<ops::Range<u64>>> {
+        use rustix::fs::{SeekFrom, seek};
+        let start = match seek(&*self.file, SeekFrom::Data(offset)) {
+            Ok(start) if start < end => start,
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok(None),
+            // It cannot tell: then all of it may be data.
+            Err(rustix::io::Errno::INVAL) => return Ok((offset < end).then_some(offset..end)),
+            Err(error) => return Err(error.into()),
+        };
+        let stop = seek(&*self.file, SeekFrom::Hole(start))?;
+        // Somebody may have made a hole there meanwhile; whatever it is, it is looked at.
+        Ok(Some(start..stop.max(start + 1).min(end)))
+    }
+
     fn punch(&self, range: Range) -> io::Result<()> {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         Ok(rustix::fs::fallocate(
@@ -291,7 +341,6 @@ impl RawFile {
             Err(error) if is_unsupported(&error) => {}
             result => return result,
         }
-        use std::os::unix::fs::FileExt;
         let zeros = [0; ZEROS];
         let end = range.offset + range.bytes;
         let mut at = range.offset;

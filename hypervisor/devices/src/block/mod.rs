@@ -5,8 +5,10 @@
 //! lock      the lock that keeps a disk from being written by two machines
 //! image     raw files; opening                        qcow2   copy-on-write images
 //! engine    the kernel's ring and a pool of threads   metrics
+//! dirty     what the guest changes while the disk's content is copied to another host
 //! shared    what the device, its thread and its handles share
 //! service   chains in, statuses back: the device's thread
+//! content   what is on the disk, on its way to or from another host
 //! ```
 //!
 //! ```text
@@ -20,6 +22,8 @@
 //! machine's last host wrote up to its release is seen then, and nothing that was read before is believed. A disk
 //! without a lock (read-only, or a file used by hand) is open for its whole life.
 
+mod content;
+mod dirty;
 mod engine;
 mod image;
 mod lock;
@@ -31,6 +35,8 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
+pub use content::{ArrivingDisk, ContentError, DiskContent, LEAST_WRITE_RATE, LeavingDisk};
+pub use dirty::CLUSTER_BYTES;
 pub use engine::{IoMode, MAX_POOL_THREADS};
 pub use image::ImageError;
 pub use lock::{CLAIM_ATTEMPTS, CLAIM_PAUSE, DiskLock, LockError, LockRecord};
@@ -56,9 +62,9 @@ use serde::{Deserialize, Serialize};
 use service::{BlockService, Buckets, Parts};
 use shared::Shared;
 use std::error::Error;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 use virtio_queue::QueueT;
 
@@ -163,6 +169,7 @@ impl Block {
             on_error: config.on_error,
             lock,
             image: Mutex::new(Some(Arc::new(image))),
+            dirty: RwLock::new(None),
             interrupt: Mutex::new(None),
             counters: Counters::default(),
             events,
@@ -182,6 +189,16 @@ impl Block {
         ResizeHandle {
             path: self.config.path.clone(),
             shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// A way to what is on the disk, for whoever moves the machine to another host.
+    pub fn content(&self) -> DiskContent {
+        DiskContent {
+            path: self.config.path.clone(),
+            format: self.config.format,
+            name: self.config.name.clone(),
+            shared: Arc::downgrade(&self.shared),
         }
     }
 
@@ -224,6 +241,7 @@ impl Block {
         Buckets {
             requests: bucket(self.config.limits.requests_per_s),
             bytes: bucket(self.config.limits.bytes_per_s),
+            writes: None,
         }
     }
 
@@ -348,8 +366,10 @@ impl VirtioDevice for Block {
     }
 
     fn reset(&mut self) {
-        if let Some(worker) = self.worker.take() {
-            drop(worker.stop());
+        if let Some(worker) = self.worker.take()
+            && let Some(mut service) = worker.stop()
+        {
+            service.settle();
         }
         self.set_interrupt(None);
         self.paused = false;
@@ -400,34 +420,7 @@ impl VirtioDevice for Block {
     }
 
     fn claim(&mut self, epoch: Epoch) -> Result<(), DeviceError> {
-        let Some(lock) = self.shared.lock.clone() else {
-            return Ok(());
-        };
-        // Held all along: what is only in this process must be in the file before that is read anew. A lock that was
-        // lost, or not taken yet, fails the check.
-        if lock.check().is_ok()
-            && let Some(image) = self.shared.image()
-        {
-            image.write_back().map_err(|error| self.failed(&error))?;
-        }
-        lock.claim(epoch).map_err(|error| DeviceError::Held {
-            device: self.config.name.clone(),
-            reason: told(&error),
-        })?;
-        let opening = Opening::Writing(Some(Arc::clone(&lock)));
-        match Image::open(&self.config.path, self.config.format, &opening) {
-            Ok(image) => {
-                self.shared
-                    .capacity
-                    .store(image.capacity(), Ordering::Relaxed);
-                self.shared.set_image(Some(Arc::new(image)));
-                Ok(())
-            }
-            Err(error) => {
-                let _ = lock.release();
-                Err(self.failed(&error))
-            }
-        }
+        claim_image(&self.shared, (&self.config.path, self.config.format), epoch)
     }
 
     fn flush(&self) -> Result<(), DeviceError> {
@@ -440,6 +433,10 @@ impl VirtioDevice for Block {
     }
 
     fn release(&mut self) -> Result<(), DeviceError> {
+        // The next host has a file of its own. This one is given up with the machine, or goes on being used by it.
+        if self.shared.noted().is_some() {
+            return Ok(());
+        }
         // The next host must find everything in the file; what cannot be flushed keeps the machine here.
         self.let_go(Image::flush)
     }
@@ -451,6 +448,44 @@ impl VirtioDevice for Block {
 
     fn metrics(&self) -> DeviceMetrics {
         self.shared.counters.snapshot()
+    }
+}
+
+/// Takes the lock of a disk, if it has one, under `epoch`, and opens its image anew.
+fn claim_image(
+    shared: &Shared,
+    (path, format): (&Path, DiskFormat),
+    epoch: Epoch,
+) -> Result<(), DeviceError> {
+    let Some(lock) = shared.lock.clone() else {
+        return Ok(());
+    };
+    let failed = |error: &dyn Error| DeviceError::Unusable {
+        device: shared.name.clone(),
+        reason: told(error),
+    };
+    // Held all along: what is only in this process must be in the file before that is read anew. A lock that was
+    // lost, or not taken yet, fails the check.
+    if lock.check().is_ok()
+        && let Some(image) = shared.image()
+    {
+        image.write_back().map_err(|error| failed(&error))?;
+    }
+    lock.claim(epoch).map_err(|error| DeviceError::Held {
+        device: shared.name.clone(),
+        reason: told(&error),
+    })?;
+    let opening = Opening::Writing(Some(Arc::clone(&lock)));
+    match Image::open(path, format, &opening) {
+        Ok(image) => {
+            shared.capacity.store(image.capacity(), Ordering::Relaxed);
+            shared.set_image(Some(Arc::new(image)));
+            Ok(())
+        }
+        Err(error) => {
+            let _ = lock.release();
+            Err(failed(&error))
+        }
     }
 }
 
@@ -469,6 +504,14 @@ impl ResizeHandle {
             device: self.shared.name.clone(),
             reason,
         };
+        // Held to the end: no copy of the disk begins while its size changes.
+        let noted = self.shared.noted();
+        if noted.is_some() {
+            return Err(unusable(
+                "its content is on its way to another host; repeat this when the migration is over"
+                    .to_owned(),
+            ));
+        }
         let capacity = self.shared.capacity.load(Ordering::Relaxed);
         if !size.0.is_multiple_of(SECTOR) {
             return Err(unusable(format!(

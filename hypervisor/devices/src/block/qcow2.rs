@@ -19,10 +19,11 @@ use imago::format::PreallocateMode;
 use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping};
 use std::fs::File;
 use std::future::Future;
 use std::io;
+use std::ops;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -74,7 +75,8 @@ impl WriteGate for Gate {
 /// An open image with everything under it.
 #[derive(Debug)]
 pub(crate) struct Qcow2Image {
-    /// Writers of data share it; what takes clusters away is alone.
+    /// Writers of data share it; what takes clusters away or makes them zero is alone: the library looks at the rest of a
+    /// cluster before it zeroes all of it, and nobody may write there in between.
     image: RwLock<Layer>,
 }
 
@@ -118,6 +120,31 @@ impl Qcow2Image {
         drive(self.shared().writev(pieces, offset))
     }
 
+    pub(crate) fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        drive(self.shared().read(buffer, offset))
+    }
+
+    pub(crate) fn write_at(&self, content: &[u8], offset: u64) -> io::Result<()> {
+        drive(self.shared().write(content, offset))
+    }
+
+    /// The first stretch between `offset` and `end` that is not known to be zero in this image and all under it.
+    pub(crate) fn next_data(&self, offset: u64, end: u64) -> io::Result<Option<ops::Range<u64>>> {
+        let image = self.shared();
+        let mut next = offset;
+        while next < end {
+            let (mapping, length) = drive(image.get_mapping(next, end - next))?;
+            let stop = next.saturating_add(length).min(end);
+            match mapping {
+                Mapping::Zero { .. } if length > 0 => next = stop,
+                Mapping::Eof { .. } => return Ok(None),
+                _ if length == 0 => return Ok(Some(next..end)),
+                _ => return Ok(Some(next..stop)),
+            }
+        }
+        Ok(None)
+    }
+
     pub(crate) fn flush(&self) -> io::Result<()> {
         let image = self.shared();
         drive(async {
@@ -140,7 +167,8 @@ impl Qcow2Image {
     }
 
     pub(crate) fn write_zeroes(&self, range: Range) -> io::Result<()> {
-        drive(self.shared().write_zeroes(range.offset, range.bytes))
+        let image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        drive(image.write_zeroes(range.offset, range.bytes))
     }
 
     pub(crate) fn grow(&self, bytes: u64) -> io::Result<()> {

@@ -34,6 +34,9 @@ use std::time::{Duration, Instant};
 use virtio_queue::QueueT;
 use vm_memory::{Bytes, GuestAddress};
 
+/// How soon a request that is held notices that a limit on writes was changed or lifted.
+const WRITE_LIMIT_LOOK: Duration = Duration::from_millis(50);
+
 /// Token of the driver's doorbell.
 const KICK: u32 = 0;
 /// Token of the timer that ends a wait for tokens.
@@ -65,21 +68,43 @@ enum Health {
 pub(crate) struct Buckets {
     pub(crate) requests: Option<Limiter>,
     pub(crate) bytes: Option<Limiter>,
+    /// For a guest that writes a disk faster than it can be copied to another host: the rate and its bucket.
+    pub(crate) writes: Option<(u64, Limiter)>,
 }
 
 impl Buckets {
-    fn take(&mut self, bytes: u64, now: Instant) -> Result<(), Duration> {
-        // Asked for nothing, a bucket only says whether it is in debt: both must agree before either is charged.
-        for bucket in [&mut self.requests, &mut self.bytes].into_iter().flatten() {
-            bucket.take(0, now)?;
+    /// Takes what `request` costs, or says how long it has to wait for that.
+    fn take(&mut self, request: &Request, now: Instant) -> Result<(), Duration> {
+        let bytes = request.data_bytes();
+        let writes = match (request, &mut self.writes) {
+            (Request::Write { .. }, Some((_, bucket))) => Some(bucket),
+            _ => None,
+        };
+        let mut costs = [
+            (1, self.requests.as_mut()),
+            (bytes, self.bytes.as_mut()),
+            (bytes, writes),
+        ];
+        // Asked for nothing, a bucket only says whether it is in debt: all must agree before any is charged.
+        for (_, bucket) in &mut costs {
+            if let Some(bucket) = bucket {
+                bucket.take(0, now)?;
+            }
         }
-        if let Some(bucket) = &mut self.requests {
-            bucket.take(1, now)?;
-        }
-        if let Some(bucket) = &mut self.bytes {
-            bucket.take(bytes, now)?;
+        for (cost, bucket) in costs {
+            if let Some(bucket) = bucket {
+                bucket.take(cost, now)?;
+            }
         }
         Ok(())
+    }
+
+    /// Holds writes to `bytes_per_s`.
+    fn limit_writes(&mut self, bytes_per_s: Option<u64>, now: Instant) {
+        let limit = self.writes.as_ref().map(|(rate, _)| *rate);
+        if limit != bytes_per_s {
+            self.writes = bytes_per_s.map(|rate| (rate, Limiter::new(rate, now)));
+        }
     }
 }
 
@@ -228,14 +253,22 @@ impl BlockService {
     }
 
     fn admit(&mut self, taken: Taken) {
-        match self
-            .buckets
-            .take(taken.request.data_bytes(), Instant::now())
-        {
+        let now = Instant::now();
+        let write_limit = self
+            .shared
+            .noted()
+            .as_ref()
+            .and_then(|dirty| dirty.write_limit());
+        self.buckets.limit_writes(write_limit, now);
+        match self.buckets.take(&taken.request, now) {
             Ok(()) => self.begin(taken),
             Err(wait) => {
                 self.held = Some(taken);
-                self.set_timer(wait.max(Duration::from_micros(1)));
+                let most = match write_limit {
+                    Some(_) => WRITE_LIMIT_LOOK,
+                    None => Duration::MAX,
+                };
+                self.set_timer(wait.min(most).max(Duration::from_micros(1)));
             }
         }
     }
@@ -305,6 +338,7 @@ impl BlockService {
         let Some(taken) = slot.and_then(Option::take) else {
             return;
         };
+        self.note_changes(&taken.request);
         let head = taken.chain.head();
         match finished.result {
             Ok(()) => {
@@ -337,6 +371,28 @@ impl BlockService {
                     self.use_chain(head, taken.status, STATUS_IOERR, 0);
                 }
             }
+        }
+    }
+
+    /// What a request changed, or may have changed in part before it failed, is copied again while the disk's content
+    /// is on its way to another host.
+    fn note_changes(&self, request: &Request) {
+        let noted = self.shared.noted();
+        let Some(dirty) = &*noted else { return };
+        match request {
+            Request::Write { offset, .. } => dirty.wrote(*offset, request.data_bytes()),
+            Request::Discard(ranges) | Request::WriteZeroes(ranges) => {
+                ranges.iter().for_each(|range| dirty.mark(*range))
+            }
+            Request::Read { .. } | Request::Flush | Request::GetId => {}
+        }
+    }
+
+    /// The driver has let go of the disk. Nobody hears any more of what is under way, but it changes the disk.
+    pub(crate) fn settle(&mut self) {
+        self.engine.drain(&mut Vec::new());
+        for taken in self.under_way.iter().flatten() {
+            self.note_changes(&taken.request);
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a disk, its thread and its resize handle share.
 
+use super::dirty::Dirty;
 use super::image::Image;
 use super::lock::DiskLock;
 use super::metrics::Counters;
@@ -7,7 +8,7 @@ use super::request::Limits;
 use crate::device::{DeviceEvents, Interrupt};
 use godwit_wire::devices::OnIoError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 /// What the device and its thread share.
 pub(crate) struct Shared {
@@ -19,6 +20,8 @@ pub(crate) struct Shared {
     pub(crate) lock: Option<Arc<DiskLock>>,
     /// The image; none while the disk belongs to another host.
     pub(crate) image: Mutex<Option<Arc<Image>>>,
+    /// What the guest has changed, while the disk's content is on its way to another host.
+    pub(crate) dirty: RwLock<Option<Arc<Dirty>>>,
     pub(crate) interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
     pub(crate) counters: Counters,
     pub(crate) events: DeviceEvents,
@@ -44,6 +47,11 @@ impl Shared {
 
     pub(crate) fn set_image(&self, image: Option<Arc<Image>>) {
         *self.image.lock().unwrap_or_else(PoisonError::into_inner) = image;
+    }
+
+    /// What is noted of changes; while it is held, that neither begins nor ends.
+    pub(crate) fn noted(&self) -> RwLockReadGuard<'_, Option<Arc<Dirty>>> {
+        self.dirty.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the driver may ask for.

@@ -79,6 +79,18 @@ impl DirtyBitmap {
         }
     }
 
+    /// The first dirty page from `page` on.
+    pub fn next_dirty(&self, page: u64) -> Option<u64> {
+        let (index, bit) = ((page / 64) as usize, page % 64);
+        let first = self.words.get(index)? >> bit << bit;
+        let rest = self.words[index + 1..].iter().copied();
+        std::iter::once(first)
+            .chain(rest)
+            .zip(index as u64..)
+            .find(|(word, _)| *word != 0)
+            .map(|(word, index)| index * 64 + u64::from(word.trailing_zeros()))
+    }
+
     fn is_set(&self, page: u64) -> bool {
         self.words[(page / 64) as usize] >> (page % 64) & 1 == 1
     }

@@ -10,7 +10,7 @@ use super::{MachineError, MachineEvent, MachineParts};
 use crate::kvm::{Interrupts, VmFd};
 use crate::memory::GuestRam;
 use godwit_devices::balloon::{Balloon, BalloonControl};
-use godwit_devices::block::{Block, BlockConfig, ResizeHandle};
+use godwit_devices::block::{Block, BlockConfig, DiskContent, ResizeHandle};
 use godwit_devices::console::{ConsoleInput, VirtioConsole};
 use godwit_devices::device::{DeviceError, DeviceEvents, Plug, VirtioDevice};
 use godwit_devices::net::{Net, NetConfig};
@@ -40,6 +40,7 @@ pub(super) struct PciDevices {
     bus: Arc<PciBus>,
     balloon: BalloonControl,
     disks: BTreeMap<String, ResizeHandle>,
+    contents: BTreeMap<String, DiskContent>,
     console: Option<ConsoleInput>,
 }
 
@@ -119,7 +120,7 @@ impl PciDevices {
             builder.add(VSOCK_SLOT, Vsock::plugged(cid, directory, plug)?);
         }
         let files = attachments::disks(devices, &parts.attachments)?;
-        let mut disks = BTreeMap::new();
+        let (mut disks, mut contents) = (BTreeMap::new(), BTreeMap::new());
         for ((slot, disk), file) in (DISK_SLOTS..).zip(drives(devices)).zip(files) {
             let drive = Block::open(
                 BlockConfig {
@@ -134,6 +135,7 @@ impl PciDevices {
                 },
                 builder.events.clone(),
             )?;
+            contents.insert(disk.name.clone(), drive.content());
             disks.insert(disk.name, drive.resize_handle());
             builder.add(slot, drive);
         }
@@ -158,6 +160,7 @@ impl PciDevices {
             bus: Arc::new(builder.bus),
             balloon: balloon_control,
             disks,
+            contents,
             console: console_input,
         })
     }
@@ -272,6 +275,11 @@ impl PciDevices {
         self.disks
             .get(name)
             .map_or(Ok(false), |disk| disk.resize(bytes).map(|()| true))
+    }
+
+    /// A way to what is on a disk, if there is one of that name.
+    pub(super) fn disk_content(&self, name: &str) -> Option<DiskContent> {
+        self.contents.get(name).cloned()
     }
 
     /// Asks the guest to live with so much memory.

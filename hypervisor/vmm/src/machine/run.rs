@@ -9,6 +9,7 @@ use super::{MachineError, MachineEvent, boot};
 use crate::devices::{COM1_IRQ, Console, GuestInput, PortBus, SavedSerial, SerialPort};
 use crate::kvm::{self, ClockAdvance, DirtyLogSource, KvmError, VcpuState, VmFd, VmState};
 use crate::memory::{GuestRam, LeasePage};
+use godwit_devices::block::DiskContent;
 use godwit_devices::device::Plug;
 use godwit_devices::pci::SavedFunction;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
@@ -493,6 +494,11 @@ impl Machine {
             Some(pci) => Ok(pci.resize_disk(name, bytes)?),
             None => Ok(false),
         }
+    }
+
+    /// A way to what is on a disk, if there is one of that name.
+    pub fn disk_content(&self, name: &str) -> Option<DiskContent> {
+        self.pci.as_ref().and_then(|pci| pci.disk_content(name))
     }
 
     /// Asks the guest to live with so much memory; `false` if the machine has no balloon.

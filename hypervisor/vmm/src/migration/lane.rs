@@ -1,5 +1,7 @@
 //! One connection that carries pages to the target: content as it is or compressed, zeros as a count.
 
+mod disk;
+
 use super::claims::Claims;
 use super::compare::{Fate, Seed, Theirs};
 use super::pace::Pace;
@@ -9,6 +11,8 @@ use super::squeeze::Squeeze;
 use super::stream::{FrameStream, StreamError};
 use crate::kvm::{DirtyLog, KvmError};
 use crate::memory::{GuestRam, RamError};
+use disk::DiskState;
+use godwit_devices::block::{ContentError, LeavingDisk};
 use godwit_wire::migration::{
     FRAME_HEADER_BYTES, FrameHeader, FrameKind, HeldError, HeldPages, ToTarget,
 };
@@ -32,6 +36,8 @@ pub(super) enum PagesError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Disk(#[from] ContentError),
     /// No memory is there.
     #[error("the target wants a page at {0:#x}, where the guest has no memory")]
     NoSuchPage(u64),
@@ -47,6 +53,7 @@ pub(super) enum PagesError {
 pub(super) struct Lane<'a> {
     ram: &'a GuestRam,
     log: &'a DirtyLog,
+    disks: &'a [LeavingDisk],
     pace: &'a Pace,
     tally: &'a Tally,
     out: FrameStream,
@@ -61,12 +68,13 @@ pub(super) struct Lane<'a> {
     /// What the target holds of the slice that is being sent, where that is compared.
     theirs: Option<Theirs>,
     pages: u64,
+    disk: DiskState,
 }
 
 impl<'a> Lane<'a> {
     pub(super) fn new(
         out: FrameStream,
-        (ram, log): (&'a GuestRam, &'a DirtyLog),
+        (ram, log, disks): (&'a GuestRam, &'a DirtyLog, &'a [LeavingDisk]),
         pace: &'a Pace,
         tally: &'a Tally,
         squeeze: Squeeze,
@@ -75,6 +83,7 @@ impl<'a> Lane<'a> {
         Self {
             ram,
             log,
+            disks,
             pace,
             tally,
             out,
@@ -85,11 +94,14 @@ impl<'a> Lane<'a> {
             zeros: None,
             theirs: None,
             pages: 0,
+            disk: DiskState::default(),
         }
     }
 
     /// Sends slices of `round` when it is this lane's turn, until none is left, and that this was all.
     pub(super) fn send(&mut self, round: &Round, turn: Turn<'_>) -> Result<(), PagesError> {
+        // Disks first: in a long first round memory is then copied last, when it is freshest.
+        self.send_disks(round, turn)?;
         match round.seed {
             None => {
                 while let Some(slice) = turn.take(round) {
@@ -103,8 +115,11 @@ impl<'a> Lane<'a> {
             return Err(PagesError::Stopped);
         }
         self.flush_zeros(round.number)?;
-        let (round, pages) = (round.number, self.pages);
-        Ok(self.out.send(&ToTarget::EndOfRound { round, pages })?)
+        Ok(self.out.send(&ToTarget::EndOfRound {
+            round: round.number,
+            pages: self.pages,
+            disk_bytes: self.disk.bytes,
+        })?)
     }
 
     /// Asks what the target holds of each slice of `round` and sends what differs. It is asked about the next slice
@@ -320,16 +335,29 @@ impl<'a> Lane<'a> {
         self.send_pages(round, address, range)
     }
 
-    /// Sends the pages in `range` of the buffer. What stood before them there has been dealt with and gives room for
-    /// the header.
     fn send_pages(
         &mut self,
         round: &Round,
         address: u64,
         range: Range<usize>,
     ) -> Result<(), PagesError> {
-        let pages = (range.len() / PAGE) as u32;
-        let raw = FrameHeader::pages(round.number, address, pages);
+        let (pages, bytes) = (range.len() / PAGE, range.len());
+        let raw = FrameHeader::pages(round.number, address, pages as u32);
+        let sent = self.send_framed(round, raw, range)?;
+        self.pages += pages as u64;
+        self.tally
+            .content(pages as u64, sent, FRAME_HEADER_BYTES + bytes);
+        Ok(())
+    }
+
+    /// Sends what is in `range` of the buffer behind `raw`, compressed if that pays; the length of the frame. What stood
+    /// before it in the buffer has been dealt with and gives room for the header.
+    fn send_framed(
+        &mut self,
+        round: &Round,
+        raw: FrameHeader,
+        range: Range<usize>,
+    ) -> Result<usize, PagesError> {
         let begun = Instant::now();
         let packed = self.squeeze.next().then(|| {
             self.packed.resize(
@@ -364,13 +392,7 @@ impl<'a> Lane<'a> {
         let begun = Instant::now();
         self.out.write(frame)?;
         self.squeeze.sent(frame.len(), begun.elapsed());
-        self.pages += u64::from(pages);
-        self.tally.content(
-            u64::from(pages),
-            frame.len(),
-            FRAME_HEADER_BYTES + range.len(),
-        );
-        Ok(())
+        Ok(frame.len())
     }
 
     fn note_zeros(&mut self, round: u32, address: u64, pages: u64) -> Result<(), PagesError> {

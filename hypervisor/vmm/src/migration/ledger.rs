@@ -109,6 +109,7 @@ impl<H: Copy> Ledger<H> {
             inner.0.reason = reason;
             inner.0.progress.elapsed_ms = self.started.elapsed().as_millis() as u64;
             inner.0.progress.remaining_bytes = Default::default();
+            inner.0.progress.disk_remaining_bytes = Default::default();
             self.announce(inner);
         }
         Ok(reached)

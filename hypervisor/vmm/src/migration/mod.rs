@@ -11,6 +11,7 @@
 //! places       how many lanes take work at a time, the others resting until the round ends
 //! claims       pages that a guest which runs at the target already still lacks, each sent once
 //! maps         sets of missing pages on the wire
+//! disks        what of the disks that go with the guest is to be sent, and how fast they may be written
 //! compare      which pages need not be sent, because the target has kept them
 //! connection   TCP, or TLS on it
 //! stream       frames on a connection
@@ -27,6 +28,9 @@
 //! Whatever fails before the source has sent `Done` leaves the source running: its memory is untouched, and the
 //! next attempt starts with every page dirty, so no dirty bit can be lost.
 //!
+//! Disks whose content goes along are copied in the same rounds, memory last in each. The source's disks stay as they
+//! are and its own until the guest runs at the target; the target's are durable before it is ready.
+//!
 //! Post-copy (only where the policy allows it): `Done` names pages that are still missing. The source keeps its
 //! memory as it is and sends them, wanted ones first; connections that break are made again. Both halves stay until
 //! the target has everything.
@@ -35,6 +39,7 @@ mod claims;
 mod compare;
 mod connection;
 mod crew;
+mod disks;
 mod hand_over;
 mod lane;
 mod lane_choice;

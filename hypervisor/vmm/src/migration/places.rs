@@ -1,6 +1,7 @@
 //! How many lanes take work at a time. The others rest until they are needed or the round has nothing left to give, and
 //! then end it with them: a round is over when every lane has said so.
 
+use super::disks::DiskSlice;
 use super::round::{Round, Slice};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -105,6 +106,16 @@ impl<'a> Turn<'a> {
     pub(super) fn take(self, round: &Round) -> Option<Slice> {
         self.places.wait_for(self.lane);
         self.take_next(round)
+    }
+
+    /// The same of the disks of `round`, after which its memory is still to be given.
+    pub(super) fn take_disk(self, round: &Round) -> Option<DiskSlice> {
+        self.places.wait_for(self.lane);
+        if round.is_stopped() {
+            self.places.drain();
+            return None;
+        }
+        round.take_disk()
     }
 
     /// The next slice of `round`; `None` also while this lane has no place.

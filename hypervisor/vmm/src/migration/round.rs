@@ -2,6 +2,7 @@
 
 use super::claims::Claims;
 use super::compare::Seed;
+use super::disks::{self, DiskSlice};
 use crate::kvm::DirtyBitmap;
 use godwit_wire::migration::{FRAME_HEADER_BYTES, MAX_COMPARED_PAGES, MigrationProgress};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
@@ -45,6 +46,10 @@ pub(super) struct Round {
     pub(super) claims: Option<Arc<Claims>>,
     /// Where pages are compared before they are sent: the target may have them.
     pub(super) seed: Option<Seed>,
+    /// What of each disk that travels is to be sent, before any memory.
+    pub(super) disks: Vec<DirtyBitmap>,
+    disk_slices: Vec<DiskSlice>,
+    next_disk_slice: AtomicUsize,
     slices: Vec<Slice>,
     next: AtomicUsize,
     stopped: AtomicBool,
@@ -78,6 +83,9 @@ impl Round {
             dirty,
             claims: None,
             seed: None,
+            disks: Vec::new(),
+            disk_slices: Vec::new(),
+            next_disk_slice: AtomicUsize::new(0),
             slices,
             next: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
@@ -97,6 +105,27 @@ impl Round {
         }
     }
 
+    /// The same round with disks.
+    pub(super) fn with_disks(self, changed: Vec<DirtyBitmap>, lanes: usize) -> Self {
+        Self {
+            disk_slices: disks::cut(&changed, lanes),
+            disks: changed,
+            ..self
+        }
+    }
+
+    /// The next slice of a disk for whichever lane asks first.
+    pub(super) fn take_disk(&self) -> Option<DiskSlice> {
+        self.disk_slices
+            .get(self.next_disk_slice.fetch_add(1, Ordering::Relaxed))
+            .cloned()
+    }
+
+    /// Bytes of disks to send.
+    pub(super) fn disk_bytes(&self) -> u64 {
+        disks::bytes_of(&self.disks)
+    }
+
     /// The next slice for whichever lane asks first.
     pub(super) fn take(&self) -> Option<Slice> {
         self.slices
@@ -104,7 +133,7 @@ impl Round {
             .cloned()
     }
 
-    /// Bytes to send.
+    /// Bytes of memory to send.
     pub(super) fn bytes(&self) -> u64 {
         bytes_of(&self.dirty)
     }
@@ -153,6 +182,8 @@ pub(super) struct Tally {
     bytes: AtomicU64,
     saved_bytes: AtomicU64,
     wanted_pages: AtomicU64,
+    disk_content_bytes: AtomicU64,
+    disk_zero_bytes: AtomicU64,
 }
 
 /// A reading of a [`Tally`].
@@ -164,6 +195,8 @@ pub(super) struct Sent {
     pub(super) bytes: u64,
     pub(super) saved_bytes: u64,
     pub(super) wanted_pages: u64,
+    pub(super) disk_content_bytes: u64,
+    pub(super) disk_zero_bytes: u64,
 }
 
 impl Sent {
@@ -174,11 +207,27 @@ impl Sent {
         progress.content_pages = self.content_pages;
         progress.zero_pages = self.zero_pages;
         progress.kept_pages = self.kept_pages;
+        progress.disk_transferred_bytes = Bytes(self.disk_content_bytes);
+    }
+
+    /// Bytes of disks sent, of both kinds.
+    pub(super) const fn disk_bytes(&self) -> u64 {
+        self.disk_content_bytes + self.disk_zero_bytes
     }
 
     /// Pages sent, of both kinds.
     pub(super) const fn pages(&self) -> u64 {
         self.content_pages + self.zero_pages
+    }
+
+    /// Pages sent with their content, and as many as the content of disks would have: it goes over the same link.
+    pub(super) const fn content(&self) -> u64 {
+        self.content_pages + self.disk_content_bytes / PAGE_BYTES
+    }
+
+    /// The same of what needs no content.
+    pub(super) const fn bare(&self) -> u64 {
+        self.zero_pages + self.kept_pages + self.disk_zero_bytes / PAGE_BYTES
     }
 
     /// Pages dealt with, sent or not.
@@ -199,6 +248,21 @@ impl Tally {
     /// Pages went as a count.
     pub(super) fn zeros(&self, pages: u64) {
         self.zero_pages.fetch_add(pages, Ordering::Relaxed);
+        self.bytes
+            .fetch_add(FRAME_HEADER_BYTES as u64, Ordering::Relaxed);
+    }
+
+    /// Content of a disk went in a frame of `frame_bytes` that would have had `raw_bytes` without compression.
+    pub(super) fn disk_content(&self, bytes: u64, frame_bytes: usize, raw_bytes: usize) {
+        self.disk_content_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.bytes.fetch_add(frame_bytes as u64, Ordering::Relaxed);
+        let saved = raw_bytes.saturating_sub(frame_bytes) as u64;
+        self.saved_bytes.fetch_add(saved, Ordering::Relaxed);
+    }
+
+    /// Zeros of a disk went as a count.
+    pub(super) fn disk_zeros(&self, bytes: u64) {
+        self.disk_zero_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.bytes
             .fetch_add(FRAME_HEADER_BYTES as u64, Ordering::Relaxed);
     }
@@ -227,6 +291,8 @@ impl Tally {
             bytes: self.bytes.load(Ordering::Relaxed),
             saved_bytes: self.saved_bytes.load(Ordering::Relaxed),
             wanted_pages: self.wanted_pages.load(Ordering::Relaxed),
+            disk_content_bytes: self.disk_content_bytes.load(Ordering::Relaxed),
+            disk_zero_bytes: self.disk_zero_bytes.load(Ordering::Relaxed),
         }
     }
 }

@@ -14,6 +14,7 @@ mod lanes_at_work;
 mod rounds;
 
 use super::crew::Crew;
+use super::disks;
 use super::hand_over::{HandOverError, SourceHandOver};
 use super::ledger::Ledger;
 use super::pace::Pace;
@@ -26,10 +27,12 @@ use crate::memory::GuestRam;
 use connect::Agreed;
 use error::SourceError;
 use godwit_channel::tls::MigrationTls;
+use godwit_devices::block::LeavingDisk;
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::VmId;
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{Arrival, Blackout, MigrationPhase, ToSource, ToTarget};
+use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::OutgoingRequest;
 use lanes_at_work::LanesAtWork;
 use std::sync::Arc;
@@ -142,12 +145,13 @@ impl Outgoing {
     }
 }
 
-/// Sends the machine; returns when it is over or only the store can end it. Runs on a thread of its own.
+/// Sends the machine, the content of `disks` with it; returns when it is over or only the store can end it. Runs on a
+/// thread of its own.
 pub fn send_machine(
     outgoing: &Outgoing,
     request: &OutgoingRequest,
     identity: (VmId, &MachineSpec, &CpuFacts, &GuestCpu),
-    ram: &GuestRam,
+    (ram, disks): (&GuestRam, Vec<LeavingDisk>),
     start_log: impl FnOnce() -> Result<DirtyLog, MachineError>,
     machine: &dyn SourceMachine,
 ) {
@@ -157,6 +161,7 @@ pub fn send_machine(
         request,
         ram,
         lanes: LanesAtWork::new(request.policy.lanes),
+        disks,
         tls: request
             .identity
             .as_ref()
@@ -186,6 +191,8 @@ struct Session<'a> {
     request: &'a OutgoingRequest,
     ram: &'a GuestRam,
     lanes: LanesAtWork,
+    /// In the order in which frames number them.
+    disks: Vec<LeavingDisk>,
     tls: Option<MigrationTls>,
     started: Instant,
 }
@@ -218,6 +225,7 @@ struct Rest {
 impl Session<'_> {
     /// The guest stays here; the target hears why.
     fn stay(&self, control: Option<FrameStream>, error: &SourceError, machine: &dyn SourceMachine) {
+        self.disks.iter().for_each(LeavingDisk::end);
         let (phase, reason) = match self.ledger.status().phase {
             MigrationPhase::Cancelled => (MigrationPhase::Cancelled, None),
             _ => (MigrationPhase::Failed, Some(brief(&error.to_string()))),
@@ -269,8 +277,10 @@ impl Session<'_> {
         };
         let lanes = self.open_lanes(self.lanes.opened(), agreed.urgent_lanes, &shared)?;
         let memory_bytes = self.ram.size();
-        self.ledger
-            .progress(|progress| progress.memory_bytes = memory_bytes);
+        self.ledger.progress(|progress| {
+            progress.memory_bytes = memory_bytes;
+            progress.disk_bytes = Bytes(disks::size(&self.disks));
+        });
         self.ledger.enter(MigrationPhase::PreCopy);
         // What devices wrote up to now is sent by the first round anyhow.
         self.ram.take_written();
@@ -283,8 +293,7 @@ impl Session<'_> {
             if !rest.ahead {
                 return Ok(Some(self.black_out(log, counted, control, machine, rest)?));
             }
-            let round = rest.round + 1;
-            let mut dark = self.go_ahead(log, &shared.tally, control, machine, rest)?;
+            let (mut dark, round) = self.go_ahead(log, counted, control, machine, rest)?;
             drop(slowed);
             let owed = std::mem::take(&mut dark.owed);
             let link = (control, &crew, lanes.urgent);

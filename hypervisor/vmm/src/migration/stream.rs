@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 /// A peer that says nothing for this long is taken for dead.
 pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+/// What came of disks may take this long to become durable, while the other end waits.
+pub(super) const FLUSH_LIMIT: Duration = Duration::from_secs(600);
 /// Unacknowledged data older than this ends the connection (TCP_USER_TIMEOUT).
 pub(super) const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
 /// Longest reason that is passed on.

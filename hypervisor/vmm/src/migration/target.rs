@@ -1,6 +1,7 @@
 //! The receiving end. Everything that arrives is judged before it is believed: lengths by the frame header,
 //! addresses by guest memory's own bounds, the order of messages here.
 
+mod disks;
 mod doorway;
 mod follow;
 mod lanes;
@@ -12,11 +13,13 @@ use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
 use super::maps::{MAX_MAPS, read_map};
 use super::sockets::Sockets;
-use super::stream::{FrameStream, StreamError, brief};
+use super::stream::{FLUSH_LIMIT, FrameStream, SILENCE_LIMIT, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::{Absent, AbsentError, GuestRam, RamError};
+use disks::Arriving;
 use doorway::Joined;
 use godwit_channel::tls::MigrationTls;
+use godwit_devices::block::{ArrivingDisk, ContentError};
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::CpuFacts;
@@ -248,6 +251,18 @@ enum TargetError {
     OtherPagesMissing { named: u64, told: u64 },
     #[error("{0} pages arrived and the source sent {1}")]
     PagesMissing(u64, u64),
+    #[error("{0} bytes of disks arrived and the source sent {1}")]
+    DiskBytesMissing(u64, u64),
+    #[error("a frame for disk {0} came, and no such disk travels")]
+    NoSuchDisk(u8),
+    #[error("{bytes} bytes at byte {offset} of disk {disk} came, which is smaller")]
+    PastDiskEnd {
+        disk: String,
+        offset: u64,
+        bytes: u64,
+    },
+    #[error(transparent)]
+    Disk(#[from] ContentError),
     #[error("not every lane had ended round {0} in time")]
     RoundIncomplete(u32),
     #[error("a lane ended before round {0} was whole")]
@@ -273,12 +288,13 @@ enum TargetError {
 }
 
 /// Waits for the source, fills the machine and reports it whole. Runs on a thread of its own. `memory` says what is in
-/// the guest's memory before.
+/// the guest's memory before; `disks` are filled too.
 pub fn receive_machine(
     incoming: &Incoming,
     request: &IncomingRequest,
     cpu: &ThisCpu,
     (ram, memory): (&GuestRam, TargetMemory),
+    disks: Vec<ArrivingDisk>,
     machine: &dyn TargetMachine,
 ) {
     let session = Session {
@@ -287,6 +303,7 @@ pub fn receive_machine(
         cpu,
         ram,
         memory,
+        disks: Arriving::new(disks),
         tls: request
             .identity
             .as_ref()
@@ -316,6 +333,8 @@ struct Session<'a> {
     ram: &'a GuestRam,
     /// What was in it before the source came.
     memory: TargetMemory,
+    /// What comes of disks goes there.
+    disks: Arriving,
     tls: Option<MigrationTls>,
 }
 
@@ -329,6 +348,8 @@ struct Greeting {
     absent: Option<Absent>,
     /// Where there is memory from before that the source compares.
     seed: Option<Seed>,
+    /// The arriving disks as the source numbers them.
+    disk_order: Vec<usize>,
 }
 
 /// What arrives before `Done`, apart from pages.
@@ -340,6 +361,8 @@ struct Content {
     ahead: bool,
     /// Maps of missing pages that came.
     maps: u32,
+    /// What had come of disks, by the source's count, when that was last made durable.
+    disk_bytes: u64,
 }
 
 impl Session<'_> {
@@ -356,8 +379,14 @@ impl Session<'_> {
             urgent_lanes,
             absent,
             seed,
+            disk_order,
         } = greeting;
-        let arrivals = Arc::new(Arrivals::new(usize::from(lanes)));
+        let patience = match self.disks.is_empty() {
+            true => SILENCE_LIMIT,
+            false => FLUSH_LIMIT,
+        };
+        let arrivals = Arc::new(Arrivals::new(usize::from(lanes), patience));
+        let disks = &disk_order;
         let holder = || seed.map(Holder::new);
         std::thread::scope(|scope| {
             let filled = self
@@ -366,13 +395,20 @@ impl Session<'_> {
                     if urgent.is_empty() {
                         self.incoming.listener.close();
                     }
-                    self.take_in(scope, (bulk, FIRST_ROUND), holder, &arrivals, &control)?;
+                    self.take_in(
+                        scope,
+                        (bulk, FIRST_ROUND),
+                        (holder, disks),
+                        &arrivals,
+                        &control,
+                    )?;
                     let content = Content {
                         verify,
                         state: None,
                         absent,
                         ahead: false,
                         maps: 0,
+                        disk_bytes: 0,
                     };
                     let pull_over =
                         |pull: &Arc<Pull>| self.pull_over(scope, pull, urgent).map(drop);
@@ -424,7 +460,10 @@ impl Session<'_> {
         pull_over: impl FnOnce(&Arc<Pull>) -> Result<(), TargetError>,
     ) -> Result<(), TargetError> {
         let ledger = &self.incoming.ledger;
-        ledger.progress(|progress| progress.memory_bytes = self.ram.size());
+        ledger.progress(|progress| {
+            progress.memory_bytes = self.ram.size();
+            progress.disk_bytes = self.disks.size();
+        });
         ledger.enter(MigrationPhase::PreCopy);
         let started = Instant::now();
         loop {
@@ -457,11 +496,16 @@ impl Session<'_> {
                 _ => {}
             }
             match control.message(&announced)? {
-                ToTarget::EndOfRound { round, pages } => {
-                    arrivals.wait_for(round, pages)?;
+                ToTarget::EndOfRound {
+                    round,
+                    pages,
+                    disk_bytes,
+                } => {
+                    arrivals.wait_for(round, (pages, disk_bytes))?;
+                    let flush_us = self.settle_disks(disk_bytes, &mut content)?;
                     ledger.progress(|progress| progress.round = round);
                     self.note(arrivals, started);
-                    control.send(&ToSource::RoundReceived { round })?;
+                    control.send(&ToSource::RoundReceived { round, flush_us })?;
                 }
                 ToTarget::WillMiss { pages } => {
                     content.check_missing(pages)?;
@@ -487,6 +531,15 @@ impl Session<'_> {
         }
     }
 
+    /// Makes durable what a round brought of disks, if it brought anything; how many microseconds that took. So little
+    /// is left to do for the round that comes while the guest stands still.
+    fn settle_disks(&self, disk_bytes: u64, content: &mut Content) -> Result<u64, TargetError> {
+        if std::mem::replace(&mut content.disk_bytes, disk_bytes) == disk_bytes {
+            return Ok(0);
+        }
+        Ok(self.disks.flush()?.as_micros() as u64)
+    }
+
     fn complete(
         &self,
         done: Done,
@@ -497,8 +550,10 @@ impl Session<'_> {
     ) -> Result<(), TargetError> {
         let arrived = Instant::now();
         let saved = decode_state(content.state.as_deref(), &done.state_hash)?;
-        arrivals.wait_for(done.round, done.pages)?;
+        arrivals.wait_for(done.round, (done.pages, done.disk_bytes))?;
         content.check_missing(done.missing_pages)?;
+        // Before anybody hears that this end is whole: what the store then commits to outlives a power cut.
+        self.disks.seal()?;
         match content.absent {
             Some(absent) if content.ahead => {
                 let pull = Arc::new(Pull::arm(absent, done.round + 1)?);
@@ -553,6 +608,7 @@ impl Session<'_> {
             progress.content_pages = received.pages - received.zero_pages;
             progress.zero_pages = received.zero_pages;
             progress.transferred_bytes = Bytes(received.bytes);
+            progress.disk_transferred_bytes = Bytes(received.disk_content_bytes);
             progress.rate_bytes_per_s =
                 (received.bytes as f64 / started.elapsed().as_secs_f64().max(1e-3)) as u64;
         });

@@ -38,6 +38,7 @@ mod dirtying;
 mod migrating;
 mod snapshots;
 mod succeeding;
+mod travelling;
 
 /// The byte that asks a guest without ACPI to stop: end of transmission, as a terminal's Ctrl-D.
 const END_OF_TRANSMISSION: u8 = 4;

@@ -6,6 +6,9 @@
 //! much smaller. A guest whose rest does not shrink goes ahead of it, where post-copy is allowed; else it is slowed
 //! down, step by step and as far as the policy allows. One that never gets below the limit within the round limit or
 //! the deadline is left where it is.
+//!
+//! Disks that travel are part of the rest. No guest goes ahead of them: what is left of them must fit the limit even
+//! where memory may follow, and a guest that writes them faster than the link carries has its writes slowed down.
 
 use super::{MigrationPolicy, PostCopy};
 use std::time::Duration;
@@ -51,10 +54,12 @@ pub struct RoundOutcome {
     pub elapsed: Duration,
     /// The round alone.
     pub took: Duration,
-    /// Bytes the guest dirtied meanwhile: the rest.
+    /// Bytes of memory the guest dirtied meanwhile: the rest.
     pub rest_bytes: u64,
     /// Rest after the round before; all of memory for the first.
     pub previous_rest_bytes: u64,
+    /// The same of disks that travel.
+    pub disks: DiskOutcome,
     /// Rate of the link, from the rounds that were long enough to tell.
     pub bytes_per_s: u64,
     /// Pause, device state and commit, which no round makes shorter.
@@ -65,6 +70,17 @@ pub struct RoundOutcome {
     pub post_copy: PostCopy,
 }
 
+/// What one finished round showed of the disks that travel; nothing where none does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DiskOutcome {
+    /// Bytes of disks the guest changed meanwhile.
+    pub rest_bytes: u64,
+    /// The same after the round before; all of the disks for the first.
+    pub previous_rest_bytes: u64,
+    /// How much of its rate of writes the guest has lost already.
+    pub throttle_percent: u8,
+}
+
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decision {
@@ -73,6 +89,11 @@ pub enum Decision {
     /// Copy another round with the guest slowed down to this.
     Throttle {
         /// Share of their time that its busiest vCPUs are kept from running.
+        percent: u8,
+    },
+    /// Copy another round with the guest's writes to the disks slowed down to this.
+    SlowDisks {
+        /// Share of its rate of writes that the guest loses.
         percent: u8,
     },
     /// Pause the guest and send the rest.
@@ -93,42 +114,81 @@ impl RoundOutcome {
 
     /// How long the last pass would take: the rest, and what the guest adds to it until it stands still.
     pub fn predicted_pass(&self) -> Duration {
+        self.pass_of(self.whole_rest())
+    }
+
+    /// What is left of memory and disks.
+    pub const fn whole_rest(&self) -> u64 {
+        self.rest_bytes.saturating_add(self.disks.rest_bytes)
+    }
+
+    /// How long the guest would stand still if it went ahead of its memory now: what is left of disks goes first.
+    pub fn predicted_ahead(&self) -> Duration {
+        self.fixed_cost + self.pass_of(self.disks.rest_bytes)
+    }
+
+    fn pass_of(&self, rest_bytes: u64) -> Duration {
         let lag = PAUSE_LAG.as_secs_f64();
         let growth = 1.0 + lag / self.took.as_secs_f64().max(lag);
         let rate = self.bytes_per_s.max(1);
-        Duration::from_secs_f64(self.rest_bytes as f64 * growth / rate as f64)
+        Duration::from_secs_f64(rest_bytes as f64 * growth / rate as f64)
     }
 
     /// Decides under `policy`.
     pub fn decide(&self, policy: &MigrationPolicy) -> Decision {
-        let fits = self.predicted_blackout() <= Duration::from_millis(policy.downtime_limit_ms);
-        let shrinking =
-            self.rest_bytes as f64 <= self.previous_rest_bytes as f64 * WORTHWHILE_SHARE;
+        let limit = Duration::from_millis(policy.downtime_limit_ms);
+        let fits = self.predicted_blackout() <= limit;
+        let (rest, disks) = (self.whole_rest(), self.disks);
+        let previous = self
+            .previous_rest_bytes
+            .saturating_add(disks.previous_rest_bytes);
+        let shrinking = rest as f64 <= previous as f64 * WORTHWHILE_SHARE;
         let late = policy
             .deadline_s
             .is_some_and(|limit| self.elapsed >= Duration::from_secs(limit));
         let last = late || self.round >= policy.max_rounds;
         match (fits, last) {
             (true, true) => Decision::Pause,
-            (true, false) if self.rest_bytes <= SMALL_REST_BYTES || !shrinking => Decision::Pause,
-            (false, true) if self.post_copy == PostCopy::Allowed => Decision::GoAhead,
+            (true, false) if rest <= SMALL_REST_BYTES || !shrinking => Decision::Pause,
+            (false, true) if self.may_go_ahead(limit) => Decision::GoAhead,
             (false, true) if late => Decision::OutOfTime,
             (false, true) => Decision::GiveUp,
-            (false, false) if !shrinking && self.may_go_ahead() => Decision::GoAhead,
-            (false, false) if !shrinking && self.may_slow_down(policy) => Decision::Throttle {
-                percent: (self.throttle_percent + THROTTLE_STEP_PERCENT)
-                    .min(policy.max_throttle_percent),
-            },
+            (false, false) if !shrinking && self.round >= TELLING_ROUNDS => {
+                self.step_in(policy, limit)
+            }
             (_, false) => Decision::AnotherRound,
         }
     }
 
-    fn may_go_ahead(&self) -> bool {
-        self.post_copy == PostCopy::Allowed && self.round >= TELLING_ROUNDS
+    /// Another round alone would not help.
+    fn step_in(&self, policy: &MigrationPolicy, limit: Duration) -> Decision {
+        if self.may_go_ahead(limit) {
+            return Decision::GoAhead;
+        }
+        let most = policy.max_throttle_percent;
+        let more = |percent: u8| (percent.saturating_add(THROTTLE_STEP_PERCENT)).min(most);
+        let vcpus = (self.throttle_percent < most).then(|| Decision::Throttle {
+            percent: more(self.throttle_percent),
+        });
+        let slowed = self.disks.throttle_percent;
+        let disks = (self.disks.rest_bytes > 0 && slowed < most).then(|| Decision::SlowDisks {
+            percent: more(slowed),
+        });
+        // First what more is left of; memory could follow the guest where that is allowed, disks cannot.
+        let disks_first =
+            self.disks.rest_bytes > self.rest_bytes || self.post_copy == PostCopy::Allowed;
+        let chosen = if disks_first {
+            disks.or(vcpus)
+        } else {
+            vcpus.or(disks)
+        };
+        chosen.unwrap_or(Decision::AnotherRound)
     }
 
-    fn may_slow_down(&self, policy: &MigrationPolicy) -> bool {
-        self.round >= TELLING_ROUNDS && self.throttle_percent < policy.max_throttle_percent
+    /// Whether memory may follow: that is allowed, and what is left of the disks can be sent beforehand.
+    fn may_go_ahead(&self, limit: Duration) -> bool {
+        self.post_copy == PostCopy::Allowed
+            && (self.disks.rest_bytes == 0 || self.predicted_ahead() <= limit)
     }
 }
 
@@ -146,6 +206,7 @@ mod tests {
             post_copy: PostCopy::Forbidden,
             rest_bytes,
             previous_rest_bytes,
+            disks: DiskOutcome::default(),
             bytes_per_s: 100 << 20,
             fixed_cost: Duration::from_millis(5),
         }
@@ -227,6 +288,66 @@ mod tests {
         assert_eq!(forbidden, Decision::Throttle { percent: 25 });
     }
 
+    fn with_disks(number: u32, memory: u64, disks: u64, slowed: u8) -> RoundOutcome {
+        RoundOutcome {
+            disks: DiskOutcome {
+                rest_bytes: disks,
+                previous_rest_bytes: disks,
+                throttle_percent: slowed,
+            },
+            ..round(number, memory, memory)
+        }
+    }
+
+    #[test]
+    fn what_is_left_of_disks_counts_towards_the_blackout() {
+        let policy = MigrationPolicy::default();
+        assert_eq!(
+            with_disks(2, 10 << 20, 10 << 20, 0).decide(&policy),
+            Decision::Pause
+        );
+        let much = with_disks(2, 10 << 20, 30 << 20, 0);
+        assert!(much.predicted_blackout() > Duration::from_millis(400));
+        assert_ne!(much.decide(&policy), Decision::Pause);
+    }
+
+    #[test]
+    fn a_guest_that_writes_its_disks_faster_than_the_link_has_its_writes_slowed() {
+        let policy = MigrationPolicy {
+            max_throttle_percent: 40,
+            ..Default::default()
+        };
+        let slowed = |percent| with_disks(2, 1 << 20, 1 << 30, percent).decide(&policy);
+        assert_eq!(
+            with_disks(1, 1 << 20, 1 << 30, 0).decide(&policy),
+            Decision::AnotherRound
+        );
+        assert_eq!(slowed(0), Decision::SlowDisks { percent: 25 });
+        assert_eq!(slowed(25), Decision::SlowDisks { percent: 40 });
+        // When that is not enough, what its vCPUs do is slowed too.
+        assert_eq!(slowed(40), Decision::Throttle { percent: 25 });
+        // Memory is the larger part: its vCPUs come first.
+        assert_eq!(
+            with_disks(2, 1 << 30, 1 << 20, 0).decide(&policy),
+            Decision::Throttle { percent: 25 }
+        );
+    }
+
+    #[test]
+    fn no_guest_goes_ahead_of_its_disks() {
+        let policy = MigrationPolicy::default();
+        let ahead = |number, disks| {
+            RoundOutcome {
+                post_copy: PostCopy::Allowed,
+                ..with_disks(number, 1 << 30, disks, 0)
+            }
+            .decide(&policy)
+        };
+        assert_eq!(ahead(2, 1 << 20), Decision::GoAhead);
+        assert_eq!(ahead(2, 100 << 20), Decision::SlowDisks { percent: 25 });
+        assert_eq!(ahead(policy.max_rounds, 100 << 20), Decision::GiveUp);
+    }
+
     #[test]
     fn the_deadline_ends_it_one_way_or_the_other() {
         let policy = MigrationPolicy {
@@ -274,10 +395,12 @@ mod tests {
     proptest! {
         #[test]
         fn the_guest_is_never_paused_above_the_limit(
-            number in 1u32..40, rest in 0u64..1 << 34, previous in 0u64..1 << 34, rate in 1u64..1 << 34, limit in 1u64..2000
+            number in 1u32..40, rest in 0u64..1 << 34, previous in 0u64..1 << 34, rate in 1u64..1 << 34, limit in 1u64..2000,
+            disks in 0u64..1 << 34
         ) {
             let policy = MigrationPolicy { downtime_limit_ms: limit, ..Default::default() };
-            let outcome = RoundOutcome { bytes_per_s: rate, ..round(number, rest, previous) };
+            let disks = DiskOutcome { rest_bytes: disks, ..DiskOutcome::default() };
+            let outcome = RoundOutcome { bytes_per_s: rate, disks, ..round(number, rest, previous) };
             if outcome.decide(&policy) == Decision::Pause {
                 prop_assert!(outcome.predicted_blackout() <= Duration::from_millis(limit));
             }

@@ -2,7 +2,7 @@
 
 use super::{
     FRAME_HEADER_BYTES, FRAME_MAGIC, MAX_COMPARED_PAGES, MAX_CONTROL_BYTES, MAX_FRAME_PAGES,
-    MAX_MAPPED_PAGES, MAX_STATE_BYTES, PAGE_HASH_BYTES,
+    MAX_FRAME_SECTORS, MAX_MAPPED_PAGES, MAX_STATE_BYTES, PAGE_HASH_BYTES, SECTOR_BYTES,
 };
 use crate::unit::PAGE_BYTES;
 
@@ -28,11 +28,22 @@ pub enum FrameKind {
     Compare = 8,
     /// Answers that: one bit per page that is there, in words of 64, and a hash of each of these in order.
     Held = 9,
+    /// `pages` sectors of a disk's content from byte `address` of it on.
+    DiskContent = 10,
+    /// `pages` sectors of a disk from byte `address` of it on that read as zeros; no payload.
+    DiskZero = 11,
+}
+
+impl FrameKind {
+    /// Whether it carries a disk's content.
+    pub const fn is_of_disk(self) -> bool {
+        matches!(self, Self::DiskContent | Self::DiskZero)
+    }
 }
 
 /// How a page frame's payload is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
+#[repr(u8)]
 pub enum Codec {
     /// As it is in memory.
     Raw = 0,
@@ -40,21 +51,23 @@ pub enum Codec {
     Lz4 = 1,
 }
 
-/// Fixed header of every frame, little-endian: magic u32, kind u16, codec u16, pages u32, length u32, address u64,
-/// round u32, checksum u32 (CRC32C of the header before it and of the payload).
+/// Fixed header of every frame, little-endian: magic u32, kind u16, codec u8, disk u8, pages u32, length u32, address
+/// u64, round u32, checksum u32 (CRC32C of the header before it and of the payload).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameHeader {
     /// What follows.
     pub kind: FrameKind,
-    /// How the payload is written; anything but raw only for pages.
+    /// How the payload is written; anything but raw only for pages and for disks' content.
     pub codec: Codec,
-    /// Number of pages, for page frames.
+    /// Which of the travelling disks, in the order the source greeted with; 0 for what is no disk frame.
+    pub disk: u8,
+    /// Number of pages, for page frames; of sectors, for disk frames.
     pub pages: u32,
     /// Bytes of payload behind the header.
     pub length: u32,
-    /// Guest physical address of the first page, for page frames.
+    /// Guest physical address of the first page, for page frames; the first byte of the disk, for disk frames.
     pub address: u64,
-    /// Round that the pages belong to, from 1; 0 for what is no page frame.
+    /// Round that the pages or sectors belong to, from 1; 0 for what is neither.
     pub round: u32,
 }
 
@@ -85,7 +98,10 @@ pub enum FrameError {
     /// The address is not the start of a page.
     #[error("page frame at {0:#x}, which is not a page boundary")]
     Unaligned(u64),
-    /// Only page frames belong to a round.
+    /// The place on the disk is not the start of a sector.
+    #[error("disk frame at byte {0}, where no sector begins")]
+    UnalignedSector(u64),
+    /// Only page and disk frames belong to a round.
     #[error("a frame of kind {kind:?} cannot belong to round {round}")]
     BadRound {
         /// Kind on the wire.
@@ -120,6 +136,7 @@ impl FrameHeader {
         Self {
             kind,
             codec: Codec::Raw,
+            disk: 0,
             pages: 0,
             length,
             address: 0,
@@ -140,16 +157,14 @@ impl FrameHeader {
     /// Header of `pages` pages of content from `address` on.
     pub const fn pages(round: u32, address: u64, pages: u32) -> Self {
         Self {
-            kind: FrameKind::Pages,
-            codec: Codec::Raw,
             pages,
-            length: pages * PAGE_BYTES as u32,
             address,
             round,
+            ..Self::plain(FrameKind::Pages, pages * PAGE_BYTES as u32)
         }
     }
 
-    /// The same pages in `length` bytes of LZ4.
+    /// The same pages or sectors in `length` bytes of LZ4.
     pub const fn compressed(self, length: u32) -> Self {
         Self {
             codec: Codec::Lz4,
@@ -161,13 +176,42 @@ impl FrameHeader {
     /// Header of `pages` pages of zeros from `address` on.
     pub const fn zero(round: u32, address: u64, pages: u32) -> Self {
         Self {
-            kind: FrameKind::Zero,
-            codec: Codec::Raw,
             pages,
-            length: 0,
             address,
             round,
+            ..Self::plain(FrameKind::Zero, 0)
         }
+    }
+
+    /// Header of `sectors` sectors of content of a disk from its byte `offset` on.
+    pub const fn disk_content(round: u32, disk: u8, offset: u64, sectors: u32) -> Self {
+        Self {
+            disk,
+            pages: sectors,
+            address: offset,
+            round,
+            ..Self::plain(FrameKind::DiskContent, sectors * SECTOR_BYTES as u32)
+        }
+    }
+
+    /// Header of `sectors` sectors of zeros of a disk from its byte `offset` on.
+    pub const fn disk_zero(round: u32, disk: u8, offset: u64, sectors: u32) -> Self {
+        Self {
+            disk,
+            pages: sectors,
+            address: offset,
+            round,
+            ..Self::plain(FrameKind::DiskZero, 0)
+        }
+    }
+
+    /// Bytes of memory or of a disk that a frame stands for.
+    pub const fn content_bytes(&self) -> u64 {
+        let unit = match self.kind.is_of_disk() {
+            true => SECTOR_BYTES,
+            false => PAGE_BYTES,
+        };
+        self.pages as u64 * unit
     }
 
     /// Header of a map of the `pages` pages from `address` on.
@@ -216,7 +260,7 @@ impl FrameHeader {
         let mut out = [0; FRAME_HEADER_BYTES];
         out[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
         out[4..6].copy_from_slice(&(self.kind as u16).to_le_bytes());
-        out[6..8].copy_from_slice(&(self.codec as u16).to_le_bytes());
+        out[6..8].copy_from_slice(&[self.codec as u8, self.disk]);
         out[8..12].copy_from_slice(&self.pages.to_le_bytes());
         out[12..16].copy_from_slice(&self.length.to_le_bytes());
         out[16..24].copy_from_slice(&self.address.to_le_bytes());
@@ -246,7 +290,13 @@ impl FrameHeader {
         if magic != FRAME_MAGIC {
             return Err(FrameError::BadMagic(magic));
         }
-        let (kind, codec) = match (u16_at(4), u16_at(6)) {
+        let disk = bytes[7];
+        // Only disk frames name a disk: with any other number the codec is one that nobody knows.
+        let coding = match u16_at(4) {
+            10 | 11 => u16::from(bytes[6]),
+            _ => u16_at(6),
+        };
+        let (kind, codec) = match (u16_at(4), coding) {
             (1, 0) => (FrameKind::Control, Codec::Raw),
             (2, 0) => (FrameKind::Pages, Codec::Raw),
             (2, 1) => (FrameKind::Pages, Codec::Lz4),
@@ -257,56 +307,72 @@ impl FrameHeader {
             (7, 0) => (FrameKind::Served, Codec::Raw),
             (8, 0) => (FrameKind::Compare, Codec::Raw),
             (9, 0) => (FrameKind::Held, Codec::Raw),
+            (10, 0) => (FrameKind::DiskContent, Codec::Raw),
+            (10, 1) => (FrameKind::DiskContent, Codec::Lz4),
+            (11, 0) => (FrameKind::DiskZero, Codec::Raw),
             (kind, codec) => return Err(FrameError::Unknown { kind, codec }),
         };
         let (pages, length, round) = (u32_at(8), u32_at(12), u32_at(24));
         let address = u64::from(u32_at(16)) | u64::from(u32_at(20)) << 32;
-        let whole = || pages * PAGE_BYTES as u32;
-        let fits = match (kind, codec) {
-            (FrameKind::Control, _) => pages == 0 && length <= MAX_CONTROL_BYTES,
-            (FrameKind::State, _) => pages == 0 && length <= MAX_STATE_BYTES,
-            (FrameKind::Pages, Codec::Raw) => {
-                (1..=MAX_FRAME_PAGES).contains(&pages) && length == whole()
-            }
-            (FrameKind::Pages, Codec::Lz4) => {
-                (1..=MAX_FRAME_PAGES).contains(&pages) && (1..whole()).contains(&length)
-            }
-            (FrameKind::Zero, _) => pages >= 1 && length == 0,
-            (FrameKind::Missing, _) => {
-                (1..=MAX_MAPPED_PAGES).contains(&pages) && length == map_bytes(pages)
-            }
-            (FrameKind::Want, _) => pages == 1 && length == 0,
-            (FrameKind::Served, _) => pages == 0 && length == 0,
-            (FrameKind::Compare, _) => (1..=MAX_COMPARED_PAGES).contains(&pages) && length == 0,
-            // How many hashes follow the map, only the map tells.
-            (FrameKind::Held, _) => {
-                (1..=MAX_COMPARED_PAGES).contains(&pages)
-                    && length >= map_bytes(pages)
-                    && length - map_bytes(pages) <= pages * PAGE_HASH_BYTES as u32
-            }
+        let header = Self {
+            kind,
+            codec,
+            disk,
+            pages,
+            length,
+            address,
+            round,
         };
-        if !fits {
+        if !header.length_fits() {
             return Err(FrameError::BadLength {
                 kind,
                 pages,
                 length,
             });
         }
-        if !address.is_multiple_of(PAGE_BYTES) {
+        if kind.is_of_disk() && !address.is_multiple_of(SECTOR_BYTES) {
+            return Err(FrameError::UnalignedSector(address));
+        }
+        if !kind.is_of_disk() && !address.is_multiple_of(PAGE_BYTES) {
             return Err(FrameError::Unaligned(address));
         }
-        let in_a_round = matches!(kind, FrameKind::Pages | FrameKind::Zero);
+        let in_a_round = kind.is_of_disk() || matches!(kind, FrameKind::Pages | FrameKind::Zero);
         if in_a_round == (round == 0) {
             return Err(FrameError::BadRound { kind, round });
         }
-        Ok(Self {
-            kind,
-            codec,
-            pages,
-            length,
-            address,
-            round,
-        })
+        Ok(header)
+    }
+
+    /// Whether the length is one that a frame of this kind with so many pages or sectors can have.
+    fn length_fits(&self) -> bool {
+        let (pages, length) = (self.pages, self.length);
+        let content = |most: u32, unit: u64| {
+            let whole = || pages * unit as u32;
+            (1..=most).contains(&pages)
+                && match self.codec {
+                    Codec::Raw => length == whole(),
+                    Codec::Lz4 => (1..whole()).contains(&length),
+                }
+        };
+        match self.kind {
+            FrameKind::Control => pages == 0 && length <= MAX_CONTROL_BYTES,
+            FrameKind::State => pages == 0 && length <= MAX_STATE_BYTES,
+            FrameKind::Pages => content(MAX_FRAME_PAGES, PAGE_BYTES),
+            FrameKind::DiskContent => content(MAX_FRAME_SECTORS, SECTOR_BYTES),
+            FrameKind::Zero | FrameKind::DiskZero => pages >= 1 && length == 0,
+            FrameKind::Missing => {
+                (1..=MAX_MAPPED_PAGES).contains(&pages) && length == map_bytes(pages)
+            }
+            FrameKind::Want => pages == 1 && length == 0,
+            FrameKind::Served => pages == 0 && length == 0,
+            FrameKind::Compare => (1..=MAX_COMPARED_PAGES).contains(&pages) && length == 0,
+            // How many hashes follow the map, only the map tells.
+            FrameKind::Held => {
+                (1..=MAX_COMPARED_PAGES).contains(&pages)
+                    && length >= map_bytes(pages)
+                    && length - map_bytes(pages) <= pages * PAGE_HASH_BYTES as u32
+            }
+        }
     }
 }
 
@@ -328,6 +394,9 @@ mod tests {
             FrameHeader::served(),
             FrameHeader::compare(0x6000, 1024),
             FrameHeader::held(0x6000, 65, 16 + 3 * 16),
+            FrameHeader::disk_content(1, 15, 0x200, 2048),
+            FrameHeader::disk_content(3, 0, 0x1400, 3).compressed(9),
+            FrameHeader::disk_zero(1, 2, 64 << 40, u32::MAX),
         ] {
             assert_eq!(FrameHeader::decode(&header.encode(&[])), Ok(header));
         }
@@ -357,6 +426,41 @@ mod tests {
             );
     }
 
+    #[test]
+    fn disk_frames_that_cannot_be_are_refused_by_name() {
+        let refused = |header: FrameHeader| FrameHeader::decode(&header.encode(&[])).unwrap_err();
+        assert_eq!(
+            refused(FrameHeader::disk_content(1, 0, 0x201, 1)),
+            FrameError::UnalignedSector(0x201)
+        );
+        assert_eq!(
+            refused(FrameHeader::disk_zero(0, 0, 0, 1)),
+            FrameError::BadRound {
+                kind: FrameKind::DiskZero,
+                round: 0
+            }
+        );
+        for (sectors, length) in [(0, 0), (1, 511), (MAX_FRAME_SECTORS + 1, 512)] {
+            let header = FrameHeader {
+                length,
+                ..FrameHeader::disk_content(1, 0, 0, sectors)
+            };
+            assert!(matches!(refused(header), FrameError::BadLength { .. }));
+        }
+        // A page frame of a disk is nothing.
+        let header = FrameHeader {
+            disk: 1,
+            ..FrameHeader::pages(1, 0, 1)
+        };
+        assert_eq!(
+            refused(header),
+            FrameError::Unknown {
+                kind: 2,
+                codec: 0x100
+            }
+        );
+    }
+
     proptest! {
         #[test]
         fn any_bytes_give_a_bounded_header_or_an_error(bytes in prop::array::uniform32(any::<u8>())) {
@@ -368,7 +472,7 @@ mod tests {
 
         #[test]
         fn no_header_with_the_magic_allows_an_unbounded_payload(
-            kind in 0u16..11, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
+            kind in 0u16..13, pages in any::<u32>(), length in any::<u32>(), address in any::<u64>()
         ) {
             let mut bytes = [0; FRAME_HEADER_BYTES];
             bytes[0..4].copy_from_slice(&FRAME_MAGIC.to_le_bytes());

@@ -21,7 +21,8 @@ pub struct MigrationPolicy {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bandwidth_bytes_per_s: Option<u64>,
     /// Most of their time that vCPUs may be kept from running when the guest dirties memory faster than it can be
-    /// sent; 0 never slows the guest.
+    /// sent, and most of its rate that the guest may lose when it writes disks that travel faster than that; 0 never
+    /// slows the guest.
     pub max_throttle_percent: u8,
     /// Whether pages are compressed.
     pub compression: Compression,

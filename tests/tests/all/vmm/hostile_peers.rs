@@ -63,6 +63,7 @@ async fn waiting_target(dir: &TestDir, name: &str) -> (Vmm, SocketAddr, ToTarget
         verify: Verify::Frames,
         touched: Vec::new(),
         compare_seed: None,
+        disks: Vec::new(),
     };
     (target, ready.address, hello)
 }

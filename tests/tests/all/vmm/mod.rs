@@ -2,6 +2,7 @@
 
 mod devices;
 mod dirty_rate;
+mod disks_along;
 mod hand_over;
 mod hostile_peers;
 mod lanes;

@@ -1,6 +1,7 @@
 //! Disks as a driver sees them.
 
 mod claims;
+mod content;
 mod hostile;
 mod qcow2;
 mod stalls;

@@ -6,7 +6,7 @@ use imago::qcow2::Qcow2;
 use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
 use std::process::Command;
 
-fn create(path: &Path, size: u64, backing: Option<(&str, &str)>) {
+pub(super) fn create(path: &Path, size: u64, backing: Option<(&str, &str)>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .unwrap();
@@ -21,7 +21,7 @@ fn create(path: &Path, size: u64, backing: Option<(&str, &str)>) {
     });
 }
 
-fn qcow2(path: &Path) -> BlockConfig {
+pub(super) fn qcow2(path: &Path) -> BlockConfig {
     BlockConfig {
         format: DiskFormat::Qcow2,
         ..config(path)
@@ -34,7 +34,7 @@ fn refusal(path: &Path) -> String {
 }
 
 /// Asks QEMU's own tool, where there is one, whether the image is sound.
-fn check(path: &Path) {
+pub(super) fn check(path: &Path) {
     match Command::new("qemu-img").arg("check").arg(path).output() {
         Ok(output) => assert!(output.status.success(), "{output:?}"),
         Err(_) => crate::skip::skip("no qemu-img (Debian: qemu-utils) to check the image with"),

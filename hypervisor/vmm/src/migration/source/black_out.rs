@@ -6,10 +6,11 @@ use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::{MachineError, SavedMachine};
 use crate::migration::SourceMachine;
 use crate::migration::crew::Crew;
+use crate::migration::disks;
 use crate::migration::hand_over::{Memory, SourceHandOver};
 use crate::migration::maps::send_map;
 use crate::migration::round::{Guest, Round, Tally};
-use crate::migration::stream::{FrameStream, StreamError};
+use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::id::Epoch;
 use godwit_wire::migration::{
     Arrival, Blackout, Done, FrameHeader, MigrationPhase, ToSource, ToTarget, Verify,
@@ -51,22 +52,25 @@ impl Session<'_> {
         crew.limit_writes(patience).map_err(StreamError::from)?;
         control.limit_writes(patience).map_err(StreamError::from)?;
         let dirty = std::mem::take(&mut still.dirty);
-        let round = Round::new(rest.round + 1, Guest::Paused, dirty, crew.lanes());
-        still.rest_bytes = round.bytes();
+        let changed = disks::changed(&self.disks);
+        let round = Round::new(rest.round + 1, Guest::Paused, dirty, crew.lanes())
+            .with_disks(changed, crew.lanes());
+        still.rest_bytes = round.bytes() + round.disk_bytes();
         self.send_round((crew, tally), round, Some(still.since + patience))?;
         self.send_done(control, still, (rest.round + 1, tally), &rest, Vec::new())
     }
 
-    /// Pauses the guest and sends all but memory; what is left of that follows. The target hears beforehand of nearly
-    /// all of it, so that making room for it does not lengthen the blackout.
+    /// Pauses the guest and sends all but memory, what is left of its disks first; what is left of memory follows, in
+    /// the round whose number comes back. The target hears beforehand of nearly all of it, so that making room for it
+    /// does not lengthen the blackout.
     pub(super) fn go_ahead(
         &self,
         log: &DirtyLog,
-        tally: &Tally,
+        (crew, tally): (&Crew, &Tally),
         control: &mut FrameStream,
         machine: &dyn SourceMachine,
         rest: Rest,
-    ) -> Result<Dark, SourceError> {
+    ) -> Result<(Dark, u32), SourceError> {
         tracing::info!(migration = %self.request.migration, "the guest goes ahead of its memory");
         for (slot, map) in log.slots().iter().zip(&rest.dirty) {
             send_map(control, slot.guest_address, map)?;
@@ -86,7 +90,20 @@ impl Session<'_> {
             more.subtract(named);
             send_map(control, slot.guest_address, &more)?;
         }
-        self.send_done(control, still, (rest.round, tally), &rest, owed)
+        let mut last = rest.round;
+        if !self.disks.is_empty() {
+            last += 1;
+            crew.limit_writes(patience).map_err(StreamError::from)?;
+            // No memory: it follows, but no disk does.
+            let round = Round::new(last, Guest::Paused, Vec::new(), crew.lanes())
+                .with_disks(disks::changed(&self.disks), crew.lanes());
+            still.rest_bytes = round.disk_bytes();
+            self.send_round((crew, tally), round, Some(still.since + patience))?;
+            crew.limit_writes(SILENCE_LIMIT)
+                .map_err(StreamError::from)?;
+        }
+        let dark = self.send_done(control, still, (last, tally), &rest, owed)?;
+        Ok((dark, last + 1))
     }
 
     fn stand_still(
@@ -155,6 +172,7 @@ impl Session<'_> {
         let done = ToTarget::Done(Done {
             round,
             pages: tally.read().pages(),
+            disk_bytes: tally.read().disk_bytes(),
             state_hash,
             clock_age_ns: still.sampled.elapsed().as_nanos() as u64,
             missing_pages,

@@ -6,6 +6,7 @@ use crate::kvm::{DirtyBitmap, LoggedSlot};
 use crate::machine::MachineError;
 use crate::migration::compare::Seed;
 use crate::migration::connection::Connection;
+use crate::migration::disks;
 use crate::migration::lane::{Lane, PagesError};
 use crate::migration::maps::{MAX_MAPS, read_map};
 use crate::migration::squeeze::Squeeze;
@@ -14,8 +15,8 @@ use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{CpuFacts, MachineSpec};
 use godwit_wire::migration::{
-    Compression, FrameHeader, FrameKind, LaneKind, MAX_TOUCHED_STRETCHES, OLDEST_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, PostCopy, TargetMemory, ToSource, ToTarget, Verify,
+    Compression, DISKS_CAPABILITY, FrameHeader, FrameKind, LaneKind, MAX_TOUCHED_STRETCHES,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, PostCopy, TargetMemory, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::PAGE_BYTES;
 use std::net::TcpStream;
@@ -67,7 +68,10 @@ impl Session<'_> {
         stream.send(&ToTarget::Hello {
             version: PROTOCOL_VERSION,
             oldest_version: OLDEST_PROTOCOL_VERSION,
-            required: Default::default(),
+            required: match self.disks.is_empty() {
+                true => Default::default(),
+                false => [DISKS_CAPABILITY.to_owned()].into(),
+            },
             migration: self.request.migration,
             token: self.request.token.clone(),
             lanes,
@@ -83,6 +87,7 @@ impl Session<'_> {
                 .touched(MAX_TOUCHED_STRETCHES)
                 .map_err(MachineError::from)?,
             compare_seed: Some(seed.0),
+            disks: disks::told(&self.disks),
         })?;
         // The target populates that memory first, which takes as long as there is memory.
         let asked = Instant::now();
@@ -154,12 +159,12 @@ impl Session<'_> {
         urgent_lanes: u8,
         shared: &'s Shared<'s>,
     ) -> Result<Lanes<'s>, SourceError> {
-        let memory = (self.ram, shared.log);
+        let content = (self.ram, shared.log, &*self.disks);
         let bulk = (0..lanes).map(|lane| {
             let out = self.open_lane(LaneKind::Bulk, lane)?;
             let socket = out.socket().map_err(StreamError::from)?;
             let squeeze = Squeeze::new(self.request.policy.compression);
-            let lane = Lane::new(out, memory, shared.pace, &shared.tally, squeeze);
+            let lane = Lane::new(out, content, shared.pace, &shared.tally, squeeze);
             Ok((lane, socket))
         });
         let bulk = bulk.collect::<Result<_, SourceError>>()?;
@@ -170,7 +175,7 @@ impl Session<'_> {
             let squeeze = Squeeze::new(Compression::Off);
             Ok(Lane::new(
                 out,
-                memory,
+                content,
                 &shared.at_once,
                 &shared.tally,
                 squeeze,

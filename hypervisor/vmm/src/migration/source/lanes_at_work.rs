@@ -123,8 +123,8 @@ fn one_per_cpu() -> u8 {
 fn window(begun: Begun, sent: Sent, limit_bytes_per_s: Option<u64>, took: Duration) -> Window {
     let before = begun.before;
     Window {
-        content_pages: sent.content_pages - before.content_pages,
-        bare_pages: sent.zero_pages + sent.kept_pages - (before.zero_pages + before.kept_pages),
+        content_pages: sent.content() - before.content(),
+        bare_pages: sent.bare() - before.bare(),
         wire_bytes: sent.bytes - before.bytes,
         limit_bytes_per_s,
         took,

@@ -6,12 +6,13 @@ use super::{Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::Throttling;
 use crate::migration::crew::Crew;
+use crate::migration::disks::{self, WriteRates};
 use crate::migration::hand_over::SourceHandOver;
 use crate::migration::lane::PagesError;
 use crate::migration::link_rate::{LinkRate, SentRound, TELLING_ROUND, per_second};
 use crate::migration::round::{Guest, Round, Sent, Tally, bytes_of};
-use crate::migration::stream::FrameStream;
-use godwit_wire::migration::convergence::{Decision, RoundOutcome, fixed_cost};
+use crate::migration::stream::{FLUSH_LIMIT, FrameStream, StreamError};
+use godwit_wire::migration::convergence::{Decision, DiskOutcome, RoundOutcome, fixed_cost};
 use godwit_wire::migration::{PostCopy, ToSource, ToTarget};
 use godwit_wire::unit::{Bytes, PAGE_BYTES};
 use std::ops::ControlFlow;
@@ -33,7 +34,16 @@ impl Session<'_> {
             _ => policy.post_copy,
         };
         let mut dirty = log.first_round();
+        let mut changed = disks::first_round(&self.disks);
         let (mut rest_bytes, mut throttle_percent) = (bytes_of(&dirty), 0);
+        let mut disk_rest_bytes = disks::bytes_of(&changed);
+        let mut writes = WriteRates::new(&self.disks);
+        if !self.disks.is_empty() {
+            // The target is silent for as long as its disks take.
+            control
+                .limit_reads(FLUSH_LIMIT)
+                .map_err(StreamError::from)?;
+        }
         let mut link = LinkRate::new(self.outgoing.pace.bytes_per_s());
         let fixed_cost = fixed_cost(self.request.fixed_cost_us, policy.downtime_limit_ms);
         for number in 1.. {
@@ -42,39 +52,42 @@ impl Session<'_> {
                 Some(seed) => Round::comparing(seed, dirty, crew.lanes()),
                 None => Round::new(number, Guest::Runs, dirty, crew.lanes()),
             };
+            let round = round.with_disks(changed, crew.lanes());
             let deadline = policy.deadline_s.map(Duration::from_secs);
             let deadline = deadline.and_then(|limit| self.started.checked_add(limit));
             self.send_round((crew, tally), round, deadline)?;
             let sent = tally.read();
-            control.send(&ToTarget::EndOfRound {
-                round: number,
-                pages: sent.pages(),
-            })?;
-            match control.receive()? {
-                ToSource::RoundReceived { round } if round == number => {}
-                other => return Err(out_of_turn(other, "RoundReceived")),
-            }
+            let flushing = await_round_received(control, number, &sent)?;
             let duration = began.elapsed();
             link.limit_to(self.outgoing.pace.bytes_per_s());
-            link.observe(SentRound {
-                content_pages: sent.content_pages - before.content_pages,
-                bare_pages: sent.zero_pages + sent.kept_pages
-                    - (before.zero_pages + before.kept_pages),
-                wire_bytes: sent.bytes - before.bytes,
-                took: duration,
-            });
+            let flushing = flushing.min(duration);
+            link.observe(sent_since(
+                &before,
+                &sent,
+                duration.saturating_sub(flushing),
+            ));
             let rate = link.bytes_per_s();
             let previous_rest_bytes = rest_bytes;
             dirty = self.read_dirty(log)?;
             rest_bytes = bytes_of(&dirty);
+            let previous_disk_rest_bytes = disk_rest_bytes;
+            changed = disks::changed(&self.disks);
+            disk_rest_bytes = disks::bytes_of(&changed);
+            writes.observe(&self.disks, duration);
             let outcome = RoundOutcome {
                 round: number,
                 elapsed: self.started.elapsed(),
                 took: duration,
                 rest_bytes,
                 previous_rest_bytes,
+                disks: DiskOutcome {
+                    rest_bytes: disk_rest_bytes,
+                    previous_rest_bytes: previous_disk_rest_bytes,
+                    throttle_percent: writes.percent(),
+                },
                 bytes_per_s: rate,
-                fixed_cost,
+                // What this round brought of disks was made durable in that time; the last one's will be, too.
+                fixed_cost: fixed_cost + flushing,
                 throttle_percent,
                 post_copy,
             };
@@ -87,12 +100,13 @@ impl Session<'_> {
                 progress.stalled_us = stalled_us;
                 progress.rate_bytes_per_s = rate;
                 progress.remaining_bytes = Bytes(rest_bytes);
+                progress.disk_remaining_bytes = Bytes(disk_rest_bytes);
                 progress.dirty_bytes_per_s = per_second(rest_bytes, duration);
                 progress.predicted_blackout_ms = predicted.as_millis() as u64;
             });
             let gave_up = || SourceError::DoesNotConverge {
                 rounds: number,
-                rest: Bytes(rest_bytes),
+                rest: Bytes(outcome.whole_rest()),
                 blackout_ms: predicted.as_millis(),
                 limit_ms: policy.downtime_limit_ms,
             };
@@ -100,6 +114,7 @@ impl Session<'_> {
                 number,
                 ?duration,
                 rest_bytes,
+                disk_rest_bytes,
                 rate,
                 ?predicted,
                 throttle_percent,
@@ -116,6 +131,10 @@ impl Session<'_> {
                     self.ledger
                         .progress(|progress| progress.throttle_percent = percent);
                 }
+                Decision::SlowDisks { percent } => {
+                    writes.slow(&self.disks, percent);
+                    tracing::info!(migration = %self.request.migration, percent, "the guest writes its disks faster than they can be sent: its writes are slowed down");
+                }
                 Decision::Pause => {
                     return Ok(Rest {
                         round: number,
@@ -129,7 +148,7 @@ impl Session<'_> {
                     return Ok(Rest {
                         round: number,
                         dirty,
-                        predicted: fixed_cost,
+                        predicted: outcome.predicted_ahead(),
                         bytes_per_s: rate,
                         ahead: true,
                     });
@@ -137,7 +156,7 @@ impl Session<'_> {
                 Decision::GiveUp => return Err(gave_up()),
                 Decision::OutOfTime => {
                     return Err(SourceError::Deadline {
-                        rest: Bytes(rest_bytes),
+                        rest: Bytes(outcome.whole_rest()),
                         blackout_ms: predicted.as_millis(),
                         deadline_s: policy.deadline_s.unwrap_or_default(),
                     });
@@ -164,12 +183,15 @@ impl Session<'_> {
     ) -> Result<(), SourceError> {
         let (began, before) = (Instant::now(), tally.read());
         let (number, guest, planned) = (round.number, round.guest, round.bytes());
+        let planned_disks = round.disk_bytes();
         let note = |sent: Sent| {
             let done = (sent.settled_pages() - before.settled_pages()) * PAGE_BYTES;
             self.ledger.progress(|progress| {
                 progress.round = number;
                 sent.show(progress);
                 progress.remaining_bytes = Bytes(planned.saturating_sub(done));
+                let done = sent.disk_bytes() - before.disk_bytes();
+                progress.disk_remaining_bytes = Bytes(planned_disks.saturating_sub(done));
                 let elapsed = began.elapsed();
                 if elapsed >= TELLING_ROUND {
                     progress.rate_bytes_per_s = per_second(sent.bytes - before.bytes, elapsed);
@@ -214,5 +236,35 @@ impl Session<'_> {
         SourceError::BlackoutTooLong {
             limit_ms: self.request.policy.downtime_limit_ms,
         }
+    }
+}
+
+/// Says that a round is sent and waits until the target has all of it; how long that took to make durable what came of
+/// disks.
+fn await_round_received(
+    control: &mut FrameStream,
+    number: u32,
+    sent: &Sent,
+) -> Result<Duration, SourceError> {
+    control.send(&ToTarget::EndOfRound {
+        round: number,
+        pages: sent.pages(),
+        disk_bytes: sent.disk_bytes(),
+    })?;
+    match control.receive()? {
+        ToSource::RoundReceived { round, flush_us } if round == number => {
+            Ok(Duration::from_micros(flush_us))
+        }
+        other => Err(out_of_turn(other, "RoundReceived")),
+    }
+}
+
+/// What a round sent that took so long.
+fn sent_since(before: &Sent, sent: &Sent, took: Duration) -> SentRound {
+    SentRound {
+        content_pages: sent.content() - before.content(),
+        bare_pages: sent.bare() - before.bare(),
+        wire_bytes: sent.bytes - before.bytes,
+        took,
     }
 }

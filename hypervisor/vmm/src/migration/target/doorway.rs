@@ -5,12 +5,14 @@ use crate::memory::{Absent, RamError};
 use crate::migration::compare::Seed;
 use crate::migration::connection::Connection;
 use crate::migration::stream::{FrameStream, StreamError, brief};
-use godwit_wire::id::MigrationId;
-use godwit_wire::machine::CpuMismatch;
+use godwit_wire::id::{Epoch, MigrationId, VmId};
+use godwit_wire::machine::{CpuMismatch, MachineSpec};
 use godwit_wire::migration::{
-    LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken, OLDEST_PROTOCOL_VERSION,
-    PROTOCOL_VERSION, Stretch, TargetMemory, ToSource, ToTarget, Verify,
+    DISKS_CAPABILITY, LaneKind, MAX_LANES, MAX_TOUCHED_STRETCHES, MigrationToken,
+    OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch, TargetMemory, ToSource, ToTarget,
+    TravellingDisk, Verify, difference,
 };
+use godwit_wire::unit::Bytes;
 use std::time::{Duration, Instant};
 
 /// How long whoever connects may take to say who it is; meanwhile the right one waits.
@@ -37,8 +39,16 @@ pub(super) enum Refusal {
     NotResuming,
     #[error("it is no lane that is waited for")]
     NoSuchLane,
-    #[error("the VM, its epoch or its machine differ from what was announced")]
-    OtherMachine,
+    #[error("{0} differs from what was announced")]
+    OtherMachine(String),
+    #[error("it sends the content of disks {sent}, and this end waits for {expected}")]
+    OtherDisks { sent: String, expected: String },
+    #[error("its disk {name} has {theirs} and the one here {ours}; make one of the same size")]
+    DiskSize {
+        name: String,
+        theirs: Bytes,
+        ours: Bytes,
+    },
     #[error(transparent)]
     Cpu(CpuMismatch),
     #[error("it names more touched memory than the machine has")]
@@ -72,14 +82,18 @@ impl Waiting {
     }
 }
 
+/// What a source may require of this end.
+const KNOWN_CAPABILITIES: [&str; 1] = [DISKS_CAPABILITY];
+
 /// What a source asked for, or offers.
-#[derive(Clone, Copy)]
 struct Greeted {
     verify: Verify,
     lanes: u8,
     urgent_lanes: u8,
     /// If it can compare.
     seed: Option<Seed>,
+    /// The arriving disks as it numbers them.
+    disk_order: Vec<usize>,
 }
 
 /// What became of a connection: taken, turned away with a reason that it is still to hear, or broken.
@@ -221,6 +235,7 @@ impl Session<'_> {
             urgent_lanes,
             absent,
             seed: greeted.seed,
+            disk_order: greeted.disk_order,
         }))
     }
 
@@ -333,6 +348,7 @@ impl Session<'_> {
             verify,
             touched,
             compare_seed,
+            disks,
         } = hello
         else {
             return Err(Refusal::OtherMigration);
@@ -344,12 +360,11 @@ impl Session<'_> {
                 newest: *version,
             });
         }
-        if let Some(unknown) = required.first() {
+        let known = |capability: &String| KNOWN_CAPABILITIES.contains(&capability.as_str());
+        if let Some(unknown) = required.iter().find(|capability| !known(capability)) {
             return Err(Refusal::Capability(unknown.clone()));
         }
-        if (*vm, *epoch, spec) != (self.request.vm, self.request.epoch, &self.request.spec) {
-            return Err(Refusal::OtherMachine);
-        }
+        let disk_order = self.judge_machine((*vm, *epoch), spec, disks)?;
         if !(1..=MAX_LANES).contains(lanes) {
             return Err(Refusal::Lanes(*lanes));
         }
@@ -376,7 +391,29 @@ impl Session<'_> {
             lanes: *lanes,
             urgent_lanes: *urgent_lanes,
             seed: compare_seed.map(Seed),
+            disk_order,
         };
         Ok((greeted, touched))
+    }
+
+    /// It must be the machine that was built here, but for where the disks lie whose content comes along.
+    fn judge_machine(
+        &self,
+        (vm, epoch): (VmId, Epoch),
+        spec: &MachineSpec,
+        disks: &[TravellingDisk],
+    ) -> Result<Vec<usize>, Refusal> {
+        let ours = self.request;
+        let other = |what: &str| Err(Refusal::OtherMachine(what.to_owned()));
+        if vm != ours.vm {
+            return other("the VM");
+        }
+        if epoch != ours.epoch {
+            return other("its epoch");
+        }
+        if let Some(what) = difference(spec, &ours.spec, &ours.arriving_disks) {
+            return Err(Refusal::OtherMachine(what));
+        }
+        self.disks.order(disks)
     }
 }

@@ -137,7 +137,7 @@ impl<'s> Session<'s> {
         self.take_in(
             scope,
             (bulk, pull.round),
-            || None,
+            (|| None, &[]),
             &Arc::new(arrivals),
             &control,
         )?;

@@ -1,5 +1,6 @@
 //! The receiving ends of the lanes: pages go into guest memory as they come, each lane on a thread of its own.
 
+use super::disks::{self, Arriving};
 use super::pull::Pull;
 use super::{Session, TargetError};
 use crate::memory::GuestRam;
@@ -13,12 +14,14 @@ use std::io::ErrorKind;
 use std::net::{Shutdown, TcpStream};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Scope;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What has arrived on all lanes.
 pub(super) struct Arrivals {
     inner: Mutex<Inner>,
     changed: Condvar,
+    /// How long lanes may take to end a round after the source has.
+    patience: Duration,
     /// Where pages go that the guest may be waiting for.
     pull: OnceLock<(Arc<Pull>, u64)>,
 }
@@ -41,10 +44,13 @@ pub(super) struct Received {
     pub(super) pages: u64,
     pub(super) zero_pages: u64,
     pub(super) bytes: u64,
+    /// Of disks, with their content and as zeros.
+    pub(super) disk_bytes: u64,
+    pub(super) disk_content_bytes: u64,
 }
 
 impl Arrivals {
-    pub(super) fn new(lanes: usize) -> Self {
+    pub(super) fn new(lanes: usize, patience: Duration) -> Self {
         Self {
             inner: Mutex::new(Inner {
                 rounds: vec![0; lanes],
@@ -54,13 +60,14 @@ impl Arrivals {
                 ended: vec![false; lanes],
             }),
             changed: Condvar::new(),
+            patience,
             pull: OnceLock::new(),
         }
     }
 
     /// Of memory that follows.
     pub(super) fn following(lanes: usize, pull: Arc<Pull>, link: u64) -> Self {
-        let arrivals = Self::new(lanes);
+        let arrivals = Self::new(lanes, SILENCE_LIMIT);
         arrivals.follow(pull, link);
         arrivals
     }
@@ -81,9 +88,13 @@ impl Arrivals {
         self.lock().failed.take()
     }
 
-    /// Waits until `round` is whole on every lane; then `pages` must be there.
-    pub(super) fn wait_for(&self, round: u32, pages: u64) -> Result<(), TargetError> {
-        let deadline = Instant::now() + SILENCE_LIMIT;
+    /// Waits until `round` is whole on every lane; then so many pages and bytes of disks must be there.
+    pub(super) fn wait_for(
+        &self,
+        round: u32,
+        (pages, disk_bytes): (u64, u64),
+    ) -> Result<(), TargetError> {
+        let deadline = Instant::now() + self.patience;
         let mut inner = self.lock();
         while inner.rounds.iter().any(|whole| *whole < round) {
             if let Some(failed) = inner.failed.take() {
@@ -103,10 +114,14 @@ impl Arrivals {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
-        if inner.received.pages == pages {
-            Ok(())
+        let received = inner.received;
+        if received.pages != pages {
+            Err(TargetError::PagesMissing(received.pages, pages))
+        } else if received.disk_bytes != disk_bytes {
+            let arrived = received.disk_bytes;
+            Err(TargetError::DiskBytesMissing(arrived, disk_bytes))
         } else {
-            Err(TargetError::PagesMissing(inner.received.pages, pages))
+            Ok(())
         }
     }
 
@@ -120,24 +135,24 @@ impl Arrivals {
     }
 }
 
-/// What a page frame brings.
+/// What a page or disk frame brings.
 pub(super) enum Content<'a> {
     Zeros,
     Bytes(&'a [u8]),
 }
 
 impl<'a> Content<'a> {
-    /// Reads the payload of a page frame; `room` is for what has to be unpacked.
+    /// Reads the payload of a page or disk frame; `room` is for what has to be unpacked.
     pub(super) fn of(
         header: &FrameHeader,
         payload: &'a [u8],
         room: &'a mut Vec<u8>,
     ) -> Result<Self, TargetError> {
         match (header.kind, header.codec) {
-            (FrameKind::Zero, _) => Ok(Self::Zeros),
+            (FrameKind::Zero | FrameKind::DiskZero, _) => Ok(Self::Zeros),
             (_, Codec::Raw) => Ok(Self::Bytes(payload)),
             (_, Codec::Lz4) => {
-                let bytes = header.pages as usize * PAGE_BYTES as usize;
+                let bytes = header.content_bytes() as usize;
                 room.resize(bytes, 0);
                 match lz4_flex::block::decompress_into(payload, room) {
                     Ok(unpacked) if unpacked == bytes => Ok(Self::Bytes(room)),
@@ -154,7 +169,7 @@ impl Session<'_> {
         &'scope self,
         scope: &'scope Scope<'scope, '_>,
         (lanes, first_round): (Vec<FrameStream>, u32),
-        holder: impl Fn() -> Option<Holder>,
+        (holder, disk_order): (impl Fn() -> Option<Holder>, &'scope [usize]),
         arrivals: &Arc<Arrivals>,
         control: &FrameStream,
     ) -> Result<(), TargetError> {
@@ -162,6 +177,8 @@ impl Session<'_> {
             let waker = control.socket().map_err(StreamError::from)?;
             let intake = Intake {
                 ram: self.ram,
+                disks: &self.disks,
+                disk_order,
                 arrivals: arrivals.clone(),
                 lane,
                 stream,
@@ -177,6 +194,9 @@ impl Session<'_> {
 /// One lane's receiving end.
 struct Intake<'a> {
     ram: &'a GuestRam,
+    disks: &'a Arriving,
+    /// The disks as frames number them.
+    disk_order: &'a [usize],
     arrivals: Arc<Arrivals>,
     lane: usize,
     stream: FrameStream,
@@ -210,11 +230,14 @@ impl Intake<'_> {
     fn take_rounds(&mut self) -> Result<(), TargetError> {
         let mut payload = vec![0; MAX_FRAME_PAGES as usize * PAGE_BYTES as usize];
         let mut room = Vec::new();
-        let (mut round, mut pages, mut pages_before) = (self.first_round, 0, 0);
+        let (mut round, mut pages, mut disk_bytes) = (self.first_round, 0, 0);
+        let mut before = (pages, disk_bytes);
+        let mut unflushed = self.disks.unflushed();
         loop {
             let announced = match self.stream.announced() {
                 Err(StreamError::Io(error))
-                    if error.kind() == ErrorKind::UnexpectedEof && pages == pages_before =>
+                    if error.kind() == ErrorKind::UnexpectedEof
+                        && (pages, disk_bytes) == before =>
                 {
                     return Err(TargetError::LaneEnded(round));
                 }
@@ -223,18 +246,23 @@ impl Intake<'_> {
             let header = announced.header;
             match header.kind {
                 FrameKind::Pages | FrameKind::Zero => {
-                    if header.round != round {
-                        return Err(TargetError::WrongRound {
-                            got: header.round,
-                            expected: round,
-                        });
-                    }
+                    check_round(&header, round)?;
                     // Judged before anything is read for it.
                     self.check_place(&header)?;
                     let payload = &mut payload[..header.length as usize];
                     self.stream.read_payload(&announced, payload)?;
                     self.store(&header, payload, &mut room)?;
                     pages += u64::from(header.pages);
+                    self.count(&header);
+                }
+                FrameKind::DiskContent | FrameKind::DiskZero => {
+                    check_round(&header, round)?;
+                    let place = self.disks.place(self.disk_order, &header)?;
+                    let payload = &mut payload[..header.length as usize];
+                    self.stream.read_payload(&announced, payload)?;
+                    let content = Content::of(&header, payload, &mut room)?;
+                    disks::store(place, &header, content, &mut unflushed)?;
+                    disk_bytes += header.content_bytes();
                     self.count(&header);
                 }
                 FrameKind::Compare => {
@@ -246,14 +274,23 @@ impl Intake<'_> {
                     ToTarget::EndOfRound {
                         round: ended,
                         pages: sent,
-                    } if ended == round && sent == pages => {
+                        disk_bytes: sent_of_disks,
+                    } if ended == round && (sent, sent_of_disks) == (pages, disk_bytes) => {
                         self.arrivals.note(|inner| inner.rounds[self.lane] = round);
                         // Later rounds bring what has changed since; nobody has to ask any more.
                         self.holder = None;
-                        (round, pages_before) = (round + 1, pages);
+                        round += 1;
+                        before = (pages, disk_bytes);
                     }
-                    ToTarget::EndOfRound { pages: sent, .. } => {
-                        return Err(TargetError::PagesMissing(pages, sent));
+                    ToTarget::EndOfRound {
+                        pages: sent,
+                        disk_bytes: sent_of_disks,
+                        ..
+                    } => {
+                        return Err(match sent == pages {
+                            true => TargetError::DiskBytesMissing(disk_bytes, sent_of_disks),
+                            false => TargetError::PagesMissing(pages, sent),
+                        });
                     }
                     other => {
                         return Err(TargetError::OutOfTurn {
@@ -319,10 +356,29 @@ impl Intake<'_> {
 
     fn count(&self, header: &FrameHeader) {
         let received = &mut self.arrivals.lock().received;
-        received.pages += u64::from(header.pages);
-        if header.kind == FrameKind::Zero {
-            received.zero_pages += u64::from(header.pages);
+        match header.kind {
+            FrameKind::DiskZero => received.disk_bytes += header.content_bytes(),
+            FrameKind::DiskContent => {
+                received.disk_bytes += header.content_bytes();
+                received.disk_content_bytes += header.content_bytes();
+            }
+            FrameKind::Zero => {
+                received.pages += u64::from(header.pages);
+                received.zero_pages += u64::from(header.pages);
+            }
+            _ => received.pages += u64::from(header.pages),
         }
         received.bytes += FRAME_HEADER_BYTES as u64 + u64::from(header.length);
+    }
+}
+
+/// What belongs to another round came too early or too late.
+fn check_round(header: &FrameHeader, expected: u32) -> Result<(), TargetError> {
+    match header.round == expected {
+        true => Ok(()),
+        false => Err(TargetError::WrongRound {
+            got: header.round,
+            expected,
+        }),
     }
 }

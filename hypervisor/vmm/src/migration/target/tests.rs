@@ -1,7 +1,10 @@
 //! A target against sources that lie, break off or speak another version.
 
+mod disks;
+
 use super::*;
 use crate::migration::connection::Connection;
+use godwit_devices::block::Block;
 use godwit_wire::id::{MigrationId, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::migration::{
@@ -9,7 +12,6 @@ use godwit_wire::migration::{
     OLDEST_PROTOCOL_VERSION, PROTOCOL_VERSION, Stretch,
 };
 use godwit_wire::unit::{Mib, PAGE_BYTES};
-use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::mpsc;
@@ -48,6 +50,8 @@ struct Fixture {
     ram: GuestRam,
     hello: ToTarget,
     owner: mpsc::Receiver<&'static str>,
+    /// Whose content arrives, if one does.
+    _disk: Option<Block>,
 }
 
 fn guest_cpu() -> GuestCpu {
@@ -65,6 +69,20 @@ fn cpu(level: CpuBaseline) -> CpuFacts {
     }
 }
 
+/// The end of a round without disks.
+fn end(round: u32, pages: u64) -> ToTarget {
+    ToTarget::EndOfRound {
+        round,
+        pages,
+        disk_bytes: 0,
+    }
+}
+
+/// The answer to it.
+fn received(round: u32) -> ToSource {
+    ToSource::RoundReceived { round, flush_us: 0 }
+}
+
 const SEED: Seed = Seed(99);
 
 fn target() -> Fixture {
@@ -73,7 +91,16 @@ fn target() -> Fixture {
 
 /// A target whose memory is made so before it listens.
 fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
-    let spec = MachineSpec {
+    target_of(held, prepare, None)
+}
+
+/// The same, waiting for the content of a disk that lies there.
+fn target_of(
+    held: TargetMemory,
+    prepare: impl FnOnce(&GuestRam),
+    disk: Option<&std::path::Path>,
+) -> Fixture {
+    let mut spec = MachineSpec {
         machine_type: MachineType::Godwit2,
         vcpus: 1,
         memory_mib: Mib(16),
@@ -81,19 +108,26 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         cpu: CpuBaseline::Host,
         devices: Default::default(),
     };
+    let source_spec = disks::with_disk(&spec, disk.map(|_| "/elsewhere/root.img".as_ref()));
+    spec = disks::with_disk(&spec, disk);
+    let block = disk.map(disks::open);
+    let arriving: Vec<_> = block
+        .iter()
+        .map(|block| block.content().arrive(Epoch(3)).unwrap())
+        .collect();
     let (listener, address) =
         MigrationListener::bind("127.0.0.1:0".parse().unwrap(), None).unwrap();
     let request = IncomingRequest {
         attachments: Default::default(),
         vm: VmId::fresh(),
         epoch: Epoch(3),
-        spec: spec.clone(),
+        spec,
         lease: None,
         migration: MigrationId::fresh(),
         listen: address,
         last_port: None,
         kept: None,
-        arriving_disks: BTreeSet::new(),
+        arriving_disks: arriving.iter().map(|disk| disk.name().to_owned()).collect(),
         identity: None,
     };
     let token = MigrationToken("the token of this migration".into());
@@ -107,7 +141,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         urgent_lanes: 0,
         vm: request.vm,
         epoch: request.epoch,
-        spec,
+        spec: source_spec,
         cpu: cpu(CpuBaseline::V2),
         guest_cpu: Some(guest_cpu()),
         verify: Verify::Frames,
@@ -116,6 +150,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
             pages: 4,
         }],
         compare_seed: Some(SEED.0),
+        disks: disks::told(&arriving),
     };
     let ledger = Ledger::new(
         request.migration,
@@ -137,6 +172,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
                 scaling: TscScaling::Missing,
             },
             (&memory, held),
+            arriving,
             &NoMachine(sender),
         );
     });
@@ -146,6 +182,7 @@ fn target_with(held: TargetMemory, prepare: impl FnOnce(&GuestRam)) -> Fixture {
         ram,
         hello,
         owner,
+        _disk: block,
     }
 }
 
@@ -232,16 +269,10 @@ fn pages_arrive_where_they_belong_and_zeros_give_memory_back() {
         )
         .unwrap();
     for (lane, pages) in lanes.iter_mut().zip([1, 3]) {
-        lane.send(&ToTarget::EndOfRound { round: 1, pages })
-            .unwrap();
+        lane.send(&end(1, pages)).unwrap();
     }
-    control
-        .send(&ToTarget::EndOfRound { round: 1, pages: 4 })
-        .unwrap();
-    assert_eq!(
-        control.receive::<ToSource>().unwrap(),
-        ToSource::RoundReceived { round: 1 }
-    );
+    control.send(&end(1, 4)).unwrap();
+    assert_eq!(control.receive::<ToSource>().unwrap(), received(1));
     let mut page = [0; 4096];
     for (address, content) in [(0x3000, 5), (0x8000, 0), (0xa000, 9), (0xb000, 9)] {
         target.ram.read(address, &mut page).unwrap();
@@ -292,20 +323,13 @@ fn a_lane_that_has_ended_does_not_keep_another_from_ending_its_round() {
     let (mut control, mut lanes) = target.arrive();
     let mut slow = lanes.pop().unwrap();
     let mut done = lanes.pop().unwrap();
-    done.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
-        .unwrap();
+    done.send(&end(1, 0)).unwrap();
     drop(done);
-    control
-        .send(&ToTarget::EndOfRound { round: 1, pages: 1 })
-        .unwrap();
+    control.send(&end(1, 1)).unwrap();
     slow.send_frame(FrameHeader::pages(1, 0x3000, 1), &[5; 4096])
         .unwrap();
-    slow.send(&ToTarget::EndOfRound { round: 1, pages: 1 })
-        .unwrap();
-    assert_eq!(
-        control.receive::<ToSource>().unwrap(),
-        ToSource::RoundReceived { round: 1 }
-    );
+    slow.send(&end(1, 1)).unwrap();
+    assert_eq!(control.receive::<ToSource>().unwrap(), received(1));
 }
 
 #[test]
@@ -477,19 +501,15 @@ fn a_round_with_pages_missing_ends_the_migration() {
     let target = target();
     let (mut control, mut lanes) = target.arrive();
     for lane in &mut lanes {
-        lane.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
-            .unwrap();
+        lane.send(&end(1, 0)).unwrap();
     }
-    control
-        .send(&ToTarget::EndOfRound { round: 1, pages: 3 })
-        .unwrap();
+    control.send(&end(1, 3)).unwrap();
     target.expect_void("0 pages arrived and the source sent 3");
 }
 
 fn end_round(lanes: &mut [FrameStream]) {
     for lane in lanes {
-        lane.send(&ToTarget::EndOfRound { round: 1, pages: 0 })
-            .unwrap();
+        lane.send(&end(1, 0)).unwrap();
     }
 }
 
@@ -505,6 +525,7 @@ fn a_damaged_state_is_never_restored() {
         ToTarget::Done(Done {
             round: 1,
             pages: 0,
+            disk_bytes: 0,
             state_hash: state_hash.into(),
             clock_age_ns: 0,
             missing_pages: 0,
@@ -685,16 +706,10 @@ fn a_target_tells_what_it_has_kept_and_stores_what_differs() {
         .send_frame(FrameHeader::zero(1, 40 * PAGE_BYTES, 1), &[])
         .unwrap();
     for (lane, pages) in lanes.iter_mut().zip([2, 0]) {
-        lane.send(&ToTarget::EndOfRound { round: 1, pages })
-            .unwrap();
+        lane.send(&end(1, pages)).unwrap();
     }
-    control
-        .send(&ToTarget::EndOfRound { round: 1, pages: 2 })
-        .unwrap();
-    assert_eq!(
-        control.receive::<ToSource>().unwrap(),
-        ToSource::RoundReceived { round: 1 }
-    );
+    control.send(&end(1, 2)).unwrap();
+    assert_eq!(control.receive::<ToSource>().unwrap(), received(1));
     let mut page = [0; 4096];
     for (number, content) in [(32, 7), (33, 9), (40, 0)] {
         target.ram.read(number * PAGE_BYTES, &mut page).unwrap();

@@ -68,6 +68,9 @@ impl Driver {
             request.lease.clone(),
             (request.attachments.clone(), kept),
         )?;
+        let disks = self
+            .arriving(&request)
+            .inspect_err(|_| self.drop_machine())?;
         let bound = MigrationListener::bind(request.listen, request.last_port);
         let (listener, address) = bound
             .map_err(|error| not_listening(&request, &error))
@@ -99,7 +102,7 @@ impl Driver {
             },
         );
         spawn("migration-in", move || {
-            receive_machine(&incoming, &request, &cpu, (&ram, memory), &owner)
+            receive_machine(&incoming, &request, &cpu, (&ram, memory), disks, &owner)
         })?;
         self.enter(VmmState::Incoming);
         Ok(IncomingReady { address, token })
@@ -125,6 +128,7 @@ impl Driver {
         self.admit_without_snapshot()?;
         self.admit_without_succession()?;
         admit(Request::SendAway, &self.state.borrow())?;
+        let disks = self.leaving(&request)?;
         let ledger = Ledger::new(
             request.migration,
             MigrationRole::Source,
@@ -156,7 +160,7 @@ impl Driver {
                 &outgoing,
                 &request,
                 (vm, &spec, &cpu, &guest_cpu),
-                &ram,
+                (&ram, disks),
                 start_log,
                 &owner,
             );
