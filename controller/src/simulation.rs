@@ -9,6 +9,8 @@ mod driver;
 
 mod host;
 
+mod seeds;
+
 mod storage;
 
 mod tests;
@@ -18,6 +20,8 @@ mod tests_crash;
 mod tests_disks;
 
 mod tests_failover;
+
+mod tests_faults;
 
 mod tests_forecast;
 
@@ -216,10 +220,18 @@ impl Pool {
 
     /// Kills the server and starts another on the same store; nothing of the old one acts any more.
     async fn restart_server(&mut self, away: Duration, dies_after: Option<u64>) {
+        self.stop_server().await;
+        tokio::time::sleep(away).await;
+        self.start_server(dies_after);
+    }
+
+    async fn stop_server(&mut self) {
         self.life.end();
         self.server.unplug();
         self.controller.shutdown().await;
-        tokio::time::sleep(away).await;
+    }
+
+    fn start_server(&mut self, dies_after: Option<u64>) {
         (self.controller, self.life) = boot(&self.store, &self.hosts, &self.server, dies_after);
     }
 

@@ -2,7 +2,7 @@
 
 use super::SimHosts;
 use super::crash::Life;
-use super::host::SimHost;
+use super::host::{SimHost, Way};
 use crate::drive::host_driver::{Duplex, HostAddress, HostDriver};
 use async_trait::async_trait;
 use axum::body::Body;
@@ -44,6 +44,7 @@ impl SimDriver {
     ) -> Result<T, CallError> {
         self.alive().await;
         let host = self.hosts[&to.host].clone();
+        host.server_thawed().await;
         tokio::time::sleep(LATENCY).await;
         self.alive().await;
         let silent = |kind| CallError::Unanswered {
@@ -52,6 +53,9 @@ impl SimDriver {
             source: std::io::Error::from(kind),
         };
         let answers = async {
+            if host.is_cut(Way::FromServer) {
+                std::future::pending::<()>().await;
+            }
             host.answering().await;
             act(host.clone())
         };
@@ -59,8 +63,9 @@ impl SimDriver {
             return Err(silent(std::io::ErrorKind::TimedOut));
         };
         tokio::time::sleep(LATENCY).await;
+        host.server_thawed().await;
         self.alive().await;
-        if !host.is_linked() {
+        if !host.is_linked() || host.is_cut(Way::ToServer) {
             tokio::time::sleep(TIMEOUT).await;
             return Err(silent(std::io::ErrorKind::TimedOut));
         }

@@ -4,14 +4,18 @@
 
 mod agent;
 mod disks;
+mod faults;
 mod handover;
 mod migration;
+
+pub(super) use faults::Way;
 
 use super::SimHosts;
 use super::crash::Life;
 use super::storage::SimPool;
 use crate::agents::Agents;
 use crate::drive::host_driver::Duplex;
+use faults::Failures;
 use godwit_wire::host_api::{
     HostFacts, LeasePolicy, SetBalloon, StartVm, StopVm, UpgradeOutcome, UpgradeVm, UpgradedVm,
     VmCommand, VmReport,
@@ -37,21 +41,24 @@ const STOPS_LATE: Duration = Duration::from_millis(1_900);
 
 /// The plug that hosts talk to a server through.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Server(Arc<Mutex<Option<Plugged>>>);
+pub(super) struct Server {
+    plugged: Arc<Mutex<Option<Plugged>>>,
+    frozen: Arc<watch::Sender<bool>>,
+}
 
 type Plugged = (Agents, Arc<Life>);
 
 impl Server {
     pub(super) fn plug(&self, agents: Agents, life: Arc<Life>) {
-        *self.0.lock().unwrap() = Some((agents, life));
+        *self.plugged.lock().unwrap() = Some((agents, life));
     }
 
     pub(super) fn unplug(&self) {
-        *self.0.lock().unwrap() = None;
+        *self.plugged.lock().unwrap() = None;
     }
 
     pub(super) fn get(&self) -> Option<Plugged> {
-        self.0
+        self.plugged
             .lock()
             .unwrap()
             .clone()
@@ -110,6 +117,7 @@ pub(super) struct SimHost {
     linked: watch::Sender<bool>,
     /// Whether the agent runs (SIGSTOP clears it); VMMs go on.
     awake: watch::Sender<bool>,
+    failures: Failures,
     poke: Notify,
     server: Server,
     hosts: OnceLock<SimHosts>,
@@ -147,6 +155,7 @@ impl SimHost {
             }),
             linked: watch::Sender::new(true),
             awake: watch::Sender::new(true),
+            failures: Failures::none(),
             poke: Notify::new(),
             server,
             hosts: OnceLock::new(),
@@ -195,12 +204,10 @@ impl SimHost {
 
     /// Waits until the agent is there and can be reached.
     pub(super) async fn answering(&self) {
-        let (mut linked, mut awake) = (self.linked.subscribe(), self.awake.subscribe());
-        loop {
-            let _ = linked.wait_for(|up| *up).await;
-            let _ = awake.wait_for(|up| *up).await;
-            if *linked.borrow() && *awake.borrow() {
-                return;
+        let needed = [&self.linked, &self.awake, &self.failures.agent_up];
+        while !needed.iter().all(|up| *up.borrow()) {
+            for up in needed {
+                let _ = up.subscribe().wait_for(|up| *up).await;
             }
         }
     }
@@ -218,8 +225,13 @@ impl SimHost {
 
     /// Kills one VMM process.
     pub(super) fn kill_vmm(&self, vm: VmId) {
-        if let Some(vm) = self.state().vms.get_mut(&vm) {
-            vm.state = None;
+        {
+            let mut state = self.state();
+            if state.vms.get(&vm).is_some_and(SimVm::is_arriving) {
+                state.vms.remove(&vm);
+            } else if let Some(vm) = state.vms.get_mut(&vm) {
+                vm.state = None;
+            }
         }
         self.poke.notify_one();
     }
@@ -323,6 +335,9 @@ impl SimHost {
     pub(super) fn running(&self, now: Instant) -> Vec<VmId> {
         let mut state = self.state.lock().unwrap();
         state.expire(now);
+        if !self.vmms_are_awake() {
+            return Vec::new();
+        }
         let running =
             |(id, vm): (&VmId, &SimVm)| (vm.state == Some(VmmState::Running)).then_some(*id);
         state.vms.iter().filter_map(running).collect()

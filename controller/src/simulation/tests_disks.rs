@@ -1,6 +1,7 @@
 //! VMs that move with their local disks: whatever fails, one record, one file and one running VM are left.
 
-use super::tests_crash::{Dice, at_every_transaction_and_then};
+use super::seeds::{Dice, for_each_seed};
+use super::tests_crash::at_every_transaction_and_then;
 use super::tests_storage::{GIB, blank, from_image, with_disks};
 use super::*;
 use crate::intent::{NewDisk, NewImage};
@@ -297,49 +298,51 @@ async fn a_host_that_fails_at_any_time_of_a_move_with_a_disk_leaves_one_file() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn whatever_fails_at_random_a_disk_on_its_way_has_one_file_in_the_end() {
-    for seed in 1..=12 {
-        let mut dice = Dice(u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15));
-        let mut pool = Pool::of(3).await;
-        for number in 0..3 {
-            let disks = vec![blank(Pool::local(number + 1), GIB)];
-            pool.created(with_disks(&format!("vm-{number}"), disks))
-                .await;
-        }
-        for _ in 0..40 {
-            let host = 1 + u128::from(dice.roll(3));
-            match dice.roll(10) {
-                0 => pool.host(host).cut(),
-                1 => pool.host(host).freeze(),
-                2 => pool.host(host).reboot(),
-                3 => {
-                    let away = Duration::from_millis(dice.roll(12_000));
-                    pool.restart_server(away, None).await;
-                }
-                4 | 5 => {
-                    pool.host(host).mend();
-                    pool.host(host).thaw();
-                }
-                6 => pool.life.dies_after(1 + dice.roll(8)),
-                _ => {
-                    let ids: Vec<VmId> = pool.view().vms.keys().copied().collect();
-                    let vm = ids[dice.roll(ids.len() as u64) as usize];
-                    let _ = pool.submit(along(vm, host)).await;
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(dice.roll(4_000))).await;
-            pool.check();
-            if pool.life.is_over() {
-                pool.restart_server(Duration::from_millis(200), None).await;
-            }
-        }
-        for host in pool.hosts.values() {
-            host.mend();
-            host.thaw();
-        }
-        pool.life.dies_after(u64::MAX);
-        tokio::time::sleep(godwit_wire::lease::LEASE_DURATION * 2).await;
-        pool.settled().await;
+#[test]
+fn whatever_fails_at_random_a_disk_on_its_way_has_one_file_in_the_end() {
+    for_each_seed("anything fails around disks", 12, fail_at_random);
+}
+
+async fn fail_at_random(seed: u64) {
+    let mut dice = Dice::new(seed);
+    let mut pool = Pool::of(3).await;
+    for number in 0..3 {
+        let disks = vec![blank(Pool::local(number + 1), GIB)];
+        pool.created(with_disks(&format!("vm-{number}"), disks))
+            .await;
     }
+    for _ in 0..40 {
+        let host = 1 + u128::from(dice.roll(3));
+        match dice.roll(10) {
+            0 => pool.host(host).cut(),
+            1 => pool.host(host).freeze(),
+            2 => pool.host(host).reboot(),
+            3 => {
+                let away = Duration::from_millis(dice.roll(12_000));
+                pool.restart_server(away, None).await;
+            }
+            4 | 5 => {
+                pool.host(host).mend();
+                pool.host(host).thaw();
+            }
+            6 => pool.life.dies_after(1 + dice.roll(8)),
+            _ => {
+                let ids: Vec<VmId> = pool.view().vms.keys().copied().collect();
+                let vm = ids[dice.roll(ids.len() as u64) as usize];
+                let _ = pool.submit(along(vm, host)).await;
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(dice.roll(4_000))).await;
+        pool.check();
+        if pool.life.is_over() {
+            pool.restart_server(Duration::from_millis(200), None).await;
+        }
+    }
+    for host in pool.hosts.values() {
+        host.mend();
+        host.thaw();
+    }
+    pool.life.dies_after(u64::MAX);
+    tokio::time::sleep(godwit_wire::lease::LEASE_DURATION * 2).await;
+    pool.settled().await;
 }

@@ -1,7 +1,6 @@
 //! A simulated agent: it heartbeats, and obeys what the server answers.
 
 use super::SimHost;
-use crate::simulation::driver::LATENCY;
 use crate::simulation::storage::SimPool;
 use godwit_wire::host_api::{Heartbeat, HeartbeatReply, HostReport, Order};
 use godwit_wire::id::VmId;
@@ -15,7 +14,7 @@ use tokio::time::Instant;
 pub(super) async fn beat_for_ever(host: Arc<SimHost>) {
     loop {
         host.answering().await;
-        let (beat, sent, busy) = {
+        let (beat, incarnation, sent, busy) = {
             let mut state = host.state();
             state.sequence += 1;
             let ids: Vec<VmId> = if state.hides {
@@ -39,20 +38,19 @@ pub(super) async fn beat_for_ever(host: Arc<SimHost>) {
                 .vms
                 .values()
                 .any(|vm| vm.migration.as_ref().is_some_and(|m| !m.phase.is_final()));
-            (beat, Instant::now(), busy)
+            (beat, state.incarnation, Instant::now(), busy)
         };
-        tokio::time::sleep(LATENCY).await;
-        if let Some((agents, life)) = host.server.get() {
-            let answered = tokio::select! {
-                answered = agents.heartbeat(host.id, beat) => Some(answered),
-                () = life.died() => None,
-                () = tokio::time::sleep(Duration::from_secs(3)) => None,
-            };
-            tokio::time::sleep(LATENCY).await;
-            host.answering().await;
-            if let Some(Ok(reply)) = answered {
-                obey(&host, sent, &reply);
-            }
+        let id = host.id;
+        let reply = host
+            .ask_server(|agents| async move { agents.heartbeat(id, beat).await })
+            .await;
+        host.answering().await;
+        // What a former process was answered is lost with it.
+        let same_process = host.state().incarnation == incarnation;
+        if let Some(reply) = reply
+            && same_process
+        {
+            obey(&host, sent, &reply);
         }
         let pause = Duration::from_millis(if busy { 250 } else { 1_000 });
         tokio::select! {

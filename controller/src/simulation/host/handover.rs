@@ -151,7 +151,8 @@ impl SimHost {
     ) -> Option<T> {
         let mut state = self.state();
         let held = state.lease_held(Instant::now());
-        let known = state.vms.get_mut(&vm)?;
+        // A dead VMM takes no part.
+        let known = state.vms.get_mut(&vm).filter(|vm| vm.state.is_some())?;
         known
             .migration
             .as_ref()
@@ -161,7 +162,12 @@ impl SimHost {
         Some(result)
     }
 
-    pub(super) fn phase(&self, vm: VmId, migration: MigrationId) -> Option<MigrationPhase> {
+    /// Where one end of a migration stands; `None` when it is not there.
+    pub(in crate::simulation) fn phase(
+        &self,
+        vm: VmId,
+        migration: MigrationId,
+    ) -> Option<MigrationPhase> {
         self.with_migration(vm, migration, |vm, _| {
             vm.migration.as_ref().map(|status| status.phase)
         })?

@@ -1,7 +1,6 @@
 //! Both ends of a simulated migration.
 
 use super::SimHost;
-use crate::simulation::driver::LATENCY;
 use godwit_wire::host_api::{CommitReply, CommitRequest, Resolution, ResolveRequest};
 use godwit_wire::id::{Epoch, MigrationId, VmId};
 use godwit_wire::migration::{Blackout, MigrationPhase, MigrationRole, PostCopy};
@@ -31,8 +30,17 @@ const RESOLVE_AFTER: Duration = Duration::from_secs(2);
 const FOLLOW_TIME: Duration = Duration::from_millis(1_800);
 const RETRY: Duration = Duration::from_millis(200);
 
-fn both_linked(source: &SimHost, target: &SimHost) -> bool {
-    source.is_linked() && target.is_linked()
+/// Whether both ends reach each other.
+fn connected(source: &SimHost, target: &SimHost) -> bool {
+    source.sends_to(target) && target.sends_to(source)
+}
+
+/// A frozen process neither sends nor takes; what was sent to it waits.
+async fn both_awake(source: &SimHost, target: &SimHost) {
+    while !(source.vmms_are_awake() && target.vmms_are_awake()) {
+        source.vmms_answering().await;
+        target.vmms_answering().await;
+    }
 }
 
 /// The VMMs' side of a migration: it goes on while agents are frozen.
@@ -46,10 +54,11 @@ pub(super) async fn send(
     let steps = 6;
     for step in 1..=steps {
         tokio::time::sleep(COPY_TIME / steps).await;
+        both_awake(&source, &target).await;
         if source.phase(vm, migration) != Some(MigrationPhase::PreCopy) {
             return;
         }
-        if !both_linked(&source, &target) || target.phase(vm, migration).is_none() {
+        if !connected(&source, &target) || target.phase(vm, migration).is_none() {
             source.with_migration(vm, migration, |vm, _| {
                 vm.enter(MigrationPhase::Failed);
                 vm.migration.as_mut().unwrap().reason = Some("the connection broke".into());
@@ -77,11 +86,12 @@ pub(super) async fn send(
         return;
     }
     tokio::time::sleep(BLACKOUT_TIME).await;
+    both_awake(&source, &target).await;
     if source.phase(vm, migration) != Some(MigrationPhase::Blackout) {
         return;
     }
     source.enter(vm, migration, MigrationPhase::AwaitingCommit);
-    if both_linked(&source, &target) {
+    if source.sends_to(&target) {
         target.enter(vm, migration, MigrationPhase::AwaitingCommit);
         target.write_disks(vm);
         tokio::spawn(receive(
@@ -104,43 +114,46 @@ async fn receive(
     migration: MigrationId,
     (epoch, post_copy): (Epoch, PostCopy),
 ) {
+    let mut asked = false;
     loop {
         target.answering().await;
-        if target.phase(vm, migration) != Some(MigrationPhase::AwaitingCommit) {
-            return;
+        match target.is_dead(vm, migration) {
+            // Nobody can have given it the VM.
+            true if !asked => {
+                let _ = target.destroy(vm, epoch);
+                return;
+            }
+            // Only the answer decides whose VM it was.
+            true => {}
+            false if target.phase(vm, migration) == Some(MigrationPhase::AwaitingCommit) => {}
+            false => return,
         }
-        let request = CommitRequest {
-            vm,
-            host: target.id,
-            epoch,
-        };
-        tokio::time::sleep(LATENCY).await;
-        let answer = match target.server.get() {
-            Some((agents, life)) => tokio::select! {
-                answer = agents.commit(target.id, migration, request) => answer.ok(),
-                () = life.died() => None,
-            },
-            None => None,
-        };
-        tokio::time::sleep(LATENCY).await;
+        asked = true;
+        let host = target.id;
+        let request = CommitRequest { vm, host, epoch };
+        let answer = target
+            .ask_server(|agents| async move { agents.commit(host, migration, request).await })
+            .await;
         target.answering().await;
         match answer {
             Some(CommitReply::Granted { epoch }) => {
+                target.own(vm, migration, epoch);
+                target.vmms_answering().await;
                 let ahead = post_copy == PostCopy::Allowed;
                 let phase = match ahead {
                     true => MigrationPhase::PostCopy,
                     false => MigrationPhase::Completed,
                 };
                 let ran = target.with_migration(vm, migration, |known, held| {
-                    known.epoch = epoch;
                     known.enter(phase);
                     known.run(held).is_ok()
                 });
                 if ahead && ran.is_some() {
                     tokio::spawn(follow(source.clone(), target.clone(), vm, migration));
                 } else if let Some(true) = ran
-                    && both_linked(&source, &target)
+                    && target.sends_to(&source)
                 {
+                    source.vmms_answering().await;
                     source.with_migration(vm, migration, |known, _| {
                         known.enter(MigrationPhase::Completed);
                         let progress = &mut known.migration.as_mut().unwrap().progress;
@@ -152,8 +165,6 @@ async fn receive(
                     });
                 }
                 target.write_disks(vm);
-                let mut state = target.state();
-                state.fence.insert(vm, epoch);
                 return;
             }
             Some(CommitReply::Refused { .. }) => {
@@ -175,10 +186,11 @@ async fn follow(source: Arc<SimHost>, target: Arc<SimHost>, vm: VmId, migration:
     let mut steps = 6;
     while steps > 0 {
         tokio::time::sleep(FOLLOW_TIME / 6).await;
+        both_awake(&source, &target).await;
         if target.phase(vm, migration) != Some(MigrationPhase::PostCopy) {
             return;
         }
-        if !both_linked(&source, &target) {
+        if !connected(&source, &target) {
             target.with_migration(vm, migration, |known, _| {
                 if known.state == Some(VmmState::Running) {
                     known.state = Some(waits.clone());
@@ -226,16 +238,14 @@ async fn resolve(
             role: MigrationRole::Source,
             epoch,
         };
-        let answer = match source.server.get() {
-            Some((agents, life)) => tokio::select! {
-                answer = agents.resolve(source.id, migration, request) => answer.ok(),
-                () = life.died() => None,
-            },
-            None => None,
-        };
+        let id = source.id;
+        let answer = source
+            .ask_server(|agents| async move { agents.resolve(id, migration, request).await })
+            .await;
         source.answering().await;
         match answer {
             Some(Resolution::RunHere { .. }) => {
+                source.vmms_answering().await;
                 source.with_migration(vm, migration, |known, held| {
                     known.enter(MigrationPhase::Failed);
                     let _ = known.run(held);
