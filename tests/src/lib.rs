@@ -40,6 +40,8 @@ pub mod cluster;
 
 pub mod network;
 
+pub mod links;
+
 pub mod relay;
 
 pub mod browser;

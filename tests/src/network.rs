@@ -26,13 +26,21 @@ pub struct Island {
 impl Island {
     /// Makes a namespace and connects it.
     pub fn new(dir: &TestDir) -> anyhow::Result<Self> {
+        Self::named(dir, "island")
+    }
+
+    /// The same where a test has several of them; `name` is a file in `dir`.
+    ///
+    /// # Errors
+    /// What `unshare` or `ip` says.
+    pub fn named(dir: &TestDir, name: &str) -> anyhow::Result<Self> {
         // The directory's path on the command line puts the holder within the reaper's reach.
-        let mark = dir.join("island");
+        let mark = dir.join(name);
         let mut unshare = Command::new("unshare");
         unshare
             .args(["--net", "sh", "-c", "echo up >\"$0\"; exec tail -f \"$0\""])
             .arg(&mark);
-        let holder = Process::start(&mut unshare, &dir.join("island.log"))?;
+        let holder = Process::start(&mut unshare, &dir.join(format!("{name}.log")))?;
         let deadline = Instant::now() + PATIENCE;
         while !mark.exists() {
             ensure!(
@@ -55,6 +63,11 @@ impl Island {
         Ok(island)
     }
 
+    /// The process that keeps the namespace open.
+    pub fn holder_pid(&self) -> u32 {
+        self.holder.pid()
+    }
+
     /// The words before a command that make it run on the island.
     pub fn wrapper(&self) -> Vec<String> {
         [
@@ -65,6 +78,18 @@ impl Island {
         ]
         .map(str::to_owned)
         .to_vec()
+    }
+
+    /// Runs a command on the island and waits for its end.
+    ///
+    /// # Errors
+    /// What the command says when it fails.
+    pub fn run(&self, command: &[&str]) -> anyhow::Result<()> {
+        let wrapper = self.wrapper();
+        let words = wrapper.iter().map(String::as_str);
+        let mut words = words.chain(command.iter().copied());
+        let program = words.next().expect("a wrapper has words");
+        run(Command::new(program).args(words))
     }
 
     /// Pulls the cable.
@@ -92,16 +117,9 @@ impl Island {
         ])?;
         ip(&["link", "set", cable, "up"])?;
         let island_address = format!("{}/30", self.island_ip);
-        for arguments in [
-            ["link", "set", "lo", "up", "", ""],
-            ["address", "add", &island_address, "dev", "eth0", ""],
-            ["link", "set", "eth0", "up", "", ""],
-        ] {
-            let mut command = Command::new("nsenter");
-            command.args(["--target", &pid, "--net", "ip"]);
-            run(command.args(arguments.iter().filter(|argument| !argument.is_empty())))?;
-        }
-        Ok(())
+        self.run(&["ip", "link", "set", "lo", "up"])?;
+        self.run(&["ip", "address", "add", &island_address, "dev", "eth0"])?;
+        self.run(&["ip", "link", "set", "eth0", "up"])
     }
 }
 
@@ -115,7 +133,7 @@ fn ip(arguments: &[&str]) -> anyhow::Result<()> {
     run(Command::new("ip").args(arguments))
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
     ensure!(
         output.status.success(),

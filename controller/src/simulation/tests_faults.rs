@@ -108,8 +108,8 @@ impl SimStage {
 
     fn migrate(&self, to: u128, post_copy: PostCopy) -> Intent {
         Intent::MigrateVm {
-            vm: self.disks: Default::default(),
-            vm,
+            vm: self.vm,
+            disks: Default::default(),
             target: Some(Pool::id(to)),
             policy: MigrationPolicy {
                 post_copy,

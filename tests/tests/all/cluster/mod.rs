@@ -2,6 +2,7 @@
 
 mod disks_along;
 mod fail_over;
+mod faults;
 mod figures;
 mod forecast;
 mod full_pool;
