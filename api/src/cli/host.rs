@@ -1,7 +1,7 @@
 //! `godwit host …`, except `godwit host run`.
 
 use super::words::size;
-use super::{ChangeOptions, Failure, Session, render, write_out};
+use super::{ChangeOptions, Failure, Session, render};
 use crate::resource::{
     ChangeHost, CreateJoinToken, DryRun, Host, HostAccepted, HostReason, HostState, JoinToken,
     LinkBandwidth,
@@ -259,10 +259,8 @@ async fn remove(session: &Session, arguments: NamedArgs) -> Result<(), Failure> 
         return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
     }
     let _: Option<HostAccepted> = session.client.delete(&path).await?;
-    write_out(&format!(
-        "{} is no longer part of the pool.\n",
-        arguments.host
-    ))
+    let removed = || format!("{} is no longer part of the pool.\n", arguments.host);
+    session.conclude(change, None, removed).await
 }
 
 #[cfg(test)]

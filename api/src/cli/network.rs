@@ -1,6 +1,6 @@
 //! `godwit network …`.
 
-use super::{ChangeOptions, Failure, Session, render, write_out};
+use super::{ChangeOptions, Failure, Session, render};
 use crate::resource::{CreateNetwork, DryRun, Network, NetworkAccepted, Subnet, Transport};
 use clap::{Args, Subcommand};
 
@@ -107,7 +107,8 @@ impl NetworkCommand {
                     return session.print_dry_run(&session.client.delete::<DryRun>(&path).await?);
                 }
                 let _: Option<NetworkAccepted> = session.client.delete(&path).await?;
-                write_out(&format!("{network} deleted.\n"))
+                let deleted = || format!("{network} deleted.\n");
+                session.conclude(change, None, deleted).await
             }
         }
     }

@@ -163,6 +163,10 @@ impl Session<'_> {
         } else {
             Memory::Sent
         };
+        if rest.ahead {
+            // Told before the store may be asked: whoever ends this VMM must know that memory is owed.
+            self.note_owed(missing_pages);
+        }
         // From here on the target may become whole, so this end must not run the guest by itself.
         self.ledger.step(
             |state| state.done_sent(memory),

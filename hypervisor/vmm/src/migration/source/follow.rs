@@ -48,11 +48,6 @@ impl Session<'_> {
         mut dark: Dark,
         machine: &dyn SourceMachine,
     ) {
-        let owed_pages: u64 = owed.1.iter().map(DirtyBitmap::count).sum();
-        self.note(|post_copy| {
-            post_copy.owed_bytes = Bytes(owed_pages * PAGE_BYTES);
-            post_copy.missing_bytes = post_copy.owed_bytes;
-        });
         let (lanes, urgent_lanes) = (crew.lanes() as u8, urgent.len() as u8);
         let armed = await_armed(control);
         let mut heard = match armed {
@@ -230,6 +225,14 @@ impl Session<'_> {
         self.note(|post_copy| {
             post_copy.missing_bytes = missing;
             post_copy.wanted_pages = sent.wanted_pages;
+        });
+    }
+
+    /// So much has not been sent and follows the guest.
+    pub(super) fn note_owed(&self, pages: u64) {
+        self.note(|post_copy| {
+            post_copy.owed_bytes = Bytes(pages * PAGE_BYTES);
+            post_copy.missing_bytes = post_copy.owed_bytes;
         });
     }
 
