@@ -242,6 +242,10 @@ async fn an_operator_forbids_post_copy_and_no_move_offers_it_any_more() {
         .await
         .expect("open the dialog");
     browser
+        .click("[data-testid='migrate'] .advanced summary")
+        .await
+        .expect("open the limits");
+    browser
         .wait_for("[data-testid='migrate-post-copy']:disabled", PATIENCE)
         .await
         .expect("it cannot be asked for");

@@ -124,6 +124,7 @@ impl SimHost {
         let known = state
             .vms
             .get_mut(&vm)
+            .filter(|vm| vm.state.is_some())
             .ok_or_else(|| Problem::not_found("VM", vm))?;
         let status = known
             .migration

@@ -54,14 +54,20 @@ async fn a_guest_that_fills_its_pool_waits_for_room_and_loses_nothing() {
         .expect("it stands still");
     let reason = text(&stalled, "reason");
     assert!(reason.contains("No space left"), "{reason}");
-    let events: Value = cluster.api.get("/v1/events").await.expect("events");
-    let told = events["items"]
-        .as_array()
-        .expect("a list")
-        .iter()
-        .find(|event| event["kind"] == "vm.storage_full")
-        .unwrap_or_else(|| panic!("no event tells of it: {events:#}"));
-    let message = text(told, "message");
+    let told = |events: &Value| {
+        let mut events = events["items"].as_array().into_iter().flatten();
+        events
+            .find(|event| event["kind"] == "vm.storage_full")
+            .cloned()
+    };
+    let events = cluster
+        .wait_for("/v1/events", OPERATION_PATIENCE, |events| {
+            told(events).is_some()
+        })
+        .await
+        .expect("an event tells of it");
+    let told = told(&events).expect("it was waited for");
+    let message = text(&told, "message");
     assert!(
         message.contains("data") && message.contains("No space left"),
         "the event names disk and reason: {message}"

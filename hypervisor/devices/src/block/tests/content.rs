@@ -8,7 +8,7 @@ const CHUNK: u64 = 96 << 10;
 
 /// A blank raw disk beside `path`, taken for content that comes.
 fn blank_beside(path: &Path) -> (PathBuf, Block, ArrivingDisk) {
-    let path = path.with_extension("copy");
+    let path = path.with_file_name("copy.raw");
     std::fs::File::create(&path).unwrap().set_len(DISK).unwrap();
     let (block, _heard) = open(locked(&path));
     let arriving = block.content().arrive(Epoch(1)).unwrap();
