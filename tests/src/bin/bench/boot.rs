@@ -1,6 +1,7 @@
 //! From process start to the guest's init, Godwit against QEMU's microvm, same kernel and same RAM disk, without and
 //! with a disk and a network card.
 
+use crate::peer::QEMU_MISSING;
 use crate::report::{Op, Report};
 use anyhow::{Context, bail};
 use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
@@ -23,7 +24,7 @@ const QEMU: &str = "qemu-system-x86_64";
 
 pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> anyhow::Result<()> {
     let Some(linux) = linux else { return Ok(()) };
-    let Some((ours, theirs)) = race(&godwit(linux), &qemu(linux)).await? else {
+    let Some((ours, theirs)) = race(report, &godwit(linux), &qemu(linux)).await? else {
         return Ok(());
     };
     let ours = report.raw("linux_boot_godwit_ms", "ms", &ours);
@@ -65,7 +66,7 @@ pub(crate) async fn measure_with_devices(
         "virtio-net-device,netdev=net".to_owned(),
     ]);
     report.option("qemu_microvm", theirs.join(" "));
-    let Some((ours, theirs)) = race(&ours, &theirs).await? else {
+    let Some((ours, theirs)) = race(report, &ours, &theirs).await? else {
         return Ok(());
     };
     let ours = report.raw("linux_boot_disk_nic_godwit_ms", "ms", &ours);
@@ -81,9 +82,13 @@ pub(crate) async fn measure_with_devices(
 }
 
 /// Boot times of two VMMs, or nothing where the second is not installed.
-async fn race(ours: &[String], theirs: &[String]) -> anyhow::Result<Option<(Vec<f64>, Vec<f64>)>> {
+async fn race(
+    report: &mut Report,
+    ours: &[String],
+    theirs: &[String],
+) -> anyhow::Result<Option<(Vec<f64>, Vec<f64>)>> {
     if Command::new(QEMU).arg("--version").output().await.is_err() {
-        println!("no {QEMU}: boot times are not compared");
+        report.peer_is_missing("qemu", QEMU_MISSING);
         return Ok(None);
     }
     let mut times = (Vec::new(), Vec::new());

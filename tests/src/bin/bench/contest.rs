@@ -23,45 +23,44 @@ pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> 
     introduce_peers(report);
     let _huge_pages = SharedHugePages::advise(report);
     if report.begins("throughput", Owed::Figure) {
-        throughput::measure(report, linux)
-            .await
-            .context("throughput")?;
+        let outcome = throughput::measure(report, linux).await;
+        report.ends(outcome);
     }
     if report.begins("downtime", Owed::Figure) {
-        downtime::measure(report, linux).await.context("downtime")?;
+        let outcome = downtime::measure(report, linux).await;
+        report.ends(outcome);
     }
     if report.begins("hand-over", Owed::Figure) {
-        hand_over::measure(report, linux)
-            .await
-            .context("hand-over")?;
+        let outcome = hand_over::measure(report, linux).await;
+        report.ends(outcome);
     }
     if report.begins("dirtying", Owed::Figure) {
-        dirtying::measure(report, linux).await.context("dirtying")?;
+        let outcome = dirtying::measure(report, linux).await;
+        report.ends(outcome);
     }
     if report.begins("return", Owed::Figure) {
-        homecoming::measure(report, linux).await.context("return")?;
+        let outcome = homecoming::measure(report, linux).await;
+        report.ends(outcome);
     }
     if report.begins("zero", Owed::Figure) {
-        zero::measure(report, linux).await.context("zero")?;
+        let outcome = zero::measure(report, linux).await;
+        report.ends(outcome);
     }
     Ok(())
 }
 
-/// Says which peers take part and which do not.
+/// Says which peers take part and how. A section that misses one says so itself.
 fn introduce_peers(report: &mut Report) {
-    match Qemu::version() {
-        Some(version) => {
-            report.option("qemu_version", version);
-            for mode in [&[Mode::Defaults][..], &Mode::UNLIMITED].concat() {
-                report.option(mode.label(), mode.settings());
-            }
+    if let Some(version) = Qemu::version() {
+        report.option("qemu_version", version);
+        for mode in [&[Mode::Defaults][..], &Mode::UNLIMITED].concat() {
+            report.option(mode.label(), mode.settings());
         }
-        None => peer::is_missing(report, "qemu", "qemu-system-x86_64 is not installed"),
     }
     peer::cloud_hypervisor(report);
 }
 
-/// QEMU with a guest full of random data, if it is installed.
+/// QEMU with a guest full of random data. Where it is not installed, the report says so.
 async fn qemu_with(
     report: &mut Report,
     section: &str,
@@ -70,6 +69,7 @@ async fn qemu_with(
     fill: Mib,
 ) -> anyhow::Result<Option<Qemu>> {
     if Qemu::version().is_none() {
+        report.peer_is_missing("qemu", peer::QEMU_MISSING);
         return Ok(None);
     }
     report.option(format!("qemu_options_{section}"), Qemu::options(memory));

@@ -8,10 +8,14 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 /// What is drawn, in this order: the group, its title, and which direction is better.
-const PANELS: [(&str, &str); 6] = [
+const PANELS: [(&str, &str); 11] = [
     (
         "throughput",
         "Throughput, idle 4 GiB guest of random data (more is better)",
+    ),
+    (
+        "throughput_ratio_to_tcp",
+        "Throughput as a share of plain TCP's on as many connections (more is better)",
     ),
     ("downtime", "Downtime, idle 4 GiB guest (less is better)"),
     (
@@ -19,10 +23,26 @@ const PANELS: [(&str, &str); 6] = [
         "What the downtime consists of, and what the guest saw",
     ),
     (
+        "local_hand_over",
+        "Hand-over to a new VMM on the same host, 4 GiB guest (less is better)",
+    ),
+    (
+        "local_hand_over_parts",
+        "What its blackout consists of, and what the guest saw",
+    ),
+    (
         "dirtying",
         "Time to arrive, guest outruns the link (less is better)",
     ),
     ("dirtying_blackout", "Its blackout"),
+    (
+        "dirtying_prediction_error",
+        "How far its blackout was from the prediction (less is better)",
+    ),
+    (
+        "return_bytes_share",
+        "Sent of a 4 GiB guest that comes home with 5 % of it changed (less is better)",
+    ),
     (
         "zero",
         "Time to arrive, 8 GiB guest, mostly untouched (less is better)",
@@ -74,7 +94,7 @@ fn picture(measured: &Measured) -> anyhow::Result<String> {
         let rows: Vec<_> = measured
             .runs
             .iter()
-            .filter_map(|run| Some((run.name.strip_prefix(group)?.strip_prefix('.')?, run)))
+            .filter_map(|run| Some((row(&run.name, group)?, run)))
             .filter(|(_, run)| !run.values.is_empty())
             .collect();
         if !rows.is_empty() {
@@ -95,6 +115,14 @@ fn picture(measured: &Measured) -> anyhow::Result<String> {
          font-family=\"system-ui, sans-serif\" fill=\"{INK}\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n{body}</svg>\n"
     ))
+}
+
+/// What a measurement is called in its group; nothing if it is not in it. One that is a group by itself is ours.
+fn row<'a>(name: &'a str, group: &str) -> Option<&'a str> {
+    match name.strip_prefix(group)? {
+        "" => Some("godwit"),
+        rest => rest.strip_prefix('.'),
+    }
 }
 
 /// Draws one panel from `y` on; returns where it ends.

@@ -18,6 +18,9 @@ pub(crate) struct Report {
     known: Vec<&'static str>,
     /// Sections that were begun; the last one goes on.
     begun: Vec<Section>,
+    peers: Peers,
+    /// What went wrong beside figures and sections.
+    noted: Vec<String>,
 }
 
 /// What a section has to leave in the report, or the bench fails: one that could not measure must not pass for one that
@@ -26,8 +29,19 @@ pub(crate) struct Report {
 pub(crate) enum Owed {
     /// A figure with its goal.
     Figure,
+    /// A figure that needs a peer, so nothing where the peers are waived.
+    FigureOfPeer,
     /// Raw values: there is no goal to judge them by.
     Values,
+}
+
+/// Whether a peer that cannot be measured is a fault.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Peers {
+    #[default]
+    Owed,
+    /// Somebody said that this run does without.
+    Waived,
 }
 
 #[derive(Debug)]
@@ -36,12 +50,15 @@ struct Section {
     owed: Owed,
     values: usize,
     figures: usize,
+    /// Why it could not be measured to its end.
+    failure: Option<String>,
 }
 
 impl Section {
-    fn owes(&self) -> bool {
+    fn owes(&self, peers: Peers) -> bool {
         match self.owed {
-            Owed::Figure => self.figures == 0,
+            Owed::FigureOfPeer if peers == Peers::Waived => false,
+            Owed::Figure | Owed::FigureOfPeer => self.figures == 0,
             Owed::Values => self.values == 0,
         }
     }
@@ -62,6 +79,27 @@ pub(crate) enum Op {
     AtLeast,
     #[serde(rename = "<=")]
     AtMost,
+    #[serde(rename = "<")]
+    Below,
+}
+
+impl Op {
+    fn sign(self) -> &'static str {
+        match self {
+            Self::AtLeast => ">=",
+            Self::AtMost => "<=",
+            Self::Below => "<",
+        }
+    }
+
+    /// Never for what is not a number.
+    fn holds(self, value: f64, goal: f64) -> bool {
+        match self {
+            Self::AtLeast => value >= goal,
+            Self::AtMost => value <= goal,
+            Self::Below => value < goal,
+        }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -80,13 +118,15 @@ struct File<'a> {
     options: &'a BTreeMap<String, String>,
     runs: &'a [Run],
     figures: &'a BTreeMap<String, Figure>,
+    faults: &'a [String],
 }
 
 impl Report {
     /// A report about these sections; about all if none is named.
-    pub(crate) fn of(sections: &[String]) -> Self {
+    pub(crate) fn of(sections: &[String], peers: Peers) -> Self {
         Self {
             chosen: sections.to_vec(),
+            peers,
             ..Self::default()
         }
     }
@@ -101,9 +141,37 @@ impl Report {
                 owed,
                 values: 0,
                 figures: 0,
+                failure: None,
             });
         }
         chosen
+    }
+
+    /// Notes what became of the section that was begun last. One that failed is a fault, and the others go on.
+    pub(crate) fn ends(&mut self, outcome: anyhow::Result<()>) {
+        if let (Err(error), Some(section)) = (outcome, self.begun.last_mut()) {
+            println!("*** {} FAILED: {error:#}", section.name);
+            section.failure = Some(format!("{error:#}"));
+        }
+    }
+
+    /// Says loudly that a peer takes no part in the section that goes on: a fault, unless peers are waived.
+    pub(crate) fn peer_is_missing(&mut self, peer: &str, why: &str) {
+        let section = self.begun.last().map_or("bench", |section| section.name);
+        println!("*** {section}: {peer} IS NOT MEASURED: {why}");
+        self.options
+            .insert(format!("{section}_{peer}_missing"), why.to_owned());
+        if self.peers == Peers::Owed {
+            self.noted
+                .push(format!("{section}: {peer} is not measured: {why}"));
+        }
+    }
+
+    /// Notes a fault that is none of a figure or a section.
+    pub(crate) fn fault(&mut self, fault: impl Into<String>) {
+        let fault = fault.into();
+        println!("*** {fault}");
+        self.noted.push(fault);
     }
 
     /// Notes under which circumstances the bench ran.
@@ -149,14 +217,11 @@ impl Report {
         goal: f64,
     ) {
         let name = name.into();
-        let holds = match op {
-            Op::AtLeast => value >= goal,
-            Op::AtMost => value <= goal,
-        };
-        let sign = if op == Op::AtLeast { ">=" } else { "<=" };
+        let holds = op.holds(value, goal);
         println!(
-            "{} {name} = {value:.3} {unit} (goal {sign} {goal})",
-            if holds { "HOLDS" } else { "MISSES" }
+            "{} {name} = {value:.3} {unit} (goal {} {goal})",
+            if holds { "HOLDS" } else { "MISSES" },
+            op.sign()
         );
         if let Some(section) = self.begun.last_mut() {
             section.figures += 1;
@@ -173,15 +238,17 @@ impl Report {
         );
     }
 
-    /// Writes the JSON file; an error if a figure misses its goal, or if a section was chosen that left nothing or is
-    /// none.
+    /// Writes the JSON file; an error if a figure misses its goal, if a peer or a section that was chosen is not measured,
+    /// or if such a section is none.
     pub(crate) fn finish(&self, name: &str) -> anyhow::Result<()> {
+        let faults = self.faults();
         let file = File {
             machine: machine(),
             commit: commit(),
             options: &self.options,
             runs: &self.runs,
             figures: &self.figures,
+            faults: &faults,
         };
         let folder = program::target_dir().join("bench");
         std::fs::create_dir_all(&folder)?;
@@ -189,7 +256,6 @@ impl Report {
         std::fs::write(&path, serde_json::to_string_pretty(&file)? + "\n")
             .context("write the report")?;
         println!("wrote {}", path.display());
-        let faults = self.faults();
         if faults.is_empty() {
             return Ok(());
         }
@@ -199,11 +265,19 @@ impl Report {
     fn faults(&self) -> Vec<String> {
         let missed = self.figures.iter().filter(|(_, figure)| !figure.holds);
         let missed: Vec<&str> = missed.map(|(name, _)| name.as_str()).collect();
-        let empty = self.begun.iter().filter(|section| section.owes());
+        let failed = self.begun.iter().filter_map(|section| {
+            let failure = section.failure.as_ref()?;
+            Some(format!("{} failed: {failure}", section.name))
+        });
+        let empty = self
+            .begun
+            .iter()
+            .filter(|section| section.failure.is_none() && section.owes(self.peers));
         let empty: Vec<&str> = empty.map(|section| section.name).collect();
         let chosen = self.chosen.iter().map(String::as_str);
         let unknown: Vec<&str> = chosen.filter(|name| !self.known.contains(name)).collect();
-        let mut faults = Vec::new();
+        let mut faults = self.noted.clone();
+        faults.extend(failed);
         if !missed.is_empty() {
             faults.push(format!("goals missed: {}", missed.join(", ")));
         }
@@ -342,7 +416,7 @@ mod tests {
 
     #[test]
     fn a_chosen_section_that_measured_nothing_fails_by_name() {
-        let mut report = Report::of(&[]);
+        let mut report = Report::of(&[], Peers::Owed);
         assert!(report.begins("boot", Owed::Figure));
         // Raw values alone are no figure.
         report.raw("boot_ms", "ms", &[1.0]);
@@ -358,7 +432,7 @@ mod tests {
 
     #[test]
     fn a_section_that_was_not_chosen_owes_nothing() {
-        let mut report = Report::of(&["rest".to_owned()]);
+        let mut report = Report::of(&["rest".to_owned()], Peers::Owed);
         assert!(!report.begins("boot", Owed::Figure));
         assert!(report.begins("rest", Owed::Figure));
         report.figure("rest_ms", 1.0, "ms", Op::AtMost, 2.0);
@@ -367,7 +441,7 @@ mod tests {
 
     #[test]
     fn missed_goals_and_sections_that_are_none_are_named() {
-        let mut report = Report::of(&["rest".to_owned(), "boots".to_owned()]);
+        let mut report = Report::of(&["rest".to_owned(), "boots".to_owned()], Peers::Owed);
         assert!(!report.begins("boot", Owed::Figure));
         assert!(report.begins("rest", Owed::Figure));
         report.figure("rest_ms", 3.0, "ms", Op::AtMost, 2.0);
@@ -378,5 +452,52 @@ mod tests {
                 "no such sections: boots; there are: boot, rest"
             ]
         );
+    }
+
+    #[test]
+    fn a_section_that_failed_is_a_fault_and_the_others_count_all_the_same() {
+        let mut report = Report::of(&[], Peers::Owed);
+        assert!(report.begins("boot", Owed::Figure));
+        report.ends(Err(anyhow::anyhow!("no guest").context("take off")));
+        assert!(report.begins("rest", Owed::Figure));
+        report.figure("rest_ms", 3.0, "ms", Op::AtMost, 2.0);
+        report.ends(Ok(()));
+        assert_eq!(
+            report.faults(),
+            ["boot failed: take off: no guest", "goals missed: rest_ms"]
+        );
+    }
+
+    #[test]
+    fn a_missing_peer_is_a_fault_unless_peers_are_waived() {
+        for (peers, faults) in [
+            (Peers::Owed, &["zero: qemu is not measured: gone"][..]),
+            (Peers::Waived, &[][..]),
+        ] {
+            let mut report = Report::of(&[], peers);
+            assert!(report.begins("zero", Owed::Figure));
+            report.figure("zero_s", 1.0, "s", Op::AtMost, 2.0);
+            report.peer_is_missing("qemu", "gone");
+            assert_eq!(report.faults(), faults, "{peers:?}");
+            assert_eq!(report.options["zero_qemu_missing"], "gone");
+        }
+    }
+
+    #[test]
+    fn a_section_of_nothing_but_a_peer_owes_a_figure_unless_peers_are_waived() {
+        for (peers, faults) in [(Peers::Owed, 1), (Peers::Waived, 0)] {
+            let mut report = Report::of(&[], peers);
+            assert!(report.begins("boot", Owed::FigureOfPeer));
+            assert_eq!(report.faults().len(), faults, "{peers:?}");
+        }
+    }
+
+    #[test]
+    fn below_is_strict_and_what_is_not_a_number_meets_no_goal() {
+        assert!(Op::Below.holds(0.999, 1.0));
+        assert!(!Op::Below.holds(1.0, 1.0));
+        for op in [Op::AtLeast, Op::AtMost, Op::Below] {
+            assert!(!op.holds(f64::NAN, 1.0), "{op:?}");
+        }
     }
 }

@@ -79,7 +79,7 @@ fn judge(report: &mut Report, downtimes: &Samples, modes: &[Mode]) {
                 format!("downtime_p50_ratio_to_{}", mode.label()),
                 median / quantile_of(theirs, 0.5),
                 "ratio",
-                Op::AtMost,
+                Op::Below,
                 1.0,
             );
         }
