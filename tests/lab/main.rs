@@ -24,11 +24,15 @@ use guest::Guest;
 use scenario::{Extent, Lab, Outcome, Scenario};
 use scenarios::{DOWNTIME_LIMIT_MS, SCENARIOS};
 use std::process::ExitCode;
+use std::time::Duration;
 
 const USAGE: &str = "usage: lab [core | try | SCENARIO...]
 
 Without arguments all scenarios run; `core` is the short selection that every test run has.
 `try` starts a pool with two hosts and a guest on each for you and ends it at Ctrl-C.";
+
+/// How long the core may make every test run on a machine that does nothing else.
+const CORE_ALLOWANCE: Duration = Duration::from_secs(600);
 
 #[tokio::main]
 async fn main() -> ExitCode {
@@ -57,7 +61,8 @@ async fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
         prepared => prepared?,
     };
     let outcomes = lab.run(&scenarios).await;
-    Ok(report(&outcomes))
+    let allowance = (arguments == ["core"]).then_some(CORE_ALLOWANCE);
+    Ok(report(&outcomes, allowance))
 }
 
 fn select(arguments: &[String]) -> anyhow::Result<Vec<&'static Scenario>> {
@@ -121,8 +126,8 @@ fn skip_all(scenarios: &[&Scenario], reason: &anyhow::Error) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Prints the table; the last line counts.
-fn report(outcomes: &[Outcome]) -> ExitCode {
+/// Prints the table, and that it took longer than it is allowed to; the last line counts.
+fn report(outcomes: &[Outcome], allowance: Option<Duration>) -> ExitCode {
     let failed = outcomes
         .iter()
         .filter(|outcome| outcome.result.is_err())
@@ -142,6 +147,15 @@ fn report(outcomes: &[Outcome]) -> ExitCode {
                 "FAILED"
             },
             outcome.shows
+        );
+    }
+    let took: Duration = outcomes.iter().map(|outcome| outcome.took).sum();
+    if let Some(allowance) = allowance.filter(|allowance| took > *allowance) {
+        // How busy the machine is decides too, so it is no failure.
+        println!(
+            "*** THE LAB'S CORE IS TOO SLOW: it took {:.0} s, and may take {} s",
+            took.as_secs_f32(),
+            allowance.as_secs()
         );
     }
     println!("lab: {} passed, {failed} failed", outcomes.len() - failed);

@@ -2,8 +2,10 @@
 
 use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 
+/// Fails where a driver has no device.
+const DRIVERS: &str = "for driver in virtio_rng virtio_balloon; do ls -d /sys/bus/virtio/drivers/$driver/virtio* || exit 1; done";
 const CLOCK: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
 
 pub(crate) async fn with_one_vcpu(pool: &mut Pool) -> anyhow::Result<()> {
@@ -24,6 +26,7 @@ async fn boots(pool: &mut Pool, kernel: GuestKernel, vcpus: u8) -> anyhow::Resul
     ensure!(release.contains("cloud"), "no stock kernel: {release}");
     let clock = guest.run(CLOCK).await?;
     ensure!(clock.trim() == "kvm-clock", "its clock is {clock}");
+    guest.run(DRIVERS).await.context("rng and balloon")?;
     let oops = guest
         .run("dmesg | grep -ciE 'oops|bug:|call trace' || true")
         .await?;

@@ -5,6 +5,7 @@ use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
 use anyhow::{Context, ensure};
 use godwit_tests::lab::machine::Cpu;
+use serde_json::Value;
 
 /// Memory that holds random pages, and how fast the guest rewrites a part of it.
 const FILLED_MIB: u32 = 64;
@@ -58,14 +59,7 @@ pub(crate) async fn ahead_of_memory(pool: &mut Pool) -> anyhow::Result<()> {
         words.extend(["--downtime-limit-ms", "200"]);
         words.extend(NARROW);
         pool.godwit(&words).await?;
-        let migrations = pool.godwit(&["migration", "list", "--all"]).await?;
-        let items = migrations["items"].as_array().context("migrations")?;
-        let memory = items
-            .iter()
-            .filter(|migration| migration["vm_name"] == "ahead")
-            .find(|migration| migration["target_name"] == target)
-            .context("its migration is listed")?["progress"]["post_copy"]
-            .clone();
+        let memory = progress_of(pool, "ahead", target).await?["post_copy"].clone();
         eprintln!("lab:   to {target}: {memory}");
         ensure!(
             memory["owed_bytes"].as_u64() > Some(0) && memory["missing_bytes"] == 0,
@@ -77,6 +71,18 @@ pub(crate) async fn ahead_of_memory(pool: &mut Pool) -> anyhow::Result<()> {
     let verified = guest.run("agent verify").await?;
     eprintln!("lab:   {verified}");
     guest.delete(pool).await
+}
+
+/// How far the latest migration of `vm` to `target` has come.
+async fn progress_of(pool: &Pool, vm: &str, target: &str) -> anyhow::Result<Value> {
+    let migrations = pool.godwit(&["migration", "list", "--all"]).await?;
+    let items = migrations["items"].as_array().context("migrations")?;
+    // Newest last.
+    let migration = items
+        .iter()
+        .rfind(|migration| migration["vm_name"] == vm && migration["target_name"] == target)
+        .context("its migration is listed")?;
+    Ok(migration["progress"].clone())
 }
 
 /// The target's CPU is less than the guest was promised. Nothing that could pause the guest ever begins: there is no
@@ -116,7 +122,10 @@ pub(crate) async fn to_a_lesser_cpu(pool: &mut Pool) -> anyhow::Result<()> {
     pool.cut_power("old-host").await
 }
 
-/// Moves a VM and waits until it runs there.
+/// Connections for pages of a migration that has to use several.
+const LANES: u8 = 4;
+
+/// Moves a VM over several lanes and waits until it runs there.
 pub(crate) async fn migrate(pool: &Pool, vm: &str, target: &str) -> anyhow::Result<()> {
     pool.godwit(&[
         "vm",
@@ -126,9 +135,13 @@ pub(crate) async fn migrate(pool: &Pool, vm: &str, target: &str) -> anyhow::Resu
         target,
         "--downtime-limit-ms",
         DOWNTIME_LIMIT_MS,
+        "--lanes",
+        &LANES.to_string(),
         "--wait",
     ])
     .await?;
+    let opened = progress_of(pool, vm, target).await?["opened_lanes"].clone();
+    ensure!(opened == LANES, "{opened} lanes instead of {LANES}");
     pool.wait_until(&["vm", "show", vm], |vm| {
         vm["state"] == "running" && vm["host_name"] == target
     })

@@ -79,10 +79,10 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "network",
-        shows: "DHCP, ping and a TCP stream between guests on two hosts",
+        shows: "DHCP, ping and a TCP stream between guests on two hosts, over a VXLAN and over a VLAN",
         extent: Extent::Full,
         needs: Needs::Nothing,
-        bound: MINUTE.saturating_mul(8),
+        bound: MINUTE.saturating_mul(12),
         run: |pool| network::between_hosts(pool).boxed_local(),
     },
     Scenario {

@@ -6,7 +6,7 @@ use crate::pool::Pool;
 use anyhow::{Context, ensure};
 use std::time::Duration;
 
-/// Many seconds of TCP over two emulations and a VXLAN.
+/// Many seconds of TCP over two emulations.
 const STREAM_PATIENCE: Duration = Duration::from_secs(180);
 const STREAM_MIB: u32 = 4;
 const PORT: u16 = 5000;
@@ -14,10 +14,25 @@ const PORT: u16 = 5000;
 /// nc too, would then take the connection for finished.
 pub(super) const LISTEN: &str = "tail -f /dev/null 2>/dev/null | nc -l -p 5000 >/tmp/got 2>&1";
 
-/// Ping and a TCP stream.
+/// A network whose frames the hosts send to each other as they are, with a tag.
+const VLAN: &str = "lab-vlan";
+const VLAN_OPTIONS: [&str; 4] = ["--vlan", "eth0:33", "--subnet", "10.79.0.0/24"];
+
+/// Over a VXLAN, and over a VLAN.
 pub(crate) async fn between_hosts(pool: &mut Pool) -> anyhow::Result<()> {
     need_network(pool).await?;
-    let options = ["--network", NETWORK];
+    reach_each_other(pool, NETWORK).await.context(NETWORK)?;
+    let mut create = vec!["network", "create", VLAN];
+    create.extend(VLAN_OPTIONS);
+    pool.godwit(&create).await?;
+    reach_each_other(pool, VLAN).await.context(VLAN)?;
+    pool.godwit(&["network", "delete", VLAN]).await?;
+    Ok(())
+}
+
+/// Ping and a TCP stream.
+async fn reach_each_other(pool: &mut Pool, network: &str) -> anyhow::Result<()> {
+    let options = ["--network", network];
     let mut near = Guest::create(pool, "near", "host-1", GuestKernel::default(), &options).await?;
     let mut far = Guest::create(pool, "far", "host-2", GuestKernel::default(), &options).await?;
     get_address(&mut near).await?;
