@@ -38,3 +38,20 @@ pub(super) fn check_kvm() -> Result<(), KvmError> {
             other => KvmError::Unusable(other),
         })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_cannot_run_guests_is_told_of_the_lab() {
+        for error in [
+            KvmError::Missing,
+            KvmError::Forbidden,
+            KvmError::Unusable(kvm::KvmError::ApiVersion(11)),
+        ] {
+            let text = error.to_string();
+            assert!(text.contains("demo --lab"), "{text}");
+        }
+    }
+}

@@ -364,6 +364,22 @@ fn target_and_balloon_travel_with_the_machine() {
 }
 
 #[test]
+fn a_state_of_another_version_is_refused() {
+    let (mut balloon, control) = Balloon::new(Bytes(MEMORY));
+    for version in [STATE_VERSION - 1, STATE_VERSION + 1] {
+        let saved = SavedBody::serialized(&Saved {
+            version,
+            health: Health::Well,
+            target_pages: 1,
+            actual_pages: 1,
+        });
+        let refused = balloon.restore(saved.unwrap());
+        assert!(matches!(refused, Err(DeviceError::BadState { .. })));
+    }
+    assert_eq!(control.actual(), Mib(8));
+}
+
+#[test]
 fn a_state_with_more_pages_than_memory_is_refused() {
     let (mut balloon, control) = Balloon::new(Bytes(MEMORY));
     for (target_pages, actual_pages) in [(PAGES as u32 + 1, 0), (0, u32::MAX)] {

@@ -195,6 +195,20 @@ fn room_that_is_no_memory_is_refused_when_there_is_input() {
 }
 
 #[test]
+fn a_state_of_another_version_is_refused() {
+    let (mut device, _, _) = console();
+    for version in [STATE_VERSION - 1, STATE_VERSION + 1] {
+        let saved = SavedBody::serialized(&Saved {
+            version,
+            health: Health::Well,
+            input: Vec::new(),
+        });
+        let refused = device.restore(saved.unwrap());
+        assert!(matches!(refused, Err(DeviceError::BadState { .. })));
+    }
+}
+
+#[test]
 fn a_state_with_too_much_input_is_refused() {
     let saved = SavedBody::serialized(&Saved {
         version: STATE_VERSION,

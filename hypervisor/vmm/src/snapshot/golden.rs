@@ -3,7 +3,7 @@
 //!
 //! `golden/snapshot-v1` is a machine of two vCPUs with a disk, a balloon and a source of randomness, running the pilot.
 
-use super::manifest::{FileSeal, Manifest};
+use super::manifest::{FileSeal, Manifest, SnapshotError};
 use super::save::piece_checksum;
 use crate::machine::SavedMachine;
 use ciborium::Value;
@@ -97,6 +97,24 @@ fn a_field_that_a_later_program_added_is_passed_over() {
     );
     let edited = later.replace("\"later\":{\"x\":1}", "\"later\":{\"x\":2}");
     assert!(Manifest::decode(edited.as_bytes()).is_err());
+}
+
+#[test]
+fn a_manifest_of_another_version_is_refused_by_its_number() {
+    let text = std::str::from_utf8(MANIFEST).unwrap();
+    let (head, _) = text.split_once(",\"seal\":").unwrap();
+    let inner = &head["{\"manifest\":".len()..];
+    assert_eq!(inner.matches("\"version\":1,").count(), 1, "{inner}");
+    for other in [0, 2] {
+        let inner = inner.replace("\"version\":1,", &format!("\"version\":{other},"));
+        let seal = super::manifest::checksum(inner.as_bytes());
+        let sealed = format!("{{\"manifest\":{inner},\"seal\":\"{seal}\"}}");
+        let refused = Manifest::decode(sealed.as_bytes());
+        assert!(
+            matches!(refused, Err(SnapshotError::Version { found }) if found == other),
+            "{refused:?}"
+        );
+    }
 }
 
 #[test]
