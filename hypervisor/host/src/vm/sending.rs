@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-/// How long a source VMM may take to be released before it is killed; one whose memory the VM may still need is not.
+/// How long a source VMM may take to answer that it is released.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Driver {
@@ -224,7 +224,7 @@ impl Driver {
             return;
         };
         let migration = handover.migration;
-        let owes_memory = may_owe_memory(holding.migration.as_ref());
+        let last = holding.migration.as_ref().map(|status| status.phase);
         let mut kept = None;
         if let Some(live) = &holding.live {
             let vmm = live.vmm.clone();
@@ -252,12 +252,15 @@ impl Driver {
                         return;
                     }
                 }
-                Err(problem) if owes_memory => {
-                    tracing::warn!(vm = %self.vm, %migration, %problem, "the source does not answer, and the VM may still need its memory: it is not killed");
-                    return self.look_again_later();
-                }
-                Err(problem) => {
+                // It was done, or the guest runs in it although the VM is another's.
+                Err(problem) if last.is_some_and(MigrationPhase::is_final) => {
                     tracing::debug!(vm = %self.vm, %migration, %problem, "the source was not released; killing it")
+                }
+                // It does not run the guest by itself any more, and the VM may have gone ahead of memory that only it
+                // has. If it has none, the server has it destroyed.
+                Err(problem) => {
+                    tracing::warn!(vm = %self.vm, %migration, %problem, "the source was not released, and the VM may still need its memory: it is not killed");
+                    return self.look_again_later();
                 }
             }
         }
@@ -281,16 +284,5 @@ impl Driver {
         let (former, record) = (holding.live.as_ref()?.process.clone(), &holding.record);
         let memory = holding.handover.as_mut()?.memory.take()?;
         Some(Kept::new(memory, record.epoch, &record.spec, former))
-    }
-}
-
-/// Whether the VM may have gone ahead of memory that only its source has, after what that said last.
-fn may_owe_memory(last: Option<&MigrationStatus>) -> bool {
-    let Some(status) = last else { return true };
-    match status.phase {
-        MigrationPhase::Completed | MigrationPhase::Failed | MigrationPhase::Cancelled => false,
-        // It is told before this phase.
-        MigrationPhase::AwaitingCommit => status.progress.post_copy.is_some(),
-        _ => true,
     }
 }

@@ -8,7 +8,7 @@ mod upgrade;
 
 use super::*;
 use crate::record::tests::spec;
-use fake::{Host, MIGRATION_PORTS, graceful, kill_now, start};
+use fake::{Host, MIGRATION_PORTS, Scripted, graceful, kill_now, start};
 use godwit_wire::host_api::{CommitReply, Resolution, StopMode};
 use godwit_wire::id::{Epoch, Generation, MigrationId, VmId};
 use godwit_wire::migration::{MigrationPhase, MigrationPolicy, MigrationRole};
@@ -504,6 +504,47 @@ async fn a_source_that_lost_its_target_ends_when_the_store_says_committed() {
     host.until(vm, |report| report.state == Some(away.clone()))
         .await;
     assert_eq!(host.fakes.calls(vm, "/v1/migration/abort"), 0);
+}
+
+#[tokio::test]
+async fn a_source_that_does_not_answer_its_release_is_not_killed_while_the_vm_may_need_its_memory()
+{
+    let mut host = Host::new().await;
+    let vm = VmId::fresh();
+    sending(&mut host, vm).await;
+    let process = host.fakes.process(vm);
+    host.server.set_resolution(Resolution::End);
+    host.fakes.script("migration/release", Scripted::Hangs);
+    host.fakes.cut_connection(vm);
+    host.fakes.set_phase(vm, MigrationPhase::AwaitingCommit);
+    host.fakes.until_called("migration/release").await;
+    // When it is asked again, it tells that the guest went ahead of its memory.
+    host.fakes.set_phase(vm, MigrationPhase::PostCopy);
+    host.until(vm, |report| {
+        let phase = report.migration.as_ref().map(|status| status.phase);
+        phase == Some(MigrationPhase::PostCopy)
+    })
+    .await;
+    assert!(process.is_itself());
+    // Once all of it has followed, it ends.
+    host.fakes.set_phase(vm, MigrationPhase::Completed);
+    process.exited().await;
+}
+
+#[tokio::test]
+async fn a_source_that_is_done_ends_even_if_it_does_not_answer_its_release() {
+    let mut host = Host::new().await;
+    let vm = VmId::fresh();
+    sending(&mut host, vm).await;
+    let process = host.fakes.process(vm);
+    host.fakes.script("migration/release", Scripted::Hangs);
+    host.fakes.set_phase(vm, MigrationPhase::Completed);
+    let away = VmmState::Stopped {
+        reason: StopReason::MigratedAway,
+    };
+    host.until(vm, |report| report.state == Some(away.clone()))
+        .await;
+    process.exited().await;
 }
 
 #[tokio::test]
