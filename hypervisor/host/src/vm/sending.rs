@@ -18,6 +18,8 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// How long a source VMM may take to answer that it is released.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long it may take to answer that it goes at another pace: what it says meanwhile waits, and it is told again.
+const PACE_TIMEOUT: Duration = Duration::from_secs(1);
 
 impl Driver {
     /// `POST /v1/vms/{vm}/outgoing`.
@@ -72,7 +74,7 @@ impl Driver {
         let live = holding.live.as_ref().ok_or_else(|| not_running(self.vm))?;
         let vmm = live.vmm.clone();
         let told = vmm.request_within(
-            OBEY_TIMEOUT,
+            PACE_TIMEOUT,
             Method::POST,
             "/v1/migration/bandwidth",
             Some(&ask),
