@@ -152,7 +152,7 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
         // What follows the guest keeps to its share, too.
         let memory = tokio::select! {
             memory = await_memory(context, migration) => memory?,
-            never = keep_to_share(context, migration, None) => match never {},
+            never = keep_to_share(context, migration) => match never {},
         };
         if memory == Memory::GivenUp {
             return lose_memory(context, migration).await;

@@ -1,7 +1,7 @@
 //! An open migration: both ends are told, then watched until the migration is decided.
 
 use super::disks::{Blanks, make_blanks};
-use super::fair_share::{Share, keep_to_share};
+use super::fair_share::keep_to_share;
 use crate::model::{Liveness, Migration};
 use crate::operation::context::{Context, Sent};
 use crate::plan::contract::foresee_move;
@@ -77,7 +77,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
             || view.liveness(migration.target) == Liveness::RestartAllowed
     };
     if make_blanks(context, migration, over).await? == Blanks::Interrupted {
-        return watch(context, migration, None, None).await;
+        return watch(context, migration, None).await;
     }
     let prepared = context.send(
         migration.target,
@@ -87,10 +87,9 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
     let (prepared, watched) =
         with_what_is_known_by_then(prepared, watch_guest(context, migration)).await;
     let Some(ready) = answer(prepared, &migration.target_name)? else {
-        return watch(context, migration, None, None).await;
+        return watch(context, migration, None).await;
     };
     let figures = figures(&view, migration.source, migration.target, &migration.policy);
-    let granted = share(&context.view(), migration);
     let outgoing = StartOutgoing {
         epoch: migration.epoch,
         generation: migration.send_generation,
@@ -99,7 +98,7 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         // Not kept: after a restart the target is prepared again and repeats it.
         token: ready.token,
         policy: MigrationPolicy {
-            max_bandwidth_bytes_per_s: granted,
+            max_bandwidth_bytes_per_s: share(&context.view(), migration),
             ..migration.policy.clone()
         },
         fixed_cost_us: figures.learned_fixed_us(),
@@ -116,13 +115,8 @@ pub(super) async fn drive(context: &Context<'_>, migration: &Migration) -> Resul
         )
         .await;
     answer(told, &migration.source_name)?;
-    watch(
-        context,
-        migration,
-        Some(tokio::time::Instant::now() + MENTION_TIME),
-        Some(granted),
-    )
-    .await
+    let mention_by = tokio::time::Instant::now() + MENTION_TIME;
+    watch(context, migration, Some(mention_by)).await
 }
 
 /// How the guest dirties memory, watched while the target is made ready. `None` is no reason to wait.
@@ -192,12 +186,11 @@ fn answer<T>(sent: Sent<T>, name: &str) -> Result<Option<T>, Why> {
 }
 
 /// Waits for the decision, and keeps the source to its share meanwhile. `mention_by` is until when the source must have
-/// spoken of the migration, `granted` what it was told that it may send.
+/// spoken of the migration.
 async fn watch(
     context: &Context<'_>,
     migration: &Migration,
     mention_by: Option<tokio::time::Instant>,
-    granted: Option<Share>,
 ) -> Result<(), Why> {
     let judged = context.core.until(|view| judge(view, migration, context));
     let unmentioned = async {
@@ -213,7 +206,7 @@ async fn watch(
         }
     };
     tokio::select! {
-        never = keep_to_share(context, migration, granted) => match never {},
+        never = keep_to_share(context, migration) => match never {},
         judged = judged => judged,
         () = unmentioned => Err(Why::failed(format!(
             "{} accepted the migration and does not mention it", migration.source_name

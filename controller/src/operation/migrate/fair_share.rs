@@ -11,15 +11,12 @@ use godwit_wire::vmm_api::MigrationBandwidth;
 use std::convert::Infallible;
 
 /// Bytes per second that a source may send; `None` without a limit.
-pub(super) type Share = Option<u64>;
+type Share = Option<u64>;
 
-/// Tells the source whenever its share is another than it was told, as long as it sends; never ends. `told` is `None`
-/// where nobody remembers.
-pub(super) async fn keep_to_share(
-    context: &Context<'_>,
-    migration: &Migration,
-    mut told: Option<Share>,
-) -> Infallible {
+/// Tells the source its share, and whenever that changes, as long as it sends; never ends. What it was told when it
+/// began says nothing: repeated after a restart of the server, that was not heeded.
+pub(super) async fn keep_to_share(context: &Context<'_>, migration: &Migration) -> Infallible {
+    let mut told: Option<Share> = None;
     loop {
         let changed = context.core.until(|view| {
             let sends = status(view, migration.source, migration).is_some_and(|status| {
