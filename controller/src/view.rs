@@ -556,7 +556,11 @@ impl View {
             .or_else(|| said(migration.target, MigrationRole::Target))
         {
             Some(status) => MigrationFigures {
-                phase: Some(status.phase),
+                // One that is concluded has ended, whatever its ends still say.
+                phase: migration
+                    .phase
+                    .filter(|phase| phase.is_final())
+                    .or(Some(status.phase)),
                 progress: self.with_waits(migration, status.progress.clone()),
             },
             None => MigrationFigures {

@@ -30,7 +30,7 @@ use drive::{Why, drive, has_ended, source_is_gone, status};
 use fair_share::keep_to_share;
 use godwit_wire::host_api::CancelMigration;
 use godwit_wire::id::MigrationId;
-use godwit_wire::migration::{MigrationPhase, MigrationRole, PostCopy};
+use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationRole, PostCopy};
 use godwit_wire::problem::Problem;
 use godwit_wire::vmm_api::VmmState;
 use std::future::Future;
@@ -197,7 +197,9 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
                 if let Some(record) = view.migrations.get(&migration.id) {
                     let mut record = record.as_ref().clone();
                     let progress = view.with_waits(&record, status.progress.clone());
-                    (record.phase, record.progress) = (Some(status.phase), Some(progress));
+                    // Whatever the source said last: it has ended.
+                    (record.phase, record.progress) =
+                        (Some(MigrationPhase::Completed), Some(progress));
                     draft.put_migration(record);
                 }
             })
@@ -274,6 +276,8 @@ fn waits_for_memory(view: &View, migration: &Migration) -> bool {
 
 /// The guest cannot go on. What is left of it ends, and it starts anew as after the death of its VMM.
 async fn lose_memory(context: &Context<'_>, migration: &Migration) -> Result<(), Ended> {
+    // Nobody tells it any more once the copies are gone.
+    let last = last_progress(&context.view(), migration);
     let driver = &context.core.driver;
     for (host, epoch) in [
         (migration.target, migration.epoch.next()),
@@ -294,11 +298,22 @@ async fn lose_memory(context: &Context<'_>, migration: &Migration) -> Result<(),
             let problem = Problem::conflict("memory-lost", detail);
             let vm = Context::vm(view, migration.vm);
             if let Some(record) = view.migrations.get(&migration.id) {
-                let_go_of_disks(view, draft, operation, record);
+                let mut record = record.as_ref().clone();
+                record.phase = Some(MigrationPhase::Failed);
+                record.progress = record.progress.or_else(|| last.clone());
+                let_go_of_disks(view, draft, operation, &record);
+                draft.put_migration(record);
             }
             Context::conclude(draft, operation, vm, Conclusion::Failed(problem));
         })
         .await
+}
+
+/// What one of its ends said last, the source rather than the target.
+fn last_progress(view: &View, migration: &Migration) -> Option<MigrationProgress> {
+    let said = status(view, migration.source, migration)
+        .or_else(|| status(view, migration.target, migration))?;
+    Some(view.with_waits(migration, said.progress.clone()))
 }
 
 /// Whether the guest may still need memory from the source. That is so until one of its ends says otherwise, or the
@@ -334,6 +349,7 @@ async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), En
             let vm = Context::vm(view, migration.vm);
             let conclusion = match &record.state {
                 MigrationState::Committed { .. } => {
+                    record.phase = Some(MigrationPhase::Completed);
                     arrived(draft, operation, &record, vm.as_ref());
                     Conclusion::Succeeded(format!("runs on {}", record.target_name))
                 }

@@ -6,7 +6,7 @@ use crate::intent::{NewMaintenance, Resource};
 use crate::model::{MaintenanceState, ReturnPolicy};
 use godwit_wire::host_api::StopMode;
 use godwit_wire::id::Epoch;
-use godwit_wire::migration::{MigrationPolicy, PostCopy};
+use godwit_wire::migration::{MigrationPhase, MigrationPolicy, PostCopy};
 use godwit_wire::vmm_api::VmmState;
 
 impl Pool {
@@ -176,6 +176,13 @@ async fn one_vm_that_waits_for_memory() -> (Pool, VmId, OperationId) {
     (pool, vm, operation)
 }
 
+/// Where the only migration there was stands.
+fn last_phase(pool: &Pool) -> Option<MigrationPhase> {
+    let view = pool.view();
+    let migration = view.migrations.values().next().unwrap();
+    view.migration_figures(migration).phase
+}
+
 /// Both the source's agent and the link between the VMMs are gone for longer than any patience: the guest waits, and
 /// goes on with its memory.
 #[tokio::test(start_paused = true)]
@@ -188,6 +195,7 @@ async fn a_guest_waits_for_its_memory_as_long_as_the_source_is_away() {
     assert!(pool.host(2).has_lost_no_memory());
     assert_eq!(pool.runs_on(vm), [2]);
     assert_eq!(pool.events("vm.memory-awaited"), 1);
+    assert_eq!(last_phase(&pool), Some(MigrationPhase::Completed));
 }
 
 /// The source does not come back, and the operator does not wait any longer: the guest starts anew.
@@ -201,8 +209,10 @@ async fn a_guest_whose_memory_is_given_up_starts_anew() {
     assert_eq!(pool.ended(operation).await, OperationState::Failed);
     pool.running(vm).await;
     assert!(pool.view().vms[&vm].epoch > epoch, "it is a new start");
+    assert_eq!(last_phase(&pool), Some(MigrationPhase::Failed));
     pool.host(1).mend();
     pool.settled().await;
+    assert_eq!(last_phase(&pool), Some(MigrationPhase::Failed));
 }
 
 #[tokio::test(start_paused = true)]
