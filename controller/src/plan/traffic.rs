@@ -16,12 +16,13 @@ pub struct Flow {
     pub target: HostId,
     /// Most bytes per second that its own policy allows.
     pub limit: Option<u64>,
-    /// Bytes per second that its source has measured; `None` while it has not, 0 when everything is sent.
+    /// Bytes per second that its source has measured; `None` while it has not or is silent, 0 when everything is sent.
     pub bytes_per_s: Option<u64>,
 }
 
 impl Flow {
-    /// Whether it has sent everything, or will not.
+    /// Whether its source said that it has sent everything, or will not. One that is silent, or whose link broke, says no
+    /// such thing: it may still send, or go on.
     pub fn has_sent(&self) -> bool {
         self.bytes_per_s == Some(0)
     }
@@ -41,10 +42,10 @@ fn flow(view: &View, record: &Migration) -> Flow {
     let figures = view.migration_figures(record);
     let measured = match figures.phase {
         None | Some(MigrationPhase::Connecting) => None,
-        // What a source said before it fell silent, or before its link broke, is sent no more.
-        Some(_) if !sends(view, record) => Some(0),
         Some(MigrationPhase::PreCopy | MigrationPhase::Blackout | MigrationPhase::PostCopy) => {
-            Some(figures.progress.rate_bytes_per_s).filter(|rate| *rate > 0)
+            // What a source measured before it fell silent, or before its link broke, is not what it sends now.
+            let measured = Some(figures.progress.rate_bytes_per_s);
+            measured.filter(|rate| *rate > 0 && sends(view, record))
         }
         // Everything has been sent, or will not be.
         Some(_) => Some(0),

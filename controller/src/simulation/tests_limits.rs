@@ -3,7 +3,7 @@
 use super::*;
 use crate::intent::{BandwidthLimit, HostChange, VmChange};
 use crate::model::{DisksOnMove, HeldBack, PostCopyPermission};
-use godwit_wire::migration::{MigrationPolicy, PostCopy};
+use godwit_wire::migration::{MigrationPhase, MigrationPolicy, PostCopy};
 
 fn migrate(vm: VmId, target: u128, post_copy: PostCopy) -> Intent {
     Intent::MigrateVm {
@@ -98,6 +98,34 @@ async fn migrations_share_what_their_host_may_send_and_one_that_is_alone_has_all
     let held_back = |m: &Arc<crate::model::Migration>| m.held_back == HeldBack::Yes;
     assert!(view.migrations.values().all(held_back));
     pool.check();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_falls_silent_keeps_its_share_because_it_may_still_send() {
+    let pool = Pool::of(3).await;
+    let (silent, other) = (pool.vm("a", 1).await, pool.vm("b", 2).await);
+    pool.submit(limit_host(3, BandwidthLimit::BytesPerS(100 * MIB)))
+        .await
+        .unwrap();
+    let _ = pool.submit(plain(silent, 3)).await.unwrap();
+    pool.wait("it sends", |view| {
+        let phase = |m| view.migration_figures(m).phase;
+        view.moving()
+            .any(|m| phase(m) == Some(MigrationPhase::PreCopy))
+    })
+    .await;
+    pool.host(1).cut();
+    pool.wait("its host is silent", |view| {
+        view.liveness(Pool::id(1)).is_silent()
+    })
+    .await;
+    let _ = pool.submit(plain(other, 3)).await.unwrap();
+    pool.wait("the other is told to send", |_| {
+        !pool.host(2).told_bytes_per_s().is_empty()
+    })
+    .await;
+    let first = pool.host(2).told_bytes_per_s()[0];
+    assert_eq!(first, (other, Some(50 * MIB)));
 }
 
 #[tokio::test(start_paused = true)]
