@@ -19,7 +19,7 @@ use crate::model::{
     ReturnPolicy, StartCause, Subject, Vm, Work,
 };
 use crate::operation::fresh;
-use crate::plan::admission::{Crowd, receives_another, sends_another};
+use crate::plan::admission::{Crowd, Use, another, receives, sends};
 use crate::plan::restore::plan_restore;
 use crate::view::View;
 use godwit_wire::host_api::StopMode;
@@ -216,6 +216,8 @@ fn round(
         .iter()
         .filter(|task| matches!(task.state, MoveState::Running { .. }))
         .count();
+    // It takes a look at all migrations, and the view is the same for all tasks.
+    let mut here = None;
     for task in tasks
         .iter_mut()
         .filter(|task| task.state == MoveState::Waiting)
@@ -227,7 +229,10 @@ fn round(
             continue;
         }
         let due = not_before.get(&task.vm).is_none_or(|due| *due <= now);
-        if !due || running >= crowd.unmeasured && !takes_another(view, ways, running, crowd) {
+        if !due
+            || running >= crowd.unmeasured
+                && !another(here.get_or_insert_with(|| ways.used(view)), running, crowd)
+        {
             continue;
         }
         let Some(vm) = Context::vm(view, task.vm) else {
@@ -274,11 +279,13 @@ enum Ways {
     To(HostId),
 }
 
-/// Whether one more move may begin beside those that run, because they leave room on the host's link.
-fn takes_another(view: &View, ways: Ways, running: usize, crowd: Crowd) -> bool {
-    match ways {
-        Ways::From(host) => sends_another(view, host, running, crowd),
-        Ways::To(host) => receives_another(view, host, running, crowd),
+impl Ways {
+    /// How the host's link is used.
+    fn used(self, view: &View) -> Use {
+        match self {
+            Self::From(host) => sends(view, host),
+            Self::To(host) => receives(view, host),
+        }
     }
 }
 

@@ -132,19 +132,23 @@ pub fn begins(view: &View, source: HostId, target: HostId, crowd: Crowd) -> Resu
     admit(&between(view, &all, source, target), crowd)
 }
 
-/// Whether a host that sends everything away may begin one more, when `begun` of its moves have begun already.
-pub fn sends_another(view: &View, host: HostId, begun: usize, crowd: Crowd) -> bool {
-    another(sending(view, &flows(view), host), begun, crowd)
+/// How a host is used by what it sends.
+pub fn sends(view: &View, host: HostId) -> Use {
+    sending(view, &flows(view), host)
 }
 
-/// The same of a host that VMs come back to.
-pub fn receives_another(view: &View, host: HostId, begun: usize, crowd: Crowd) -> bool {
-    another(receiving(view, &flows(view), host), begun, crowd)
+/// How a host is used by what it receives.
+pub fn receives(view: &View, host: HostId) -> Use {
+    receiving(view, &flows(view), host)
 }
 
-/// A move that has begun and is not a migration yet will be one.
-fn another(mut here: Use, begun: usize, crowd: Crowd) -> bool {
-    here.running = here.running.max(begun);
+/// Whether one more move may begin at a place, when `begun` of them have begun already: one that is not a migration yet
+/// will be one.
+pub fn another(here: &Use, begun: usize, crowd: Crowd) -> bool {
+    let here = Use {
+        running: here.running.max(begun),
+        ..here.clone()
+    };
     admit(&here, crowd).is_ok()
 }
 
