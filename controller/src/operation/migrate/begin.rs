@@ -3,7 +3,9 @@
 use super::disks;
 use crate::ledger::Draft;
 use crate::model::rejection::{remedies, summary};
-use crate::model::{HeldBack, Migration, MigrationState, MovingDisk, Operation, Vm, Work};
+use crate::model::{
+    HeldBack, HostRejection, Migration, MigrationState, MovingDisk, Operation, Vm, Work,
+};
 use crate::operation::Ended;
 use crate::operation::context::{Conclusion, Context};
 use crate::plan::admission::{Crowd, Wait, begins};
@@ -113,38 +115,48 @@ fn way(view: &View, operation: &Operation, vm: &Vm) -> Result<Way, Conclusion> {
         return Err(Conclusion::Failed(Problem::conflict("host-silent", detail)));
     }
     let way = |target| Ok(Way { source, target });
-    let busy = |disk: &str| {
-        way(Err(Wait::Disk {
-            name: disk.to_owned(),
-        }))
-    };
     if let Some(disk) = view.busy_disk(vm) {
-        return busy(&disk.name);
+        let name = disk.name.clone();
+        return way(Err(Wait::Disk { name }));
     }
+    target(view, operation, vm).and_then(way)
+}
+
+/// The best host for the VM. A disk must not come to where an earlier copy of it is about to be erased: that is waited
+/// for only where no other host takes the VM.
+fn target(view: &View, operation: &Operation, vm: &Vm) -> Result<Result<HostId, Wait>, Conclusion> {
     let Work::Migrate { wanted, disks, .. } = &operation.work else {
         unreachable!("only a migration looks for its way");
     };
-    let choice = choose(
-        &picture::hosts(view),
-        &picture::moving_with(view, vm, disks),
-        Among {
+    let hosts = picture::hosts(view);
+    let demand = picture::moving_with(view, vm, disks);
+    let erased = |disk: &MovingDisk| view.is_erased_from(disk.disk, disk.to);
+    let (mut passed, mut wait) = (Vec::new(), None);
+    loop {
+        let among = Among {
             only: *wanted,
-            failed: &[],
-        },
-    );
-    let Some((target, _)) = choice.best else {
-        let detail = format!("no host takes {}: {}", vm.name, summary(&choice.rejections));
-        let problem =
-            Problem::conflict("no-room", detail).with_remedy(remedies(&choice.rejections));
-        return Err(Conclusion::Failed(problem));
-    };
-    // A disk must not come to where an earlier copy of it is about to be erased.
-    let moving = disks::chosen(view, vm, target, disks);
-    let erased = |disk: &&MovingDisk| view.is_erased_from(disk.disk, disk.to);
-    match moving.iter().find(erased) {
-        Some(disk) => busy(&disk.name),
-        None => way(Ok(target)),
+            failed: &passed,
+        };
+        let choice = choose(&hosts, &demand, among);
+        let Some((best, _)) = choice.best else {
+            return match wait {
+                Some(wait) => Ok(Err(wait)),
+                None => Err(no_room(vm, &choice.rejections)),
+            };
+        };
+        let moving = disks::chosen(view, vm, best, disks);
+        let Some(disk) = moving.into_iter().find(erased) else {
+            return Ok(Ok(best));
+        };
+        wait.get_or_insert(Wait::Disk { name: disk.name });
+        passed.push(best);
     }
+}
+
+fn no_room(vm: &Vm, rejections: &[HostRejection]) -> Conclusion {
+    let detail = format!("no host takes {}: {}", vm.name, summary(rejections));
+    let problem = Problem::conflict("no-room", detail).with_remedy(remedies(rejections));
+    Conclusion::Failed(problem)
 }
 
 impl Way {
@@ -184,7 +196,7 @@ fn record(
         id,
         vm: vm.id,
         vm_name: vm.name.clone(),
-        source: source,
+        source,
         source_name: view.host_name(source),
         target,
         target_name: view.host_name(target),
