@@ -91,6 +91,7 @@ impl SimStage {
             Outcome::GoesOn => assert!(whole && !anew, "{case}: the guest's memory is gone"),
             Outcome::StartsAnew => {
                 let epoch = self.pool.view().vms[&self.vm].epoch;
+                assert!(anew, "{case}: it was not started anew");
                 assert!(epoch.0 > 1, "{case}: it still has epoch {epoch}");
             }
             Outcome::Either => {}
@@ -232,9 +233,10 @@ async fn a_fault_at_random(seed: u64) {
     let silence = Duration::from_millis(dice.roll(LONGEST_SILENCE_MS));
     let mut stage = SimStage::new().await;
     godwit_faults::play_for(&mut stage, case, late, silence).await;
-    // Who is silent for long is given up, and a late blow may strike the next step.
+    // Who is silent for long is given up, and a late blow may strike the next step. Nobody is silent after a death.
+    let short = !case.fault.is_silence() || silence <= SILENCE;
     let outcome = match case.outcome() {
-        Outcome::GoesOn if silence <= SILENCE && !strikes_a_vmm(case.fault) => Outcome::GoesOn,
+        Outcome::GoesOn if short && !strikes_a_vmm(case.fault) => Outcome::GoesOn,
         _ => Outcome::Either,
     };
     stage.judge(case, outcome).await;
