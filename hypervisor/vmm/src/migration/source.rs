@@ -35,7 +35,7 @@ use godwit_wire::migration::{Arrival, Blackout, MigrationPhase, ToSource, ToTarg
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::OutgoingRequest;
 use lanes_at_work::LanesAtWork;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a target that has ended its connections may take to say why.
@@ -68,6 +68,17 @@ pub struct Outgoing {
     sockets: Sockets,
     /// What all lanes but the urgent ones keep to.
     pace: Pace,
+    /// Held while the pace is changed.
+    pacing: Mutex<Pacing>,
+}
+
+/// Whether the pace may be changed before the guest stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pacing {
+    /// It may.
+    Free,
+    /// It is decided that the guest stands still next, with the pace there is.
+    Settled,
 }
 
 impl Outgoing {
@@ -80,19 +91,38 @@ impl Outgoing {
             ledger,
             sockets: Sockets::new(),
             pace: Pace::new(max_bandwidth_bytes_per_s),
+            pacing: Mutex::new(Pacing::Free),
         }
     }
 
-    /// From now on it sends no more than so much per second. Refused while the guest stands still: its blackout was
-    /// predicted with the limit there was.
+    /// From now on it sends no more than so much per second. Refused while the guest stands still or is about to: its
+    /// blackout was predicted with the limit there was. What follows the guest keeps to other limits again.
     pub fn set_bandwidth(&self, max_bytes_per_s: Option<u64>) -> Result<(), StandsStill> {
+        let pacing = self.pacing();
         match self.ledger.status().phase {
             MigrationPhase::Blackout | MigrationPhase::AwaitingCommit => Err(StandsStill),
+            MigrationPhase::Connecting | MigrationPhase::PreCopy if *pacing == Pacing::Settled => {
+                Err(StandsStill)
+            }
             _ => {
                 self.pace.set(max_bytes_per_s);
                 Ok(())
             }
         }
+    }
+
+    /// Keeps the pace as it is until the guest runs at the target; false if it is not `reckoned_with` any more.
+    fn settle_pace(&self, reckoned_with: Option<u64>) -> bool {
+        let mut pacing = self.pacing();
+        let same = self.pace.bytes_per_s() == reckoned_with;
+        if same {
+            *pacing = Pacing::Settled;
+        }
+        same
+    }
+
+    fn pacing(&self) -> MutexGuard<'_, Pacing> {
+        self.pacing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The operator calls it off; refused once only the store can decide.
@@ -310,4 +340,33 @@ struct Shared<'a> {
     /// For urgent lanes: the guest waits for what they carry.
     at_once: Pace,
     tally: Tally,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use godwit_wire::id::MigrationId;
+    use godwit_wire::migration::MigrationRole;
+
+    #[test]
+    fn the_pace_that_the_blackout_was_reckoned_with_stays_until_the_guest_has_left() {
+        let ledger = Ledger::new(
+            MigrationId::fresh(),
+            MigrationRole::Source,
+            SourceHandOver::Copying,
+        );
+        let outgoing = Outgoing::new(Arc::new(ledger), Some(1 << 20));
+        outgoing.ledger.enter(MigrationPhase::PreCopy);
+        outgoing.set_bandwidth(Some(2 << 20)).unwrap();
+        assert!(!outgoing.settle_pace(Some(1 << 20)), "it was changed");
+        outgoing.set_bandwidth(Some(3 << 20)).unwrap();
+        assert!(outgoing.settle_pace(Some(3 << 20)));
+        assert_eq!(outgoing.set_bandwidth(None), Err(StandsStill));
+        assert_eq!(outgoing.pace.bytes_per_s(), Some(3 << 20));
+        outgoing.ledger.enter(MigrationPhase::Blackout);
+        assert_eq!(outgoing.set_bandwidth(None), Err(StandsStill));
+        outgoing.ledger.enter(MigrationPhase::PostCopy);
+        outgoing.set_bandwidth(None).unwrap();
+        assert_eq!(outgoing.pace.bytes_per_s(), None);
+    }
 }

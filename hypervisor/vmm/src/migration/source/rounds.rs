@@ -59,7 +59,8 @@ impl Session<'_> {
             let sent = tally.read();
             let flushing = await_round_received(control, number, &sent)?;
             let duration = began.elapsed();
-            link.limit_to(self.outgoing.pace.bytes_per_s());
+            let limit = self.outgoing.pace.bytes_per_s();
+            link.limit_to(limit);
             let flushing = flushing.min(duration);
             link.observe(sent_since(
                 &before,
@@ -122,6 +123,8 @@ impl Session<'_> {
             );
             match outcome.decide(policy) {
                 Decision::AnotherRound => {}
+                // The pace was changed meanwhile: what was reckoned with does not hold.
+                Decision::Pause | Decision::GoAhead if !self.outgoing.settle_pace(limit) => {}
                 Decision::Throttle { percent } => {
                     if let Some(slowed) = &mut slowed {
                         slowed.set(percent);
