@@ -195,6 +195,9 @@ pub struct Blackout {
     /// How much of them that was.
     #[serde(default)]
     pub rest_bytes: u64,
+    /// Transfer rate that the prediction reckoned with; 0 from a source that does not tell.
+    #[serde(default)]
+    pub rest_bytes_per_s: u64,
     /// Until the target held and had checked everything and had restored the machine.
     pub restore_us: u64,
     /// Until the target told that the guest runs: the store's commit.

@@ -356,6 +356,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
             save_us: parts.save_us,
             pages_us: parts.pages_us,
             rest_bytes: parts.rest_bytes,
+            rest_bytes_per_s: parts.rest_bytes_per_s,
             restore_us: parts.restore_us,
             commit_us: parts.commit_us,
         }),
