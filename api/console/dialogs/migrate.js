@@ -38,7 +38,7 @@ export function MigrateDialog({ vm, close }) {
     compression: compress ? 'auto' : 'off',
     verify: verify ? 'whole_memory' : 'frames',
     ...(bandwidth ? { max_bandwidth_bytes_per_s: Number(bandwidth) * MIB } : {}),
-    ...(postCopy ? { allow_postcopy: true } : {}),
+    ...(postCopy && !forbidden ? { allow_postcopy: true } : {}),
     ...(deadline ? { deadline_s: Number(deadline) } : {}),
   };
   const along = withDisks ? { disks: 'along' } : {};
