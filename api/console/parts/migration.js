@@ -44,8 +44,6 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
     p.stalled_us?.length > 0 && ['Longest vCPU stall', milliseconds(Math.max(...p.stalled_us) / 1000)],
     p.kept_pages > 0 && ['Kept at the target', `${inMib(p.kept_pages * 4096)} MiB`],
     p.saved_bytes > 0 && ['Compression saved', bytes(p.saved_bytes)],
-    p.disk_bytes > 0 && ['Disks sent', bytes(p.disk_transferred_bytes)],
-    p.disk_bytes > 0 && ['Disks remaining', `${bytes(p.disk_remaining_bytes)} of ${bytes(p.disk_bytes)}`],
     p.prefault_ms > 0 && ['Prefault', milliseconds(p.prefault_ms)],
   ].filter(Boolean);
   return html`<section class="migration" data-testid="migration-${migration.vm_name}" data-phase=${migration.phase}
