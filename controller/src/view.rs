@@ -432,9 +432,10 @@ impl View {
                 Work::Start { .. } => return status(VmState::Starting, None),
                 Work::Restart { .. } => return status(VmState::Starting, Some("rebooting".into())),
                 Work::Stop { .. } | Work::Delete { .. } => return status(VmState::Stopping, None),
+                // A guest that waits for memory in vain does not run: the operator should know.
                 Work::Migrate {
                     migration: Some(_), ..
-                } => return status(VmState::Migrating, None),
+                } if !self.waits_for_memory(vm) => return status(VmState::Migrating, None),
                 _ => {}
             }
         }
@@ -442,6 +443,11 @@ impl View {
             None => self.status_without_owner(vm),
             Some(_) => self.status_from_report(vm),
         }
+    }
+
+    fn waits_for_memory(&self, vm: &Vm) -> bool {
+        let state = self.report(vm).and_then(|report| report.state.as_ref());
+        state.is_some_and(VmmState::waits_for_memory)
     }
 
     fn no_room(&self, vm: &Vm, host_name: &str) -> Option<String> {

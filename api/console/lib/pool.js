@@ -35,6 +35,9 @@ export const isMoving = (migration) => Boolean(migration)
 /** Whether the guest runs at the target and some of its memory is still at the source. */
 export const memoryFollows = (migration) => migration.state === 'committed' && migration.phase === 'post_copy';
 
+/** Whether the guest of a migration whose memory follows stands still, because the source cannot be reached. */
+export const waitsForMemory = (vm) => vm.state === 'paused';
+
 export const movingMigrations = (pool) => [...pool.migration.values()].filter(isMoving).sort(newestFirst('started_at')).reverse();
 
 /** The migration this VM is in now, with the freshest figures known, or undefined. */

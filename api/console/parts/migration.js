@@ -53,7 +53,8 @@ export function LiveMigration({ migration, onCancel, heading = true }) {
       <span class="migration-phase">${phaseWords(migration.phase)}${migration.phase === 'pre_copy' && p.round
         ? html`, round <b>${p.round}</b>` : ''}</span>
       <span class="quiet">${begun ? milliseconds(p.elapsed_ms) : ''}</span>
-      ${onCancel && !follows && html`<button type="button" class="button button-small" data-testid="migration-cancel" onClick=${onCancel}>Cancel</button>`}
+      ${onCancel && html`<button type="button" class="button button-small" data-testid="migration-cancel" onClick=${onCancel}>${follows
+        ? 'Give up its memory and start anew' : 'Cancel'}</button>`}
     </div>
     <div class="crossing">
       <span class="crossing-host">${migration.source_name}</span>

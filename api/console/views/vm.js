@@ -2,7 +2,7 @@
 
 import { classes, html } from '../lib/ui.js';
 import { ago, bytes, capital, mib, percent, rate, words } from '../lib/format.js';
-import { find, migrationOf, migrationsOf } from '../lib/pool.js';
+import { find, memoryFollows, migrationOf, migrationsOf, waitsForMemory } from '../lib/pool.js';
 import { cancelOperation, vmIntents } from '../intents.js';
 import { linkTo } from '../lib/router.js';
 import { useNow } from '../lib/clock.js';
@@ -43,7 +43,7 @@ export function VmView({ pool, id }) {
       <div class="detail-main">
         ${migration && html`<div class="panel panel-busy">
           <${LiveMigration} migration=${migration} heading=${false}
-            onCancel=${vm.operation ? () => cancelOperation(vm.operation, `Migrate ${vm.name}`) : null} />
+            onCancel=${vm.operation && (!memoryFollows(migration) || waitsForMemory(vm)) ? () => cancelOperation(vm.operation, `Migrate ${vm.name}`) : null} />
           </div>`}
         ${ended && html`<${EndedMigration} migration=${ended} />`}
         <${Terminal} vm=${vm} />
