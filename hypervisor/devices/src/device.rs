@@ -277,7 +277,7 @@ pub trait VirtioDevice: Send + Debug {
     /// The machine has arrived on another host and runs: tell the network, and the guest.
     fn announce(&mut self) {}
 
-    /// Counters since the device was made.
+    /// Counters since the device was made, wherever its machine has been since.
     fn metrics(&self) -> DeviceMetrics;
 }
 

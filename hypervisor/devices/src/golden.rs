@@ -14,6 +14,20 @@ pub(crate) fn text_of(state: &SavedBody) -> String {
     text
 }
 
+/// `state` as it was written before it had `field`.
+pub(crate) fn without(state: &SavedBody, field: &str) -> SavedBody {
+    let SavedBody::Map(fields) = state else {
+        panic!("a state is a map");
+    };
+    let older: Vec<_> = fields
+        .iter()
+        .filter(|(key, _)| key.as_text() != Some(field))
+        .cloned()
+        .collect();
+    assert_eq!(older.len() + 1, fields.len(), "{field} is in the state");
+    SavedBody::Map(older)
+}
+
 fn write(value: &SavedBody, depth: usize, text: &mut String) {
     match value {
         SavedBody::Null => text.push_str("null"),

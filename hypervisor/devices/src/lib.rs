@@ -6,6 +6,7 @@
 //! chain    bounded walks over descriptor chains a hostile guest may have written
 //! sys      the only unsafe code: ioctls and rings of the kernel
 //! device   what a virtio device is to its transport
+//! counters what devices count
 //! golden   saved states as text, for tests
 //! worker   the thread a device works on
 //! device_thread  that thread, from one driver to the next
@@ -23,6 +24,8 @@ mod sys;
 pub mod memory;
 
 pub mod device;
+
+mod counters;
 
 #[cfg(test)]
 mod golden;

@@ -14,7 +14,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
@@ -72,7 +71,7 @@ impl Discarder {
         for frame in frames.iter() {
             let page = u64::from(*frame) * PAGE_BYTES;
             if !self.memory.address_in_range(GuestAddress(page)) {
-                counters.foreign_pages.fetch_add(1, Ordering::Relaxed);
+                counters.foreign_pages.add(1);
                 continue;
             }
             let Some(grain) = self.complete(page) else {
@@ -114,11 +113,11 @@ impl Discarder {
             let bytes = whole.end - whole.start;
             if let Err(error) = backing.punch(&whole) {
                 tracing::warn!(%error, address = whole.start, bytes, "guest memory cannot be given back");
-                counters.discard_failures.fetch_add(1, Ordering::Relaxed);
+                counters.discard_failures.add(1);
                 continue;
             }
             self.mark_written(&whole);
-            counters.discarded_bytes.fetch_add(bytes, Ordering::Relaxed);
+            counters.discarded_bytes.add(bytes);
             if let Some(hook) = &self.hook {
                 hook(whole.start, bytes);
             }

@@ -32,6 +32,7 @@ mod stats;
 #[cfg(test)]
 mod tests;
 
+use crate::counters::counters;
 use crate::device::{
     Activation, DeviceError, DeviceKind, DeviceMetrics, Interrupt, QueuePosition, SavedBody,
     VirtioDevice,
@@ -42,7 +43,7 @@ use serde::{Deserialize, Serialize};
 use service::Service;
 use stats::Stats;
 use std::fmt;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Feature bit: the guest waits for the device's answer before it uses a page of the balloon again.
@@ -92,15 +93,19 @@ struct Shared {
     counters: Counters,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    inflated_pages: AtomicU64,
-    deflated_pages: AtomicU64,
-    reported_bytes: AtomicU64,
-    discarded_bytes: AtomicU64,
-    discard_failures: AtomicU64,
+counters! {
+    /// Pages the guest gave up.
+    inflated_pages,
+    /// Pages it took again.
+    deflated_pages,
+    /// Memory it reported as free.
+    reported_bytes,
+    /// Memory that went back to the host.
+    discarded_bytes,
+    /// How often the host did not take memory back.
+    discard_failures,
     /// Pages the driver named that are no memory.
-    foreign_pages: AtomicU64,
+    foreign_pages,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -109,6 +114,8 @@ struct Saved {
     health: Health,
     target_pages: u32,
     actual_pages: u32,
+    #[serde(default)]
+    counters: SavedCounters,
 }
 
 impl fmt::Debug for Balloon {
@@ -247,6 +254,7 @@ impl VirtioDevice for Balloon {
             health: self.thread.health()?,
             target_pages: self.shared.target_pages.load(Ordering::Acquire),
             actual_pages: self.shared.actual_pages.load(Ordering::Acquire),
+            counters: self.shared.counters.save(),
         })
         .map_err(bad_state)
     }
@@ -268,6 +276,7 @@ impl VirtioDevice for Balloon {
             }
         }
         self.thread.restore(saved.health);
+        self.shared.counters.restore(&saved.counters);
         self.shared
             .target_pages
             .store(saved.target_pages, Ordering::Release);
@@ -278,19 +287,12 @@ impl VirtioDevice for Balloon {
     }
 
     fn metrics(&self) -> DeviceMetrics {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let pages = |counter: &AtomicU32| u64::from(counter.load(Ordering::Acquire)) * PAGE_BYTES;
-        let counters = &self.shared.counters;
         let mut metrics = vec![
             ("target_bytes", pages(&self.shared.target_pages)),
             ("actual_bytes", pages(&self.shared.actual_pages)),
-            ("inflated_pages", of(&counters.inflated_pages)),
-            ("deflated_pages", of(&counters.deflated_pages)),
-            ("reported_bytes", of(&counters.reported_bytes)),
-            ("discarded_bytes", of(&counters.discarded_bytes)),
-            ("discard_failures", of(&counters.discard_failures)),
-            ("foreign_pages", of(&counters.foreign_pages)),
         ];
+        metrics.extend(self.shared.counters.metrics());
         metrics.extend(self.shared.stats().metrics());
         // What the guest answers is there the next time; a thread that has ended cannot ask.
         let _ = self.thread.call(|service| service.ask_for_stats());

@@ -9,7 +9,6 @@ use crate::memory::GuestMemory;
 use crate::worker::{self, Poll};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use virtio_queue::QueueT;
 
 /// Requests served from one queue before the thread looks for orders again.
@@ -146,12 +145,12 @@ impl Service {
             match role {
                 Role::Inflate => {
                     let mut frames = frames(&chain, &self.memory)?;
-                    count(&self.shared.counters.inflated_pages, frames.len());
+                    self.shared.counters.inflated_pages.add(frames.len() as u64);
                     self.discarder.inflate(&mut frames, &self.shared.counters);
                 }
                 Role::Deflate => {
                     let frames = frames(&chain, &self.memory)?;
-                    count(&self.shared.counters.deflated_pages, frames.len());
+                    self.shared.counters.deflated_pages.add(frames.len() as u64);
                     self.discarder.deflate(&frames);
                 }
                 Role::Report => report(&chain, &mut self.discarder, &self.shared.counters),
@@ -211,13 +210,9 @@ fn frames(chain: &Chain, memory: &GuestMemory) -> Result<Vec<u32>, String> {
 fn report(chain: &Chain, discarder: &mut Discarder, counters: &Counters) {
     for segment in chain.readable().iter().chain(chain.writable()) {
         let (start, len) = (segment.address.0, u64::from(segment.len));
-        counters.reported_bytes.fetch_add(len, Ordering::Relaxed);
+        counters.reported_bytes.add(len);
         discarder.discard(start..start + len, counters);
     }
-}
-
-fn count(counter: &std::sync::atomic::AtomicU64, more: usize) {
-    counter.fetch_add(more as u64, Ordering::Relaxed);
 }
 
 fn refused(error: impl ToString) -> String {

@@ -372,6 +372,7 @@ fn a_state_of_another_version_is_refused() {
             health: Health::Well,
             target_pages: 1,
             actual_pages: 1,
+            counters: SavedCounters::default(),
         });
         let refused = balloon.restore(saved.unwrap());
         assert!(matches!(refused, Err(DeviceError::BadState { .. })));
@@ -388,9 +389,49 @@ fn a_state_with_more_pages_than_memory_is_refused() {
             health: Health::Well,
             target_pages,
             actual_pages,
+            counters: SavedCounters::default(),
         });
         let refused = balloon.restore(saved.unwrap());
         assert!(matches!(refused, Err(DeviceError::BadState { .. })));
     }
     assert_eq!(control.actual(), Mib(8));
+}
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let (mut balloon, control) = Balloon::new(Bytes(MEMORY));
+    control.keep(Mib(4));
+    balloon.write_config(4, &512u32.to_le_bytes());
+    let counters = &balloon.shared.counters;
+    counters.inflated_pages.add(1);
+    counters.deflated_pages.add(2);
+    counters.reported_bytes.add(3);
+    counters.discarded_bytes.add(4);
+    counters.discard_failures.add(5);
+    counters.foreign_pages.add(6);
+    let state = balloon.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "health": "well",
+          "target_pages": 1024,
+          "actual_pages": 512,
+          "counters": {
+            "inflated_pages": 1,
+            "deflated_pages": 2,
+            "reported_bytes": 3,
+            "discarded_bytes": 4,
+            "discard_failures": 5,
+            "foreign_pages": 6,
+          },
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    let (mut target, _) = Balloon::new(Bytes(MEMORY));
+    target.restore(state.clone()).unwrap();
+    assert_eq!(target.save().unwrap(), state);
+    let older = crate::golden::without(&state, "counters");
+    target.restore(older).unwrap();
+    let counters = &target.shared.counters;
+    assert!(counters.metrics().iter().all(|(_, count)| *count == 0));
 }

@@ -57,7 +57,7 @@ use godwit_wire::devices::{DiskAccess, DiskFormat, DiskLimits, OnIoError};
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::unit::Bytes;
 use image::{Image, Opening};
-use metrics::Counters;
+use metrics::{Counters, SavedCounters};
 use serde::{Deserialize, Serialize};
 use service::{BlockService, Buckets, Parts};
 use shared::Shared;
@@ -125,6 +125,8 @@ struct Saved {
     version: u32,
     /// Heads of chains that were taken from the queue and are not used yet.
     pending: Vec<u16>,
+    #[serde(default)]
+    counters: SavedCounters,
 }
 
 impl Block {
@@ -394,12 +396,17 @@ impl VirtioDevice for Block {
         let saved = Saved {
             version: SAVED_VERSION,
             pending,
+            counters: self.shared.counters.save(),
         };
         SavedBody::serialized(&saved).map_err(|error| self.failed(&error))
     }
 
     fn restore(&mut self, saved: SavedBody) -> Result<(), DeviceError> {
-        let Saved { version, pending } = saved
+        let Saved {
+            version,
+            pending,
+            counters,
+        } = saved
             .deserialized()
             .map_err(|error| self.bad_state(error))?;
         if version != SAVED_VERSION {
@@ -416,6 +423,7 @@ impl VirtioDevice for Block {
             return Err(self.bad_state("its unfinished requests are not those of one queue"));
         }
         self.restored = pending;
+        self.shared.counters.restore(&counters);
         Ok(())
     }
 
@@ -447,7 +455,7 @@ impl VirtioDevice for Block {
     }
 
     fn metrics(&self) -> DeviceMetrics {
-        self.shared.counters.snapshot()
+        self.shared.counters.metrics()
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct Shared {
     /// What the guest has changed, while the disk's content is on its way to another host.
     pub(crate) dirty: RwLock<Option<Arc<Dirty>>>,
     pub(crate) interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
-    pub(crate) counters: Counters,
+    pub(super) counters: Counters,
     pub(crate) events: DeviceEvents,
 }
 

@@ -14,6 +14,7 @@ mod service;
 #[cfg(test)]
 mod tests;
 
+use crate::counters::counters;
 use crate::device::{
     Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, VirtioDevice,
 };
@@ -23,7 +24,6 @@ use service::Service;
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -74,12 +74,15 @@ struct Input {
     bell: Option<EventFd>,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    input_bytes: AtomicU64,
-    output_bytes: AtomicU64,
-    lost_output_bytes: AtomicU64,
-    refused_input_bytes: AtomicU64,
+counters! {
+    /// Input the guest has taken.
+    input_bytes,
+    /// Input that was refused because too much waited.
+    refused_input_bytes,
+    /// What the guest said.
+    output_bytes,
+    /// What it said and nobody took.
+    lost_output_bytes,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -88,6 +91,8 @@ struct Saved {
     health: Health,
     /// Input the guest has not taken yet.
     input: Vec<u8>,
+    #[serde(default)]
+    counters: SavedCounters,
 }
 
 impl fmt::Debug for VirtioConsole {
@@ -126,7 +131,7 @@ impl ConsoleInput {
         let waiting = input.waiting.len();
         if bytes.len() > MAX_INPUT_BYTES - waiting {
             let counter = &self.0.counters.refused_input_bytes;
-            counter.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+            counter.add(bytes.len() as u64);
             return Err(Full { waiting });
         }
         input.waiting.extend(bytes);
@@ -217,6 +222,7 @@ impl VirtioDevice for VirtioConsole {
             version: STATE_VERSION,
             health: self.thread.health()?,
             input: self.shared.input().waiting.iter().copied().collect(),
+            counters: self.shared.counters.save(),
         })
         .map_err(bad_state)
     }
@@ -233,19 +239,13 @@ impl VirtioDevice for VirtioConsole {
             )));
         }
         self.thread.restore(saved.health);
+        self.shared.counters.restore(&saved.counters);
         self.shared.input().waiting = saved.input.into();
         Ok(())
     }
 
     fn metrics(&self) -> DeviceMetrics {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let counters = &self.shared.counters;
-        vec![
-            ("input_bytes", of(&counters.input_bytes)),
-            ("refused_input_bytes", of(&counters.refused_input_bytes)),
-            ("output_bytes", of(&counters.output_bytes)),
-            ("lost_output_bytes", of(&counters.lost_output_bytes)),
-        ]
+        self.shared.counters.metrics()
     }
 }
 

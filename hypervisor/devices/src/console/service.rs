@@ -8,7 +8,6 @@ use crate::memory::GuestMemory;
 use crate::worker::{self, Poll};
 use std::io::{self, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -154,7 +153,7 @@ fn fill(chain: &Chain, memory: &GuestMemory, shared: &Shared) -> u32 {
         given += written as u32;
     }
     let counter = &shared.counters.input_bytes;
-    counter.fetch_add(given.into(), Ordering::Relaxed);
+    counter.add(given.into());
     given
 }
 
@@ -188,7 +187,7 @@ impl Output {
                 Ok(()) => &shared.counters.output_bytes,
                 Err(_) => &shared.counters.lost_output_bytes,
             };
-            counter.fetch_add(read as u64, Ordering::Relaxed);
+            counter.add(read as u64);
         }
         // An output that cannot flush has been counted, or will be with the next bytes.
         let _ = self.0.flush();

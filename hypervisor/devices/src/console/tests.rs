@@ -202,6 +202,7 @@ fn a_state_of_another_version_is_refused() {
             version,
             health: Health::Well,
             input: Vec::new(),
+            counters: SavedCounters::default(),
         });
         let refused = device.restore(saved.unwrap());
         assert!(matches!(refused, Err(DeviceError::BadState { .. })));
@@ -214,6 +215,7 @@ fn a_state_with_too_much_input_is_refused() {
         version: STATE_VERSION,
         health: Health::Well,
         input: vec![0; MAX_INPUT_BYTES + 1],
+        counters: SavedCounters::default(),
     });
     let (mut device, _, _) = console();
     let refused = device.restore(saved.unwrap());
@@ -227,18 +229,33 @@ fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
         version: STATE_VERSION,
         health: Health::Failed,
         input: b"typed\n".to_vec(),
+        counters: SavedCounters::default(),
     });
     device.restore(saved.unwrap()).unwrap();
+    let counters = &device.shared.counters;
+    counters.input_bytes.add(1);
+    counters.refused_input_bytes.add(2);
+    counters.output_bytes.add(3);
+    counters.lost_output_bytes.add(4);
     let state = device.save().unwrap();
     expect_test::expect![[r#"
         {
           "version": 1,
           "health": "failed",
           "input": [116, 121, 112, 101, 100, 10],
+          "counters": {
+            "input_bytes": 1,
+            "refused_input_bytes": 2,
+            "output_bytes": 3,
+            "lost_output_bytes": 4,
+          },
         }
     "#]]
     .assert_eq(&crate::golden::text_of(&state));
     let (mut target, _, _) = console();
     target.restore(state.clone()).unwrap();
     assert_eq!(target.save().unwrap(), state);
+    let older = crate::golden::without(&state, "counters");
+    target.restore(older).unwrap();
+    assert!(target.metrics().iter().all(|(_, count)| *count == 0));
 }

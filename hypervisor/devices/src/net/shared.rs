@@ -5,9 +5,8 @@ use super::feature::{self, ConfigSpace};
 use super::filter::Filter;
 use super::limit::Limit;
 use super::{Link, NetConfig};
-use crate::device::DeviceMetrics;
-use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::counters::counters;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -154,33 +153,6 @@ pub(super) fn pairs_allowed(pairs: u16, features: u64) -> u16 {
     }
 }
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What a card has done; metric names are the field names.
-        #[derive(Debug, Default)]
-        pub(super) struct Counters { $($(#[$doc])* pub(super) $name: Counter,)* }
-
-        /// [`Counters`] as they are saved.
-        #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-        #[serde(default)]
-        pub(super) struct SavedCounters { $($name: u64,)* }
-
-        impl Counters {
-            pub(super) fn metrics(&self) -> DeviceMetrics {
-                vec![$((stringify!($name), self.$name.get()),)*]
-            }
-
-            pub(super) fn save(&self) -> SavedCounters {
-                SavedCounters { $($name: self.$name.get(),)* }
-            }
-
-            pub(super) fn restore(&self, saved: &SavedCounters) {
-                $(self.$name.0.store(saved.$name, Ordering::Relaxed);)*
-            }
-        }
-    };
-}
-
 counters! {
     /// Frames given to the guest.
     rx_packets,
@@ -200,17 +172,4 @@ counters! {
     tx_dropped,
     /// How often sending waited for its rate limit.
     tx_limited,
-}
-
-#[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
-
-impl Counter {
-    pub(super) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
 }

@@ -5,6 +5,7 @@
 
 mod service;
 
+use crate::counters::counters;
 use crate::device::{
     Activation, DeviceError, DeviceKind, DeviceMetrics, QueuePosition, SavedBody, VirtioDevice,
 };
@@ -13,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use service::Service;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Most bytes that one request gets.
 pub const MAX_REQUEST_BYTES: usize = 4096;
@@ -35,13 +35,17 @@ pub struct Rng {
 struct Saved {
     version: u32,
     health: Health,
+    #[serde(default)]
+    counters: SavedCounters,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    requests: AtomicU64,
-    bytes: AtomicU64,
-    throttled: AtomicU64,
+counters! {
+    /// Requests that were filled.
+    requests,
+    /// Bytes in them.
+    bytes,
+    /// How often a request waited for the rate.
+    throttled,
 }
 
 impl Rng {
@@ -110,6 +114,7 @@ impl VirtioDevice for Rng {
         SavedBody::serialized(&Saved {
             version: STATE_VERSION,
             health: self.thread.health()?,
+            counters: self.counters.save(),
         })
         .map_err(bad_state)
     }
@@ -120,16 +125,12 @@ impl VirtioDevice for Rng {
             return Err(bad_state(format!("version {} is unknown", saved.version)));
         }
         self.thread.restore(saved.health);
+        self.counters.restore(&saved.counters);
         Ok(())
     }
 
     fn metrics(&self) -> DeviceMetrics {
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        vec![
-            ("requests", of(&self.counters.requests)),
-            ("bytes", of(&self.counters.bytes)),
-            ("throttled", of(&self.counters.throttled)),
-        ]
+        self.counters.metrics()
     }
 }
 

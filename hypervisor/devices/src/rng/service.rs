@@ -15,7 +15,6 @@ use rustix::time::{
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use virtio_queue::QueueT;
 
@@ -80,7 +79,7 @@ impl Service {
                 let _ = self.queue.kick.write(1);
             }
             Ok(Turn::Throttled(wait)) => {
-                self.counters.throttled.fetch_add(1, Ordering::Relaxed);
+                self.counters.throttled.add(1);
                 self.call_back(wait);
             }
             Err(why) => {
@@ -143,10 +142,8 @@ impl Service {
             .map_err(refused)?;
         // Every request costs something, however small.
         let _ = self.limiter.take(given.max(1) as u64, Instant::now());
-        self.counters.requests.fetch_add(1, Ordering::Relaxed);
-        self.counters
-            .bytes
-            .fetch_add(given as u64, Ordering::Relaxed);
+        self.counters.requests.add(1);
+        self.counters.bytes.add(given as u64);
         Ok(true)
     }
 

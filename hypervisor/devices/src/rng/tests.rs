@@ -57,7 +57,7 @@ fn a_guest_that_asks_without_end_waits_for_the_rate() {
     // The bucket holds one second's worth and fills while it is emptied, but never as fast.
     let throttled = (0..16 * BYTES_PER_SECOND / 4096).any(|_| {
         ask(&mut driver);
-        driver.device().counters.throttled.load(Ordering::Relaxed) > 0
+        driver.device().counters.throttled.get() > 0
     });
     assert!(throttled);
     ask(&mut driver);
@@ -136,6 +136,9 @@ fn requests_made_while_paused_are_served_where_the_machine_goes_on() {
     assert_eq!(moved.poll_used(0), None);
     moved.device_mut().resume().unwrap();
     assert_eq!(moved.wait_used(0, LONG).unwrap().len, 32);
+    // What was counted here and there, once the thread is done.
+    moved.pause().unwrap();
+    assert!(moved.device().metrics().contains(&("bytes", 96)));
 }
 
 #[test]
@@ -165,9 +168,37 @@ fn a_state_of_another_version_is_refused() {
     let saved = SavedBody::serialized(&Saved {
         version: STATE_VERSION + 1,
         health: Health::Well,
+        counters: SavedCounters::default(),
     });
     let refused = Rng::new().unwrap().restore(saved.unwrap());
     assert!(matches!(refused, Err(DeviceError::BadState { .. })));
     let refused = Rng::new().unwrap().restore(SavedBody::Null);
     assert!(matches!(refused, Err(DeviceError::BadState { .. })));
+}
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let rng = Rng::new().unwrap();
+    rng.counters.requests.add(1);
+    rng.counters.bytes.add(2);
+    rng.counters.throttled.add(3);
+    let state = rng.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "health": "well",
+          "counters": {
+            "requests": 1,
+            "bytes": 2,
+            "throttled": 3,
+          },
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    let mut target = Rng::new().unwrap();
+    target.restore(state.clone()).unwrap();
+    assert_eq!(target.save().unwrap(), state);
+    let older = crate::golden::without(&state, "counters");
+    target.restore(older).unwrap();
+    assert!(target.metrics().iter().all(|(_, count)| *count == 0));
 }

@@ -24,6 +24,7 @@ mod rings;
 #[cfg(test)]
 mod tests;
 
+use crate::counters::counters;
 use crate::device::{
     Activation, ActiveQueue, DeviceError, DeviceKind, DeviceMetrics, Plug, QueuePosition,
     SavedBody, VirtioDevice,
@@ -39,7 +40,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Name of the device.
 const NAME: &str = "vsock";
@@ -79,31 +79,25 @@ enum SocketFile {
 struct Saved {
     version: u32,
     cid: u32,
+    #[serde(default)]
+    counters: SavedCounters,
 }
 
-/// What the device has done; metric names are the field names.
-#[derive(Debug, Default)]
-struct Counters {
-    rx_packets: Counter,
-    rx_bytes: Counter,
-    tx_packets: Counter,
-    tx_bytes: Counter,
-    connections: Counter,
-    refused: Counter,
-    resets: Counter,
-}
-
-#[derive(Debug, Default)]
-struct Counter(AtomicU64);
-
-impl Counter {
-    fn add(&self, count: u64) {
-        self.0.fetch_add(count, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
+counters! {
+    /// Packets given to the guest.
+    rx_packets,
+    /// Bytes of data in them.
+    rx_bytes,
+    /// Packets the guest sent.
+    tx_packets,
+    /// Bytes of data of connections in them.
+    tx_bytes,
+    /// Connections that were made.
+    connections,
+    /// Connections that were refused.
+    refused,
+    /// How often the guest was told that there is no such connection, or no more.
+    resets,
 }
 
 impl Vsock {
@@ -256,6 +250,7 @@ impl VirtioDevice for Vsock {
         let saved = Saved {
             version: SAVED_VERSION,
             cid: self.cid,
+            counters: self.counters.save(),
         };
         SavedBody::serialized(&saved).map_err(bad_state)
     }
@@ -274,6 +269,7 @@ impl VirtioDevice for Vsock {
                 saved.cid, self.cid
             )));
         }
+        self.counters.restore(&saved.counters);
         self.moved = true;
         Ok(())
     }
@@ -305,16 +301,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn metrics(&self) -> DeviceMetrics {
-        let counters = &self.counters;
-        vec![
-            ("rx_packets", counters.rx_packets.get()),
-            ("rx_bytes", counters.rx_bytes.get()),
-            ("tx_packets", counters.tx_packets.get()),
-            ("tx_bytes", counters.tx_bytes.get()),
-            ("connections", counters.connections.get()),
-            ("refused", counters.refused.get()),
-            ("resets", counters.resets.get()),
-        ]
+        self.counters.metrics()
     }
 }
 

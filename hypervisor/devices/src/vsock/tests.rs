@@ -549,10 +549,15 @@ fn a_vsock_that_cannot_be_is_refused_with_the_reason() {
     // A socket that a dead process left.
     drop(UnixListener::bind(directory.path().join(SOCKET_NAME)).unwrap());
     let mut vsock = Vsock::new(3, at()).unwrap();
+    let saved = |version, cid| super::Saved {
+        version,
+        cid,
+        counters: super::SavedCounters::default(),
+    };
     for state in [
         SavedBody::Null,
-        SavedBody::serialized(&super::Saved { version: 2, cid: 3 }).unwrap(),
-        SavedBody::serialized(&super::Saved { version: 1, cid: 4 }).unwrap(),
+        SavedBody::serialized(&saved(2, 3)).unwrap(),
+        SavedBody::serialized(&saved(1, 4)).unwrap(),
     ] {
         assert!(matches!(
             vsock.restore(state),
@@ -570,14 +575,35 @@ fn a_vsock_that_cannot_be_is_refused_with_the_reason() {
 fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
     let directory = tempfile::tempdir().unwrap();
     let mut vsock = Vsock::new(CID, directory.path().to_owned()).unwrap();
+    vsock.counters.rx_packets.add(1);
+    vsock.counters.rx_bytes.add(2);
+    vsock.counters.tx_packets.add(3);
+    vsock.counters.tx_bytes.add(4);
+    vsock.counters.connections.add(5);
+    vsock.counters.refused.add(6);
+    vsock.counters.resets.add(7);
     let state = vsock.save().unwrap();
     expect_test::expect![[r#"
         {
           "version": 1,
           "cid": 5,
+          "counters": {
+            "rx_packets": 1,
+            "rx_bytes": 2,
+            "tx_packets": 3,
+            "tx_bytes": 4,
+            "connections": 5,
+            "refused": 6,
+            "resets": 7,
+          },
         }
     "#]]
     .assert_eq(&crate::golden::text_of(&state));
+    vsock.restore(state.clone()).unwrap();
+    assert_eq!(vsock.save().unwrap(), state);
+    let older = crate::golden::without(&state, "counters");
+    vsock.restore(older).unwrap();
+    assert!(vsock.metrics().iter().all(|(_, count)| *count == 0));
     vsock.restore(state.clone()).unwrap();
     assert_eq!(vsock.save().unwrap(), state);
 }

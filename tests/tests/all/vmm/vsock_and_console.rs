@@ -9,7 +9,7 @@ use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::{ConsoleKind, Vsock};
 use godwit_wire::machine::{Boot, MachineSpec};
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{CreateRequest, DriverState};
+use godwit_wire::vmm_api::{CreateRequest, DriverState, VmmInfo};
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -156,6 +156,7 @@ async fn linux_speaks_over_vsock_and_on_hvc0_and_both_go_on_after_a_move() {
     let mut before = connect(&dir.join("here")).await;
     exchange(&mut before).await;
     call(&here, "godwit").await;
+    let counted = here.info().await.expect("info");
 
     let there = Vmm::start(&dir, "vmm-1").await.expect("a target");
     attach_sockets(&dir, &mut request, "there");
@@ -163,10 +164,25 @@ async fn linux_speaks_over_vsock_and_on_hvc0_and_both_go_on_after_a_move() {
     migrate(&here, &there, &mut request, verifying())
         .await
         .expect("it moves");
+    // What devices had counted moved along.
+    let arrived = there.info().await.expect("info");
+    for (device, name) in [("console", "output_bytes"), ("vsock", "connections")] {
+        let (then, now) = (
+            counter(&counted, device, name),
+            counter(&arrived, device, name),
+        );
+        assert!(then > 0 && now >= then, "{device}: {then}, then {now}");
+    }
     verify(&mut there.shell().await.expect("the shell on hvc0 answers")).await;
     // The process that held it is gone, as its host would be for the guest.
     drop(here);
     wait_for_end(before).await;
     exchange(&mut connect(&dir.join("there")).await).await;
     call(&there, "moved").await;
+}
+
+/// What a device has counted.
+fn counter(info: &VmmInfo, device: &str, name: &str) -> u64 {
+    let device = info.devices.iter().find(|known| known.name == device);
+    device.expect("the machine has it").counters[name]
 }

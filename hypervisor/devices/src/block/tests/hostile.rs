@@ -233,7 +233,13 @@ fn a_hostile_saved_state_is_refused() {
     let (_directory, path) = raw_disk();
     let (mut block, _heard) = open(config(&path));
     let state = |version: u32, pending: Vec<u16>| {
-        SavedBody::serialized(&Saved { version, pending }).unwrap()
+        let counters = SavedCounters::default();
+        SavedBody::serialized(&Saved {
+            version,
+            pending,
+            counters,
+        })
+        .unwrap()
     };
     for saved in [
         SavedBody::Null,
@@ -256,6 +262,7 @@ fn an_unfinished_chain_that_is_none_stops_the_device() {
     let saved = Saved {
         version: SAVED_VERSION,
         pending: vec![7],
+        counters: SavedCounters::default(),
     };
     block
         .restore(SavedBody::serialized(&saved).unwrap())

@@ -313,3 +313,64 @@ fn a_disk_that_shrank_under_its_machine_gives_errors() {
     assert_eq!(status, STATUS_IOERR);
     assert_eq!(metric(&driver, "errors"), 1);
 }
+
+#[test]
+fn what_a_disk_has_done_moves_with_the_machine() {
+    let (_directory, path) = raw_disk();
+    let (mut driver, _heard) = driver(config(&path));
+    assert_eq!(write(&mut driver, 0, &[5; 1024]), STATUS_OK);
+    assert_eq!(read(&mut driver, 0, 512), [5; 512]);
+    let (target, _heard) = open(config(&path));
+    let (mut moved, _source) = driver.move_to(target).unwrap();
+    moved.device_mut().resume().unwrap();
+    assert_eq!(read(&mut moved, 0, 512), [5; 512]);
+    assert_eq!(metric(&moved, "writes"), 1);
+    assert_eq!(metric(&moved, "write_bytes"), 1024);
+    assert_eq!(metric(&moved, "reads"), 2);
+    assert_eq!(metric(&moved, "read_bytes"), 1024);
+}
+
+#[test]
+fn the_saved_state_of_version_1_is_written_as_ever_and_read() {
+    let (_directory, path) = raw_disk();
+    let (block, _heard) = open(config(&path));
+    let counters = &block.shared.counters;
+    counters.reads.add(1);
+    counters.read_bytes.add(2);
+    counters.writes.add(3);
+    counters.write_bytes.add(4);
+    counters.flushes.add(5);
+    counters.discards.add(6);
+    counters.errors.add(7);
+    counters.rejected_requests.add(8);
+    counters.stalls.add(9);
+    counters.limited_requests.add(10);
+    counters.request_ns.add(11);
+    let state = block.save().unwrap();
+    expect_test::expect![[r#"
+        {
+          "version": 1,
+          "pending": [],
+          "counters": {
+            "reads": 1,
+            "read_bytes": 2,
+            "writes": 3,
+            "write_bytes": 4,
+            "flushes": 5,
+            "discards": 6,
+            "errors": 7,
+            "rejected_requests": 8,
+            "stalls": 9,
+            "limited_requests": 10,
+            "request_ns": 11,
+          },
+        }
+    "#]]
+    .assert_eq(&crate::golden::text_of(&state));
+    let (mut target, _heard) = open(config(&path));
+    target.restore(state.clone()).unwrap();
+    assert_eq!(target.save().unwrap(), state);
+    let older = crate::golden::without(&state, "counters");
+    target.restore(older).unwrap();
+    assert!(target.metrics().iter().all(|(_, count)| *count == 0));
+}
