@@ -347,6 +347,25 @@ pub enum Arrival {
     StayPaused,
 }
 
+/// What a machine's processes have counted so far: counters go on where they were. A peer that does not know one leaves
+/// it at 0.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Counted {
+    /// Exits from guest mode, all vCPUs.
+    pub exits: u64,
+    /// Port exits.
+    pub io_exits: u64,
+    /// MMIO exits.
+    pub mmio_exits: u64,
+    /// Bytes sent to the guest's serial port.
+    pub serial_rx_bytes: u64,
+    /// Bytes the guest sent on it.
+    pub serial_tx_bytes: u64,
+    /// Times the guest restarted itself.
+    pub resets: u64,
+}
+
 /// What the source says when everything has been sent that is sent before the hand-over.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Done {
@@ -367,6 +386,9 @@ pub struct Done {
     pub missing_pages: u64,
     /// What the guest does once the target owns it.
     pub then: Arrival,
+    /// What the machine's processes have counted so far.
+    #[serde(default)]
+    pub counted: Counted,
     /// XXH3-128 of all guest memory, as 32 hex digits, when asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_hash: Option<String>,
@@ -569,6 +591,17 @@ mod tests {
             }),
             ..MigrationProgress::default()
         }
+    }
+
+    #[test]
+    fn a_source_that_does_not_tell_what_was_counted_leaves_it_at_0() {
+        let done: Done = serde_json::from_str(
+            r#"{"round":3,"pages":7,"state_hash":"00","clock_age_ns":5,"then":"run"}"#,
+        )
+        .unwrap();
+        assert_eq!(done.counted, Counted::default());
+        let some: Counted = serde_json::from_str(r#"{"exits":9,"later":1}"#).unwrap();
+        assert_eq!((some.exits, some.resets), (9, 0));
     }
 
     #[test]

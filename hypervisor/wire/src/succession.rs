@@ -22,7 +22,7 @@ use crate::cpu::GuestCpu;
 use crate::devices::Attachments;
 use crate::id::{Epoch, SuccessionId, VmId};
 use crate::machine::{CpuFacts, MachineSpec};
-use crate::migration::Arrival;
+use crate::migration::{Arrival, Counted};
 use crate::problem::Problem;
 use crate::unit::Mib;
 use serde::{Deserialize, Serialize};
@@ -187,22 +187,6 @@ pub struct Offer {
     /// Memory the guest was asked to live with, also after it restarts itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep_memory_mib: Option<Mib>,
-}
-
-/// What a machine's processes have counted so far: counters go on where they were.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Counted {
-    /// Exits from guest mode, all vCPUs.
-    pub exits: u64,
-    /// Port exits.
-    pub io_exits: u64,
-    /// MMIO exits.
-    pub mmio_exits: u64,
-    /// Bytes sent to the guest's serial port.
-    pub serial_rx_bytes: u64,
-    /// Times the guest restarted itself.
-    pub resets: u64,
 }
 
 /// What comes with a machine's state. The bytes of the state and of the console follow the message.

@@ -31,7 +31,7 @@ use godwit_devices::block::LeavingDisk;
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::VmId;
 use godwit_wire::machine::{CpuFacts, MachineSpec};
-use godwit_wire::migration::{Arrival, Blackout, MigrationPhase, ToSource, ToTarget};
+use godwit_wire::migration::{Arrival, Blackout, Counted, MigrationPhase, ToSource, ToTarget};
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::OutgoingRequest;
 use lanes_at_work::LanesAtWork;
@@ -47,8 +47,8 @@ pub trait SourceMachine: Send {
     fn pause(&self) -> Result<Arrival, MachineError>;
     /// What slows the guest down, if that is needed.
     fn throttle(&self) -> Option<Throttle>;
-    /// Saves everything but memory, and when guest time was sampled.
-    fn save(&self) -> Result<(SavedMachine, Instant), MachineError>;
+    /// Saves everything but memory; also when guest time was sampled, and what was counted up to then.
+    fn save(&self) -> Result<(SavedMachine, Instant, Counted), MachineError>;
     /// The migration ended without a hand-over: the guest goes on if it ran.
     fn resume(&self);
     /// The guest runs at the target, which has all of it.

@@ -24,8 +24,8 @@ use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::CpuFacts;
 use godwit_wire::migration::{
-    Arrival, Done, FrameKind, MigrationPhase, MigrationToken, TargetMemory, ToSource, ToTarget,
-    Verify,
+    Arrival, Counted, Done, FrameKind, MigrationPhase, MigrationToken, TargetMemory, ToSource,
+    ToTarget, Verify,
 };
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
@@ -41,8 +41,13 @@ const FIRST_ROUND: u32 = 1;
 
 /// What the receiving end needs of the machine's owner.
 pub trait TargetMachine: Send {
-    /// Makes the machine what was saved; it does not run yet.
-    fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError>;
+    /// Makes the machine what was saved, and counts on from what it had counted; it does not run yet.
+    fn restore(
+        &self,
+        saved: SavedMachine,
+        age: Duration,
+        counted: Counted,
+    ) -> Result<(), MachineError>;
     /// The migration ended without a grant: nothing of the machine may ever run.
     fn void(&self);
     /// The guest, if it runs, stands still until [`Self::go_on`], because memory it may need does not arrive. Nobody
@@ -574,7 +579,7 @@ impl Session<'_> {
             }
         }
         let age = Duration::from_nanos(done.clock_age_ns) + arrived.elapsed();
-        machine.restore(saved, age)?;
+        machine.restore(saved, age, done.counted)?;
         let arrival = &mut *self
             .incoming
             .arrival

@@ -18,9 +18,8 @@ use crate::succession::{TakingOver, Yielding};
 use godwit_wire::devices::Attachments;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuFacts, MachineSpec};
-use godwit_wire::migration::{Arrival, MigrationRole, MigrationStatus};
+use godwit_wire::migration::{Arrival, Counted, MigrationRole, MigrationStatus};
 use godwit_wire::problem::{FieldProblem, Problem};
-use godwit_wire::succession::Counted;
 use godwit_wire::unit::{Bytes, Mib};
 use godwit_wire::vmm_api::{
     Command, Counters, CreateRequest, IncomingReady, IncomingRequest, MigrationCommand,
@@ -286,7 +285,7 @@ impl Driver {
             mmio_exits: counted.mmio_exits,
             serial_rx_bytes: counted.serial_rx_bytes,
             resets: counted.resets,
-            serial_tx_bytes: self.handle.console.written(),
+            serial_tx_bytes: counted.serial_tx_bytes,
         };
         let cpu = self.cpu()?;
         Ok(VmmInfo {
@@ -311,13 +310,17 @@ impl Driver {
     /// Counters of the machine, over all of its processes.
     fn count(&self) -> Counted {
         let mut counted = self.counted;
-        counted.resets += self.resets;
+        counted.serial_tx_bytes = self.handle.console.written();
+        // What came over a wire may be any number.
+        let add = |sum: &mut u64, more: u64| *sum = sum.saturating_add(more);
+        add(&mut counted.resets, self.resets);
         if let Some(machine) = &self.machine {
             let (vcpus, io_exits, mmio_exits) = machine.vcpu_info();
-            counted.exits += vcpus.iter().map(|vcpu| vcpu.exits).sum::<u64>();
-            counted.io_exits += io_exits;
-            counted.mmio_exits += mmio_exits;
-            counted.serial_rx_bytes += machine.serial().received();
+            let exits = vcpus.iter().map(|vcpu| vcpu.exits).sum();
+            add(&mut counted.exits, exits);
+            add(&mut counted.io_exits, io_exits);
+            add(&mut counted.mmio_exits, mmio_exits);
+            add(&mut counted.serial_rx_bytes, machine.serial().received());
         }
         counted
     }

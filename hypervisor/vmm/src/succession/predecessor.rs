@@ -6,9 +6,9 @@ use crate::machine::{MachineError, SavedMachine};
 use crate::memory::boot_time_ns;
 use crate::migration::{HandOverError, Memory, SourceHandOver};
 use godwit_wire::id::{Epoch, SuccessionId, VmId};
-use godwit_wire::migration::{Arrival, MAX_STATE_BYTES};
+use godwit_wire::migration::{Arrival, Counted, MAX_STATE_BYTES};
 use godwit_wire::succession::{
-    Counted, HandedState, OLDEST_SUCCESSION_VERSION, Offer, SUCCESSION_VERSION, SuccessionPhase,
+    HandedState, OLDEST_SUCCESSION_VERSION, Offer, SUCCESSION_VERSION, SuccessionPhase,
     SuccessionRole, SuccessionStatus, ToPredecessor, ToSuccessor,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};

@@ -23,6 +23,7 @@ async fn a_dirtying_pilot_arrives_whole(vcpus: u8) {
         .await
         .expect("ticks")
         .number("ticks");
+    let counted = source.info().await.expect("info").counters;
     let target = Vmm::start(&dir, "target").await.expect("a target");
 
     let status = migrate(&source, &target, &mut request, verifying())
@@ -50,6 +51,17 @@ async fn a_dirtying_pilot_arrives_whole(vcpus: u8) {
         (arrived.state, arrived.vm, arrived.epoch),
         (VmmState::Running, Some(request.vm), request.epoch)
     );
+    // Counters went on from where they were.
+    assert!(counted.serial_rx_bytes > 0 && counted.serial_tx_bytes > 0);
+    for (there, before) in [
+        (arrived.counters.exits, counted.exits),
+        (arrived.counters.io_exits, counted.io_exits),
+        (arrived.counters.mmio_exits, counted.mmio_exits),
+        (arrived.counters.serial_rx_bytes, counted.serial_rx_bytes),
+        (arrived.counters.serial_tx_bytes, counted.serial_tx_bytes),
+    ] {
+        assert!(there >= before, "{:?} after {counted:?}", arrived.counters);
+    }
     let mut shell = target.shell().await.expect("shell");
     assert!(
         shell.command("ticks").await.expect("ticks").number("ticks") > before,

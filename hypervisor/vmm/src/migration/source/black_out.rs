@@ -13,7 +13,7 @@ use crate::migration::round::{Guest, Round, Tally};
 use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::id::Epoch;
 use godwit_wire::migration::{
-    Arrival, Blackout, Done, FrameHeader, MigrationPhase, ToSource, ToTarget, Verify,
+    Arrival, Blackout, Counted, Done, FrameHeader, MigrationPhase, ToSource, ToTarget, Verify,
 };
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,7 @@ struct Still {
     saved: SavedMachine,
     /// When guest time was sampled.
     sampled: Instant,
+    counted: Counted,
     then: Arrival,
     /// Every page that is not at the target as it is here.
     dirty: Vec<DirtyBitmap>,
@@ -116,7 +117,7 @@ impl Session<'_> {
         let then = machine.pause()?;
         self.ledger.enter(MigrationPhase::Blackout);
         let paused = Instant::now();
-        let (saved, sampled) = machine.save()?;
+        let (saved, sampled, counted) = machine.save()?;
         let saved_at = Instant::now();
         // Read after the save: saving may itself write guest memory (kvmclock, steal time, used rings).
         let mut dirty = self.read_dirty(log)?;
@@ -129,6 +130,7 @@ impl Session<'_> {
             saved_at,
             saved,
             sampled,
+            counted,
             then,
             dirty,
             rest_bytes: 0,
@@ -181,6 +183,7 @@ impl Session<'_> {
             clock_age_ns: still.sampled.elapsed().as_nanos() as u64,
             missing_pages,
             then: still.then,
+            counted: still.counted,
             memory_hash,
         });
         if let Err(error) = control.send(&done) {

@@ -19,7 +19,7 @@ use std::sync::mpsc;
 struct NoMachine(mpsc::Sender<&'static str>);
 
 impl TargetMachine for NoMachine {
-    fn restore(&self, _: SavedMachine, _: Duration) -> Result<(), MachineError> {
+    fn restore(&self, _: SavedMachine, _: Duration, _: Counted) -> Result<(), MachineError> {
         let _ = self.0.send("restored");
         Ok(())
     }
@@ -530,6 +530,7 @@ fn a_damaged_state_is_never_restored() {
             clock_age_ns: 0,
             missing_pages: 0,
             then: Arrival::Run,
+            counted: Counted::default(),
             memory_hash: None,
         })
     };

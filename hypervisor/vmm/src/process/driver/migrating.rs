@@ -9,6 +9,9 @@ use godwit_wire::migration::{MigrationToken, TargetMemory};
 use godwit_wire::vmm_api::MigrationBandwidth;
 use std::time::Duration;
 
+/// No guest has written more; a hostile source may say so, and what follows must still be countable.
+const MOST_OUTPUT_BYTES: u64 = u64::MAX / 2;
+
 impl Driver {
     /// Refuses what must not happen while the machine is on its way.
     pub(super) fn admit_without_migration(&self) -> Result<(), Problem> {
@@ -587,7 +590,7 @@ impl SourceMachine for Owner {
             .flatten()
     }
 
-    fn save(&self) -> Result<(SavedMachine, Instant), MachineError> {
+    fn save(&self) -> Result<(SavedMachine, Instant, Counted), MachineError> {
         self.step(|driver| match (&driver.machine, &*driver.state.borrow()) {
             (
                 Some(machine),
@@ -597,7 +600,8 @@ impl SourceMachine for Owner {
             ) => {
                 // From here on the target may take what this machine held.
                 machine.release()?;
-                machine.save()
+                let (saved, sampled) = machine.save()?;
+                Ok((saved, sampled, driver.count()))
             }
             _ => Err(MachineError::BadState(MACHINE_GONE.into())),
         })
@@ -613,10 +617,22 @@ impl SourceMachine for Owner {
 }
 
 impl TargetMachine for Owner {
-    fn restore(&self, saved: SavedMachine, age: Duration) -> Result<(), MachineError> {
+    fn restore(
+        &self,
+        saved: SavedMachine,
+        age: Duration,
+        counted: Counted,
+    ) -> Result<(), MachineError> {
         let asked = Instant::now();
         self.step(move |driver| match &driver.machine {
-            Some(machine) => machine.restore(saved, age + asked.elapsed()),
+            Some(machine) => {
+                machine.restore(saved, age + asked.elapsed())?;
+                driver.counted = counted;
+                // The output itself stays behind; where it ends in all that was ever written does not.
+                let end = counted.serial_tx_bytes.min(MOST_OUTPUT_BYTES);
+                driver.handle.console.go_on_from(&[], end);
+                Ok(())
+            }
             None => Err(MachineError::BadState(MACHINE_GONE.into())),
         })
     }
