@@ -1,13 +1,14 @@
 //! `/v1/vms/{vm}/serial`: a VM's serial console as a WebSocket that stays attached while the VM moves.
 //!
 //! ```text
-//!          opened                      host's stream ends: the VM moved, stopped, or its host is cut off
+//!          opened          the VM is another host's, or the host's stream ends: the VM moved, stopped, is cut off
 //! waiting ────────▶ attached ─────────────────────────────────────────────────────────────────┐
 //!    ▲   the next view, or RETRY                                                              │
 //!    └────────────────────────────────────────────────────────────────────────────────────────┘
 //! ```
 //! It ends when the client leaves, the VM is deleted or the server shuts down. Each host first sends the output it
-//! has kept, so that after a move the client would see it twice: [`Replay`] takes out what it has had already.
+//! has kept, so that after a move the client would see it twice: [`Replay`] takes out what it has had already. What
+//! the client types waits until that is over: no answer to it can be taken for something said before.
 
 use super::Api;
 use super::access::WEBSOCKET_PROTOCOL;
@@ -19,10 +20,10 @@ use axum::response::Response;
 use bytes::Bytes;
 use godwit_channel::problem::{PathArgs, Refusal};
 use godwit_controller::controller::Duplex;
-use godwit_wire::id::VmId;
+use godwit_wire::id::{HostId, VmId};
 use godwit_wire::problem::Problem;
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -35,6 +36,10 @@ const MAX_WAITING_BYTES: usize = 64 << 10;
 const REMEMBERED_BYTES: usize = 64 << 10;
 /// A host's kept output comes without a pause this long.
 const REPLAY_PAUSE: Duration = Duration::from_millis(40);
+/// A guest that speaks without end is taken for done with what was kept after this time.
+const REPLAY_LIMIT: Duration = Duration::from_secs(1);
+/// How long the last words of a guest that has moved are waited for, unless its former host's stream ends before.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 /// An overlap shorter than this may be chance: a prompt, an empty line.
 const LEAST_OVERLAP_BYTES: usize = 24;
 /// When nothing changes in the view, the host is tried again after this time.
@@ -102,11 +107,11 @@ impl Bridge {
     async fn run(mut self) {
         let mut replay = Replay::default();
         let end = loop {
-            let host = match self.open().await {
-                Ok(host) => host,
+            let (owner, host) = match self.open().await {
+                Ok(opened) => opened,
                 Err(end) => break end,
             };
-            if let Err(end) = self.pump(host, &mut replay).await {
+            if let Err(end) = self.pump(owner, host, &mut replay).await {
                 break end;
             }
             replay.expect();
@@ -125,7 +130,7 @@ impl Bridge {
     }
 
     /// Opens the console at the host that has the VM now, however long that takes.
-    async fn open(&mut self) -> Result<Box<dyn Duplex>, End> {
+    async fn open(&mut self) -> Result<(HostId, Box<dyn Duplex>), End> {
         let mut changed = self.api.controller.changed();
         let shutdown = self.api.shutdown.clone();
         loop {
@@ -134,9 +139,10 @@ impl Bridge {
             let Some(vm) = view.vms.get(&self.vm) else {
                 return Err(End::VmDeleted);
             };
-            if vm.owner.is_some() {
+            if let Some(owner) = vm.owner {
                 match self.api.controller.serial(self.vm).await {
-                    Ok(host) => return Ok(host),
+                    // Should it have moved just now, that is seen at once and the new owner's is opened.
+                    Ok(host) => return Ok((owner, host)),
                     Err(problem) => {
                         tracing::debug!(vm = %self.vm, %problem, "serial console not open yet")
                     }
@@ -170,13 +176,26 @@ impl Bridge {
         Ok(())
     }
 
-    /// Carries bytes both ways until the host's stream ends.
-    async fn pump(&mut self, host: Box<dyn Duplex>, replay: &mut Replay) -> Result<(), End> {
+    /// Carries bytes both ways until the host's stream ends, or the VM is no longer `owner`'s: one that has left may
+    /// have its process there for long, for memory that follows it. Its last words are taken along, and what is typed
+    /// from then on waits for the new host.
+    async fn pump(
+        &mut self,
+        owner: HostId,
+        host: Box<dyn Duplex>,
+        replay: &mut Replay,
+    ) -> Result<(), End> {
         let (mut from_guest, mut to_guest) = tokio::io::split(host);
         let shutdown = self.api.shutdown.clone();
         let mut buffer = vec![0; 16 << 10];
+        let replay_ends = Instant::now() + REPLAY_LIMIT;
+        let mut leave_at = None;
         loop {
-            while let Some(bytes) = self.waiting.front() {
+            // Looked at before each piece: what a host gets that has not the VM any more is lost.
+            while !replay.is_expected()
+                && !is_others(&self.api, self.vm, owner)
+                && let Some(bytes) = self.waiting.front()
+            {
                 if to_guest.write_all(bytes).await.is_err() {
                     return Ok(());
                 }
@@ -185,10 +204,11 @@ impl Bridge {
             if to_guest.flush().await.is_err() {
                 return Ok(());
             }
-            let pause = if replay.is_expected() {
-                REPLAY_PAUSE
-            } else {
-                PING_EVERY
+            let until = |end: Instant| end.saturating_duration_since(Instant::now());
+            let pause = match leave_at {
+                Some(leave_at) => until(leave_at),
+                None if replay.is_expected() => REPLAY_PAUSE.min(until(replay_ends)),
+                None => PING_EVERY,
             };
             tokio::select! {
                 read = tokio::time::timeout(pause, from_guest.read(&mut buffer)) => {
@@ -198,6 +218,10 @@ impl Bridge {
                             return Ok(());
                         }
                         Ok(Ok(length)) => replay.pass(&buffer[..length]),
+                        Err(_) if leave_at.is_some() => {
+                            self.tell(replay.settle()).await?;
+                            return Ok(());
+                        }
                         Err(_) if replay.is_expected() => replay.settle(),
                         Err(_) => {
                             self.socket.send(Message::Ping(Bytes::new())).await.map_err(|_| End::ClientGone)?;
@@ -206,7 +230,10 @@ impl Bridge {
                     };
                     self.tell(fresh).await?;
                 }
-                message = self.socket.recv() => self.waiting.extend(input(message)?),
+                message = self.socket.recv() => self.keep(message)?,
+                () = has_left(&self.api, self.vm, owner), if leave_at.is_none() => {
+                    leave_at = Some(Instant::now() + LAST_WORDS);
+                }
                 () = shutdown.cancelled() => return Err(End::ShuttingDown),
             }
         }
@@ -220,6 +247,27 @@ impl Bridge {
                 .await
                 .map_err(|_| End::ClientGone),
             None => Ok(()),
+        }
+    }
+}
+
+/// Whether `vm` is another host's than `owner`'s.
+fn is_others(api: &Api, vm: VmId, owner: HostId) -> bool {
+    let view = api.controller.view();
+    let now = view.vms.get(&vm).and_then(|vm| vm.owner);
+    now.is_some_and(|now| now != owner)
+}
+
+/// Waits until it is.
+async fn has_left(api: &Api, vm: VmId, owner: HostId) {
+    let mut changed = api.controller.changed();
+    loop {
+        changed.mark_unchanged();
+        if is_others(api, vm, owner) {
+            return;
+        }
+        if changed.changed().await.is_err() {
+            return std::future::pending().await;
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A server, host agents and VMMs as real processes, driven through REST.
 
+mod console;
 mod disks_along;
 mod fail_over;
 mod faults;
