@@ -111,6 +111,7 @@ fn hand_over_disks(draft: &mut Draft<'_>, migration: &Migration, vm: &mut Vm) ->
             Some(disk) if moving.blank == BlankDisk::Made => disks.push(Disk {
                 pool: moving.to,
                 origin: DiskOrigin::Blank,
+                made_for: Some(migration.id),
                 ..disk
             }),
             _ => return false,

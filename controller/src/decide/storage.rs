@@ -164,6 +164,7 @@ pub(super) fn record(
         bytes: plan.bytes,
         format: plan.format,
         origin,
+        made_for: None,
         created_with,
         state: DiskState::Creating,
         operation: None,

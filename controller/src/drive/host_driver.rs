@@ -7,7 +7,7 @@ use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, UpgradeVm,
     UpgradedVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, PoolId, SnapshotId, VmId};
+use godwit_wire::id::{DiskId, Epoch, HostId, ImageId, MigrationId, PoolId, SnapshotId, VmId};
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
 };
@@ -192,14 +192,14 @@ pub trait HostDriver: fmt::Debug + Send + Sync + 'static {
         disk: DiskId,
     ) -> Result<(), CallError>;
 
-    /// Erases what is left of a disk, unless a machine has claimed it under an epoch after `up_to`; done also when it
-    /// is not there.
+    /// Erases what is left of a disk, but only the one that was made for `made_for`, or the original; any other is
+    /// refused as [`ANOTHER_COPY`](godwit_wire::storage::ANOTHER_COPY). Done also when none is there.
     async fn erase_copy(
         &self,
         to: HostAddress,
         pool: PoolId,
         disk: DiskId,
-        up_to: Epoch,
+        made_for: Option<MigrationId>,
     ) -> Result<(), CallError>;
 
     /// Begins to save a VM.

@@ -17,7 +17,8 @@ use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, SnapshotId, V
 use godwit_wire::migration::{MigrationIdentity, MigrationRole};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
-    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, MADE_FOR_NONE, SnapshotReport,
+    TakeSnapshot,
 };
 use godwit_wire::vmm_api::{DirtyRate, DirtyRateRequest, IncomingReady, MigrationBandwidth};
 use serde::Serialize;
@@ -383,9 +384,10 @@ impl HostDriver for TlsDriver {
         to: HostAddress,
         pool: PoolId,
         disk: DiskId,
-        up_to: Epoch,
+        made_for: Option<MigrationId>,
     ) -> Result<(), CallError> {
-        let path = format!("{}?up_to_epoch={up_to}", disk_path(pool, disk));
+        let made_for = made_for.map_or(MADE_FOR_NONE.to_owned(), |id| id.to_string());
+        let path = format!("{}?made_for={made_for}", disk_path(pool, disk));
         self.client(to).delete(&path).await
     }
 

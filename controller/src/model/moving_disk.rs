@@ -2,7 +2,7 @@
 
 use super::Migration;
 use godwit_wire::devices::{DiskFormat, DiskSource};
-use godwit_wire::id::{DiskId, ImageId, PoolId};
+use godwit_wire::id::{DiskId, ImageId, MigrationId, PoolId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::unit::Bytes;
 use serde::{Deserialize, Serialize};
@@ -41,6 +41,9 @@ pub struct MovingDisk {
     /// The image it is a thin copy of in the pool it leaves; in the other one it is whole by itself.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<ImageId>,
+    /// The migration that brought it into the pool it leaves; `None` of one that was made there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_for: Option<MigrationId>,
     /// How far the target is.
     pub blank: BlankDisk,
 }
@@ -49,7 +52,7 @@ pub struct MovingDisk {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BlankDisk {
-    /// The target is told to make it; nobody was told to write to it yet, so whatever lies there may be erased.
+    /// The target is told to make it; nobody was told to write to it yet.
     Wanted,
     /// It is there. From now on the target may be told to receive, so it is not touched any more.
     Made,

@@ -227,8 +227,9 @@ pub enum Work {
         pool: PoolId,
         /// The host that left it there.
         host: HostId,
-        /// Latest epoch under which a machine had it there; one that was claimed later is another.
-        up_to: Epoch,
+        /// The migration that the disk there was made for, `None` of an original; any other is not touched.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        made_for: Option<MigrationId>,
         /// The image that it is a thin copy of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<ImageId>,

@@ -1,7 +1,7 @@
 //! Images and disks: what is kept in the storage pools. Which hosts see which pool is observed, not stored.
 
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, HostId, ImageId, OperationId, PoolId, VmId};
+use godwit_wire::id::{DiskId, HostId, ImageId, MigrationId, OperationId, PoolId, VmId};
 use godwit_wire::storage::{DiskOrigin, ImportSource};
 use godwit_wire::unit::Bytes;
 use jiff::Timestamp;
@@ -83,6 +83,9 @@ pub struct Disk {
     pub format: DiskFormat,
     /// What it is made from.
     pub origin: DiskOrigin,
+    /// The migration that brought it into its pool; `None` of one that was made there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_for: Option<MigrationId>,
     /// The VM it was created with, and with which it goes unless asked otherwise.
     pub created_with: Option<VmId>,
     /// Where it stands.
@@ -148,6 +151,7 @@ mod tests {
             origin: DiskOrigin::Image {
                 image: ImageId(Uuid::from_u128(3)),
             },
+            made_for: None,
             created_with: Some(VmId(Uuid::from_u128(4))),
             state: DiskState::Ready,
             operation: None,

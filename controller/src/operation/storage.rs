@@ -11,6 +11,7 @@ mod copy;
 mod disk;
 mod image;
 
+pub(super) use copy::is_another_copy;
 pub(crate) use disk::begin_deletion;
 pub(super) use disk::{disk_made, disk_reason, erase_disk, make_disk, release_origin};
 
@@ -49,14 +50,14 @@ async fn carry_out(context: &Context<'_>) -> Result<(), Ended> {
             disk,
             pool,
             host,
-            up_to,
+            made_for,
             ..
         } => {
             let left = copy::Left {
                 disk,
                 pool,
                 host,
-                up_to,
+                made_for,
             };
             copy::erase_copy(context, &left).await
         }

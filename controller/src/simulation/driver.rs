@@ -11,7 +11,7 @@ use godwit_wire::host_api::{
     CancelMigration, PrepareIncoming, SetBalloon, StartOutgoing, StartVm, StopVm, UpgradeVm,
     UpgradedVm, VmCommand, VmReport,
 };
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId, VmId};
+use godwit_wire::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
@@ -299,10 +299,12 @@ impl HostDriver for SimDriver {
         to: HostAddress,
         pool: PoolId,
         disk: DiskId,
-        up_to: Epoch,
+        made_for: Option<MigrationId>,
     ) -> Result<(), CallError> {
-        self.call(to, "erase copy", |host| host.erase_copy(pool, disk, up_to))
-            .await
+        self.call(to, "erase copy", |host| {
+            host.erase_copy(pool, disk, made_for)
+        })
+        .await
     }
 
     async fn take_snapshot(

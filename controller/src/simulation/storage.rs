@@ -2,7 +2,7 @@
 //! is shared by the hosts that share the pool.
 
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
+use godwit_wire::id::{DiskId, ImageId, PoolId, SnapshotId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
     CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, ImportImage, ImportSource,
@@ -24,8 +24,8 @@ struct Content {
     images: BTreeMap<ImageId, (ImageReport, Instant)>,
     disks: BTreeMap<DiskId, (DiskReport, Instant)>,
     snapshots: BTreeMap<SnapshotId, (SnapshotReport, Instant)>,
-    /// Disks that something was written to, and under which epoch last.
-    written: BTreeMap<DiskId, Epoch>,
+    /// Disks that something was written to.
+    written: BTreeSet<DiskId>,
     /// Why new disks fail, from the second on.
     fails: Option<String>,
     trouble: Option<String>,
@@ -52,7 +52,7 @@ impl SimPool {
             images: BTreeMap::new(),
             disks: BTreeMap::new(),
             snapshots: BTreeMap::new(),
-            written: BTreeMap::new(),
+            written: BTreeSet::new(),
             fails: None,
             trouble: None,
         };
@@ -228,6 +228,7 @@ impl SimPool {
             virtual_bytes: command.bytes.unwrap_or(IMAGE_BYTES),
             file_bytes: Bytes(1 << 16),
             base,
+            made_for: command.made_for,
         };
         if let Some(reason) = content.fails.clone().filter(|_| !content.disks.is_empty()) {
             report.state = WorkState::Failed { reason };
@@ -262,17 +263,12 @@ impl SimPool {
         Ok(())
     }
 
-    /// Something is written to a disk by a VM under an epoch.
-    pub(super) fn write(&self, disk: DiskId, epoch: Epoch) {
+    /// Something is written to a disk by a VM.
+    pub(super) fn write(&self, disk: DiskId) {
         let mut content = self.content();
         if content.disks.contains_key(&disk) {
-            content.written.insert(disk, epoch);
+            content.written.insert(disk);
         }
-    }
-
-    /// The epoch under which a VM has claimed a disk last.
-    pub(super) fn claimed_under(&self, disk: DiskId) -> Option<Epoch> {
-        self.content().written.get(&disk).copied()
     }
 
     /// Whether a disk is whole by itself and nothing was ever written to it.
@@ -280,11 +276,11 @@ impl SimPool {
         let content = self.content();
         let known = content.disks.get(&disk);
         let alone = known.is_some_and(|(report, _)| report.base.is_none());
-        alone && !content.written.contains_key(&disk)
+        alone && !content.written.contains(&disk)
     }
 
     /// Whether a disk is there and holds what was written to it.
     pub(super) fn is_written(&self, disk: DiskId) -> bool {
-        self.content().written.contains_key(&disk)
+        self.content().written.contains(&disk)
     }
 }

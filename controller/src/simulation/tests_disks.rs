@@ -8,7 +8,7 @@ use crate::intent::{NewDisk, NewImage};
 use crate::model::{DisksOnMove, Work};
 use godwit_wire::id::{DiskId, ImageId};
 use godwit_wire::migration::{MigrationPolicy, PostCopy};
-use godwit_wire::storage::{DiskOrigin, ImportSource};
+use godwit_wire::storage::{ANOTHER_COPY, DiskOrigin, ImportSource};
 use godwit_wire::unit::Bytes;
 
 /// Moves a VM to a host, its local disks into the pool which that host has for itself.
@@ -242,6 +242,26 @@ async fn what_the_source_has_left_is_erased_however_late_and_before_the_disk_com
     assert_eq!(pool.home_of(disk), Pool::local(1));
     pool.settled().await;
     assert!(pool.has_file(1, disk) && !pool.has_file(2, disk));
+}
+
+/// Only what a disk was made for tells it from the one that the command means.
+#[tokio::test(start_paused = true)]
+async fn an_erasure_that_is_carried_out_again_spares_a_disk_that_has_come_back() {
+    let (pool, vm) = one_vm_with_a_local_disk().await;
+    let disk = pool.disk("a-disk-1");
+    assert_eq!(pool.view().disks[&disk].made_for, None);
+    for target in [2, 1] {
+        pool.succeeds(pool.submit(along(vm, target)).await.unwrap())
+            .await;
+        pool.settled().await;
+    }
+    let late = pool.host(1).erase_copy(Pool::local(1), disk, None);
+    assert_eq!(late.unwrap_err().kind, ANOTHER_COPY);
+    assert!(pool.has_file(1, disk));
+    let here = pool.host(1).pool(Pool::local(1)).unwrap();
+    let made_for = pool.view().disks[&disk].made_for;
+    assert!(made_for.is_some());
+    assert_eq!(here.disk(disk).unwrap().made_for, made_for);
 }
 
 fn is_where_its_disk_is(pool: &Pool, vm: VmId) {

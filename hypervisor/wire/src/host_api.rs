@@ -26,6 +26,9 @@
 //! | `GET`, `DELETE /v1/pools/{pool}/snapshots/{snapshot}` | | [`SnapshotReport`](crate::storage::SnapshotReport); `204` |
 //! | `GET /v1/vms/{vm}/serial` | `Upgrade: godwit-serial` | raw bytes both ways, first the ring's content |
 //!
+//! The deletion of a disk with `?made_for=`, a migration's id or `none`, leaves alone what was not made for that
+//! ([`made_for`](crate::storage::DiskReport::made_for)).
+//!
 //! The server serves to agents:
 //!
 //! | method and path | body | answer |

@@ -11,7 +11,7 @@
 //! ```
 
 use crate::devices::DiskFormat;
-use crate::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
+use crate::id::{DiskId, Epoch, ImageId, MigrationId, PoolId, SnapshotId};
 use crate::unit::Bytes;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -94,7 +94,16 @@ pub struct DiskReport {
     /// The image it is a thin copy of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<ImageId>,
+    /// The migration that it was made for, to take a disk's content in; `None` of an original. It tells apart what a
+    /// pool holds of one disk at different times.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_for: Option<MigrationId>,
 }
+
+/// What stands for "made for no migration" in the query of a deletion.
+pub const MADE_FOR_NONE: &str = "none";
+/// Kind of the problem that answers the deletion of a disk which was not made for what the query names.
+pub const ANOTHER_COPY: &str = "another-copy";
 
 /// Imports an image. Repeating it while it works, or after it is done, answers with the present report.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -135,6 +144,9 @@ pub struct CreateDisk {
     pub format: DiskFormat,
     /// What it is made from.
     pub from: DiskOrigin,
+    /// The migration whose content it is to take in. It is written down with the disk and stays there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_for: Option<MigrationId>,
 }
 
 /// What a new disk is made from.

@@ -18,7 +18,7 @@ use crate::model::{
 };
 use crate::operation::context::{Context, Sent};
 use crate::operation::fresh;
-use crate::operation::storage::{Outcome, follow, unwatched};
+use crate::operation::storage::{Outcome, follow, is_another_copy, unwatched};
 use crate::plan::along::{along, destinations};
 use crate::plan::picture;
 use crate::view::View;
@@ -50,6 +50,7 @@ pub(super) fn chosen(view: &View, vm: &Vm, target: HostId, disks: &DisksOnMove) 
         bytes: to.disk.bytes,
         format: to.disk.format,
         base: to.disk.base,
+        made_for: view.disks.get(&to.disk.disk).and_then(|disk| disk.made_for),
         blank: BlankDisk::Wanted,
     });
     moving.collect()
@@ -118,11 +119,15 @@ async fn make_blank(
         Sent::Refused(problem) => return Err(failed(&problem.detail)),
         Sent::HostLost => return Err(failed("it is silent")),
         Sent::Interrupted => return Ok(Blanks::Interrupted),
+        // Made before, and nobody was told to write to it since.
+        Sent::Answer(report) if report.made_for == Some(migration.id) => {}
         // What an earlier migration has left there is not blank.
-        Sent::Answer(_) => {
-            let delete = |to| driver.erase_copy(to, pool, id, migration.epoch);
+        Sent::Answer(report) => {
+            let delete = |to| driver.erase_copy(to, pool, id, report.made_for);
             match context.send(migration.target, delete, &over).await {
                 Sent::Answer(()) => {}
+                // What is there instead is looked at when it is to be made.
+                Sent::Refused(problem) if is_another_copy(&problem) => {}
                 Sent::Refused(problem) => return Err(failed(&problem.detail)),
                 Sent::HostLost => return Err(failed("it is silent")),
                 Sent::Interrupted => return Ok(Blanks::Interrupted),
@@ -133,6 +138,7 @@ async fn make_blank(
         bytes: Some(disk.bytes),
         format: disk.format,
         from: DiskOrigin::Blank,
+        made_for: Some(migration.id),
     };
     let making = follow(
         context,
@@ -143,7 +149,11 @@ async fn make_blank(
         unwatched,
     );
     match making.await {
-        Outcome::Ready(report) if report.virtual_bytes != disk.bytes || report.base.is_some() => {
+        Outcome::Ready(report)
+            if report.made_for != Some(migration.id)
+                || report.virtual_bytes != disk.bytes
+                || report.base.is_some() =>
+        {
             Err(failed("it has another disk there"))
         }
         Outcome::Ready(_) => Ok(Blanks::Made),
@@ -178,9 +188,9 @@ pub(super) fn let_go_of_disks(
     migration: &Migration,
 ) {
     for moving in &migration.disks {
-        let (pool, host, base) = match migration.state {
-            MigrationState::Committed { .. } => (moving.from, migration.source, moving.base),
-            MigrationState::Void { .. } => (moving.to, migration.target, None),
+        let (pool, host, made_for) = match migration.state {
+            MigrationState::Committed { .. } => (moving.from, migration.source, moving.made_for),
+            MigrationState::Void { .. } => (moving.to, migration.target, Some(migration.id)),
             // Both may still be needed.
             MigrationState::Open => return,
         };
@@ -192,12 +202,13 @@ pub(super) fn let_go_of_disks(
         }
         // Only what the record does not name: never the disk itself.
         if disk.pool != pool {
+            let committed = matches!(migration.state, MigrationState::Committed { .. });
             let work = Work::EraseCopy {
                 disk: disk.id,
                 pool,
                 host,
-                up_to: migration.epoch,
-                base,
+                made_for,
+                base: moving.base.filter(|_| committed),
             };
             let subject = Subject::disk(disk.id, &disk.name);
             let parent = Some(operation.id);

@@ -1,22 +1,25 @@
 //! Erasing what a migration has left of a disk where the disk is not.
 //!
 //! ```text
-//! wait for a host with the pool ─▶ tell it ─▶ erased
+//! wait for a host with the pool ─▶ tell it ─▶ erased, or not that copy any more
 //!        ▲                          │ refused: something still has the file open, or the pool is in trouble
 //!        └──────── pause ───────────┘
 //! ```
-//! The host may be away for as long as it likes. What must never happen is that the disk itself is erased: nothing is
-//! sent while the disk's record, or an open migration, names the pool, no migration takes the disk into the pool before
-//! this operation has ended, and a command that arrives later still is refused, because the disk's lock names a later
-//! epoch by then.
+//! The host may be away for as long as it likes. What must never happen is that the disk itself is erased. So the command
+//! names the copy that it means by the migration which that was made for (`None`: the original), the pool has this on
+//! record beside the disk, and refuses to erase any other. A disk that comes back comes in a copy made for a migration of
+//! its own, so a command that is carried out however late, or twice, finds its own copy or does nothing. That nothing is
+//! sent while the disk's record, or an open migration, names the pool, and that no migration takes the disk into the pool
+//! before this operation has ended, keeps the two from working against each other; it is not what protects the disk.
 
 use super::note_deletion;
 use crate::model::{Subject, Work};
 use crate::operation::Ended;
 use crate::operation::context::{Conclusion, Context, FIRST_PAUSE, Sent};
 use crate::view::View;
-use godwit_wire::id::{DiskId, Epoch, HostId, PoolId};
+use godwit_wire::id::{DiskId, HostId, MigrationId, PoolId};
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::ANOTHER_COPY;
 use std::time::Duration;
 
 /// Times a host is asked again after it has refused.
@@ -30,7 +33,13 @@ pub(super) struct Left {
     pub(super) disk: DiskId,
     pub(super) pool: PoolId,
     pub(super) host: HostId,
-    pub(super) up_to: Epoch,
+    /// What the copy was made for; another one is not meant.
+    pub(super) made_for: Option<MigrationId>,
+}
+
+/// Whether a host has refused because what it has is not the copy that was named.
+pub(in crate::operation) fn is_another_copy(problem: &Problem) -> bool {
+    problem.kind == ANOTHER_COPY
 }
 
 /// What to do next.
@@ -105,11 +114,15 @@ async fn erase(context: &Context<'_>, left: &Left) -> Result<(), Problem> {
         };
         let told = context.send(
             host,
-            |to| driver.erase_copy(to, left.pool, left.disk, left.up_to),
+            |to| driver.erase_copy(to, left.pool, left.disk, left.made_for),
             |view| view.belongs_in(left.disk, left.pool),
         );
         match told.await {
             Sent::Answer(()) => return Ok(()),
+            Sent::Refused(problem) if is_another_copy(&problem) => {
+                tracing::info!(operation = %context.id, %host, %problem, "what was to be erased is gone already");
+                return Ok(());
+            }
             // Also that it does not see the pool any more: then nothing was erased.
             Sent::Refused(problem) => {
                 refusals += 1;

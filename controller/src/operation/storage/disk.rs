@@ -42,6 +42,7 @@ pub(in crate::operation) async fn make_disk(
         bytes: disk.bytes,
         format: disk.format,
         from: disk.origin.clone(),
+        made_for: None,
     };
     let (pool, driver) = (disk.pool, &context.core.driver);
     for _ in 0..MAX_ATTEMPTS {

@@ -6,9 +6,10 @@
 use super::{SimHost, refuse};
 use godwit_wire::devices::DiskSource;
 use godwit_wire::host_api::PrepareIncoming;
-use godwit_wire::id::{DiskId, Epoch, PoolId, VmId};
+use godwit_wire::id::{DiskId, MigrationId, PoolId, VmId};
 use godwit_wire::machine::MachineSpec;
 use godwit_wire::problem::Problem;
+use godwit_wire::storage::ANOTHER_COPY;
 use godwit_wire::vmm_api::VmmState;
 
 pub(super) fn of(spec: &MachineSpec) -> Vec<(PoolId, DiskId)> {
@@ -61,7 +62,7 @@ impl SimHost {
         let Some(known) = known else { return };
         for (pool, disk) in &known.disks {
             if let Ok(pool) = self.pool(*pool) {
-                pool.write(*disk, known.epoch);
+                pool.write(*disk);
             }
         }
     }
@@ -79,16 +80,16 @@ impl SimHost {
         self.pool(pool)?.delete_disk(disk)
     }
 
-    /// As [`delete_disk`](Self::delete_disk), unless a VMM has claimed the disk under a later epoch.
+    /// As [`delete_disk`](Self::delete_disk), but only the one that was made for `made_for`, or the original.
     pub(in crate::simulation) fn erase_copy(
         &self,
         pool: PoolId,
         disk: DiskId,
-        up_to: Epoch,
+        made_for: Option<MigrationId>,
     ) -> Result<(), Problem> {
-        let claimed = self.pool(pool)?.claimed_under(disk);
-        if claimed.is_some_and(|epoch| epoch > up_to) {
-            return Err(refuse("disk-in-use"));
+        let found = self.pool(pool)?.disk(disk);
+        if found.is_ok_and(|found| found.made_for != made_for) {
+            return Err(refuse(ANOTHER_COPY));
         }
         self.delete_disk(pool, disk)
     }

@@ -10,11 +10,11 @@ use axum::{Json, Router};
 use futures_util::StreamExt;
 use godwit_channel::problem::{Answer, JsonBody, PathArgs, QueryArgs, Refusal};
 use godwit_wire::devices::DiskSource;
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId, VmId};
+use godwit_wire::id::{DiskId, ImageId, MigrationId, PoolId, SnapshotId, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::{
-    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, SnapshotReport, TakeSnapshot,
-    WorkState,
+    CreateDisk, DiskReport, GrowDisk, ImageReport, ImportImage, MADE_FOR_NONE, SnapshotReport,
+    TakeSnapshot, WorkState,
 };
 use serde::Deserialize;
 use std::sync::Arc;
@@ -131,19 +131,29 @@ async fn disk(State(agent): Shared, PathArgs((pool, disk)): DiskPath) -> Answer<
 
 #[derive(Debug, Deserialize)]
 struct DeleteArgs {
-    /// Only if no machine has claimed the disk under a later epoch.
+    /// Only the disk that was made for this migration, or for [none](MADE_FOR_NONE).
     #[serde(default)]
-    up_to_epoch: Option<Epoch>,
+    made_for: Option<String>,
 }
 
 async fn delete_disk(
     State(agent): Shared,
     PathArgs((pool, disk)): DiskPath,
-    QueryArgs(DeleteArgs { up_to_epoch }): QueryArgs<DeleteArgs>,
+    QueryArgs(DeleteArgs { made_for }): QueryArgs<DeleteArgs>,
 ) -> Result<StatusCode, Refusal> {
-    let deleted = blocking(&agent, move |storage| match up_to_epoch {
+    let deleted = blocking(&agent, move |storage| match made_for.as_deref() {
         None => storage.delete_disk(pool, disk),
-        Some(epoch) => storage.erase_copy(pool, disk, epoch),
+        Some(MADE_FOR_NONE) => storage.erase_copy(pool, disk, None),
+        Some(id) => {
+            let made_for = id
+                .parse::<MigrationId>()
+                .map_err(|error| StorageError::Invalid {
+                    field: "made_for",
+                    problem: format!("{id} is no migration: {error}"),
+                    remedy: "give the id of a migration, or none",
+                })?;
+            storage.erase_copy(pool, disk, Some(made_for))
+        }
     });
     let Json(()) = answer(deleted.await?)?;
     Ok(StatusCode::NO_CONTENT)

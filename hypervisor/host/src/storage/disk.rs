@@ -8,19 +8,14 @@ use super::qcow2::{self, Backing};
 use super::work::{Begin, Key, Progress};
 use super::{OpenPool, Storage};
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId};
+use godwit_wire::id::{DiskId, ImageId, MigrationId, PoolId};
 use godwit_wire::storage::{CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, WorkState};
 use godwit_wire::unit::Bytes;
 use rustix::fs::FlockOperation;
-use serde::Deserialize;
 use std::fs::File;
-use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-
-/// Most bytes of the record in a disk's lock.
-const LOCK_RECORD_BYTES: usize = 512;
 
 /// Where a disk's bytes are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +52,11 @@ impl Storage {
                 let guard = open.lock()?;
                 let part = Part::create(&open, open.part(Kind::Disk, disk.0))?;
                 fill_blank(&part, ask.format, bytes, None)?;
-                publish(&open, &guard, &part, report(disk, ask.format, bytes, None))?;
+                let new = DiskReport {
+                    made_for: ask.made_for,
+                    ..report(disk, ask.format, bytes, None)
+                };
+                publish(&open, &guard, &part, new)?;
             }
             DiskOrigin::Image { image } => {
                 self.create_from_image(&open, pool, disk, image, ask)?;
@@ -92,12 +91,11 @@ impl Storage {
                 };
                 let part = Part::create(open, open.part(Kind::Disk, disk.0))?;
                 fill_blank(&part, DiskFormat::Qcow2, bytes, Some(backing))?;
-                publish(
-                    open,
-                    &guard,
-                    &part,
-                    report(disk, DiskFormat::Qcow2, bytes, Some(image)),
-                )
+                let new = DiskReport {
+                    made_for: ask.made_for,
+                    ..report(disk, DiskFormat::Qcow2, bytes, Some(image))
+                };
+                publish(open, &guard, &part, new)
             }
             (DiskFormat::Raw, DiskFormat::Raw) => {
                 let from = open.data(Kind::Image, image.0, DiskFormat::Raw);
@@ -105,7 +103,10 @@ impl Storage {
                     key: disk_key(pool, disk),
                     source: open.open_file(&from, File::options().read(true))?,
                     from,
-                    new: report(disk, DiskFormat::Raw, bytes, None),
+                    new: DiskReport {
+                        made_for: ask.made_for,
+                        ..report(disk, DiskFormat::Raw, bytes, None)
+                    },
                     held: Vec::new(),
                 };
                 drop(guard);
@@ -147,7 +148,10 @@ impl Storage {
             key: disk_key(pool, disk),
             source: open.open_file(&from, File::options().read(true))?,
             from,
-            new: report(disk, old.format, bytes, old.base),
+            new: DiskReport {
+                made_for: ask.made_for,
+                ..report(disk, old.format, bytes, old.base)
+            },
             held: vec![Held::Lock(lock), Held::Reading(reading)],
         };
         drop(guard);
@@ -253,36 +257,38 @@ impl Storage {
 
     /// Deletes a disk that nobody uses, or stops its making; may block.
     pub(crate) fn delete_disk(&self, pool: PoolId, disk: DiskId) -> Result<(), StorageError> {
-        self.remove_disk(pool, disk, Epoch(u64::MAX))
+        self.remove_disk(pool, disk, Which::Any)
     }
 
-    /// As [`delete_disk`](Self::delete_disk), unless a machine has claimed the disk under a later epoch: a command
+    /// As [`delete_disk`](Self::delete_disk), but only the one that was made for `made_for`, or the original: a command
     /// that comes late must not delete a disk that has come back since.
     pub(crate) fn erase_copy(
         &self,
         pool: PoolId,
         disk: DiskId,
-        up_to: Epoch,
+        made_for: Option<MigrationId>,
     ) -> Result<(), StorageError> {
-        self.remove_disk(pool, disk, up_to)
+        self.remove_disk(pool, disk, Which::MadeFor(made_for))
     }
 
-    fn remove_disk(&self, pool: PoolId, disk: DiskId, up_to: Epoch) -> Result<(), StorageError> {
+    fn remove_disk(&self, pool: PoolId, disk: DiskId, which: Which) -> Result<(), StorageError> {
         let open = self.pool(pool)?;
         let key = disk_key(pool, disk);
         self.work.not_read(key)?;
         let guard = open.lock()?;
+        // Nothing is made or removed while the pool is locked. Before it is looked at whether a machine uses the disk:
+        // that another one is used is nobody's failure.
+        if let Which::MadeFor(expected) = which
+            && let Some(found) = open.read_record::<DiskReport>(Kind::Disk, disk.0)?
+            && found.made_for != expected
+        {
+            let made_for = found.made_for;
+            return Err(StorageError::AnotherCopy { disk, made_for });
+        }
         let lock = match self.claim(&open, disk) {
             Err(StorageError::NoSuchDisk(_)) => None,
             claimed => Some(claimed?),
         };
-        if let Some(lock) = &lock {
-            let path = open.disk_lock(disk.0);
-            let claimed = claimed_under(lock).map_err(|error| open.io("read", &path, error))?;
-            if let Some(epoch) = claimed.filter(|epoch| *epoch > up_to) {
-                return Err(StorageError::ClaimedSince { disk, epoch });
-            }
-        }
         self.work.cancel(key);
         open.remove(&guard, Kind::Disk, disk.0)?;
         drop(lock);
@@ -354,19 +360,13 @@ impl Storage {
     }
 }
 
-/// The epoch that the record in a lock names; `None` when no machine has ever claimed the disk.
-fn claimed_under(lock: &File) -> io::Result<Option<Epoch>> {
-    #[derive(Deserialize)]
-    struct Claimed {
-        epoch: Epoch,
-    }
-    let mut record = [0; LOCK_RECORD_BYTES];
-    let length = lock.read_at(&mut record, 0)?;
-    if length == 0 {
-        return Ok(None);
-    }
-    let claimed: Claimed = serde_json::from_slice(&record[..length])?;
-    Ok(Some(claimed.epoch))
+/// Which of the disks that a pool may hold under one id, one after the other, is to be removed.
+#[derive(Clone, Copy, Debug)]
+enum Which {
+    /// Whichever is there.
+    Any,
+    /// The one that was made for this migration; `None`: the original.
+    MadeFor(Option<MigrationId>),
 }
 
 const fn disk_key(pool: PoolId, disk: DiskId) -> Key {
@@ -390,6 +390,7 @@ fn report(
         virtual_bytes,
         file_bytes: Bytes(0),
         base,
+        made_for: None,
     }
 }
 

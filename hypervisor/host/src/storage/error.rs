@@ -1,8 +1,9 @@
 //! Why something cannot be done in a pool.
 
 use godwit_channel::file::FileError;
-use godwit_wire::id::{DiskId, Epoch, ImageId, PoolId, SnapshotId};
+use godwit_wire::id::{DiskId, ImageId, MigrationId, PoolId, SnapshotId};
 use godwit_wire::problem::{FieldProblem, Problem};
+use godwit_wire::storage::ANOTHER_COPY;
 use godwit_wire::unit::Bytes;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,8 +36,12 @@ pub(crate) enum StorageError {
     #[error("a machine uses disk {0}")]
     DiskInUse(DiskId),
     /// It is not the copy that was left any more.
-    #[error("a machine has claimed disk {disk} under epoch {epoch} since")]
-    ClaimedSince { disk: DiskId, epoch: Epoch },
+    #[error("the disk {disk} that is in the pool is another one: {}", origin(*made_for))]
+    AnotherCopy {
+        disk: DiskId,
+        /// What the one that is there was made for.
+        made_for: Option<MigrationId>,
+    },
     /// Disks are thin copies of it.
     #[error("disk {child} is a thin copy of image {image}")]
     ImageInUse { image: ImageId, child: DiskId },
@@ -108,7 +113,7 @@ impl StorageError {
             Self::Busy { .. } => {
                 Problem::conflict("busy", detail).with_remedy("wait until it is done")
             }
-            Self::ClaimedSince { .. } => Problem::conflict("disk-in-use", detail)
+            Self::AnotherCopy { .. } => Problem::conflict(ANOTHER_COPY, detail)
                 .with_remedy("delete the disk itself, if it is not needed"),
             Self::DiskInUse(_) => {
                 Problem::conflict("disk-in-use", detail).with_remedy("stop the machine first")
@@ -128,6 +133,13 @@ impl StorageError {
             Self::Cancelled => Problem::conflict("cancelled", detail),
             Self::Io { .. } => Problem::internal(detail),
         }
+    }
+}
+
+fn origin(made_for: Option<MigrationId>) -> String {
+    match made_for {
+        None => "it was made here".to_owned(),
+        Some(migration) => format!("it was made for migration {migration}"),
     }
 }
 

@@ -4,7 +4,7 @@ use super::pool::Kind;
 use super::*;
 use godwit_devices::skip::skip;
 use godwit_wire::devices::DiskFormat;
-use godwit_wire::id::{DiskId, Epoch, ImageId};
+use godwit_wire::id::{DiskId, ImageId, MigrationId};
 use godwit_wire::storage::{
     CreateDisk, DiskOrigin, DiskReport, GrowDisk, ImageReport, ImportImage, ImportSource, WorkState,
 };
@@ -142,6 +142,7 @@ fn blank(format: DiskFormat, bytes: u64) -> CreateDisk {
         bytes: Some(Bytes(bytes)),
         format,
         from: DiskOrigin::Blank,
+        made_for: None,
     }
 }
 
@@ -370,6 +371,7 @@ async fn a_thin_copy_shows_its_image_and_keeps_it_from_being_deleted() {
         bytes: Some(Bytes(600 * MIB)),
         format: DiskFormat::Qcow2,
         from: DiskOrigin::Image { image },
+        made_for: None,
     };
     let disk = DiskId::fresh();
     let report = fixture.create_as(disk, ask.clone()).await.unwrap();
@@ -484,6 +486,7 @@ async fn a_disk_in_use_is_neither_deleted_nor_grown_nor_copied() {
             bytes: None,
             format: DiskFormat::Raw,
             from: DiskOrigin::Disk { disk },
+            made_for: None,
         })
         .await;
     assert!(matches!(copied, Err(StorageError::DiskInUse(_))));
@@ -497,38 +500,54 @@ async fn a_disk_in_use_is_neither_deleted_nor_grown_nor_copied() {
 #[tokio::test]
 async fn what_was_left_of_a_disk_is_erased_and_one_that_has_come_back_is_not() {
     let fixture = fixture();
-    let report = fixture.create(blank(DiskFormat::Raw, MIB)).await.unwrap();
-    let disk = report.disk;
-    let located = fixture
-        .off(move |storage, pool| storage.locate(pool, disk))
-        .await
-        .unwrap();
-    // As a VMM leaves it when it ends.
-    let record = format!(
-        "{:512}",
-        r#"{"vm":"00000000-0000-0000-0000-000000000001","epoch":5}"#
-    );
-    std::fs::write(&located.lock, record).unwrap();
-    let late = fixture
-        .off(move |storage, pool| storage.erase_copy(pool, disk, Epoch(4)))
-        .await;
-    assert!(
-        matches!(
-            late,
-            Err(StorageError::ClaimedSince {
-                epoch: Epoch(5),
-                ..
-            })
-        ),
-        "{late:?}"
-    );
-    assert!(!fixture.files("disks").is_empty());
+    let original = fixture.create(blank(DiskFormat::Raw, MIB)).await.unwrap();
+    let disk = original.disk;
+    assert_eq!(original.made_for, None);
+    let erase =
+        |made_for| fixture.off(move |storage, pool| storage.erase_copy(pool, disk, made_for));
+    // It goes away and comes back twice; each time the erasure that was meant for the one before comes again.
+    let mut made_for = None;
     for _ in 0..2 {
-        fixture
-            .off(move |storage, pool| storage.erase_copy(pool, disk, Epoch(5)))
+        erase(made_for).await.unwrap();
+        assert!(fixture.files("disks").is_empty());
+        let migration = Some(MigrationId::fresh());
+        let ask = CreateDisk {
+            made_for: migration,
+            ..blank(DiskFormat::Raw, MIB)
+        };
+        let report = fixture.create_as(disk, ask).await.unwrap();
+        assert_eq!(report.made_for, migration);
+        let late = erase(made_for).await;
+        assert!(
+            matches!(late, Err(StorageError::AnotherCopy { made_for, .. }) if made_for == migration),
+            "{late:?}"
+        );
+        // Growing it does not make it another one.
+        let bytes = Bytes(2 * MIB);
+        let grown = fixture
+            .off(move |storage, pool| storage.grow_disk(pool, disk, GrowDisk { bytes }))
             .await
             .unwrap();
+        assert_eq!(grown.made_for, migration);
+        made_for = migration;
     }
+    // Once more of what is gone.
+    for _ in 0..2 {
+        erase(made_for).await.unwrap();
+    }
+    assert!(fixture.files("disks").is_empty());
+}
+
+#[tokio::test]
+async fn a_disk_whose_lock_holds_a_garbled_record_is_deleted_as_any_other() {
+    let fixture = fixture();
+    let report = fixture.create(blank(DiskFormat::Raw, MIB)).await.unwrap();
+    let disk = report.disk;
+    fs::write(fixture.pool_path(&format!("disks/{disk}.lock")), "garbled").unwrap();
+    fixture
+        .off(move |storage, pool| storage.delete_disk(pool, disk))
+        .await
+        .unwrap();
     assert!(fixture.files("disks").is_empty());
 }
 
@@ -547,6 +566,7 @@ async fn a_full_copy_is_a_disk_of_its_own() {
             bytes: Some(Bytes(80 * MIB)),
             format: DiskFormat::Raw,
             from: DiskOrigin::Disk { disk: report.disk },
+            made_for: None,
         })
         .await
         .unwrap();

@@ -31,6 +31,7 @@ async fn machine(host: &Host) -> (StartVm, DiskAttachment) {
         bytes: Some(Bytes(1 << 20)),
         format: DiskFormat::Qcow2,
         from: DiskOrigin::Blank,
+        made_for: None,
     };
     let making = storage.clone();
     tokio::task::spawn_blocking(move || making.create_disk(pool, id, &ask))
