@@ -230,6 +230,9 @@ pub enum Work {
         /// The migration that the disk there was made for, `None` of an original; any other is not touched.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         made_for: Option<MigrationId>,
+        /// The VM that must be seen to work with the disk where it is now, before this is erased.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        once_used_by: Option<VmId>,
         /// The image that it is a thin copy of.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         base: Option<ImageId>,

@@ -51,6 +51,7 @@ async fn carry_out(context: &Context<'_>) -> Result<(), Ended> {
             pool,
             host,
             made_for,
+            once_used_by,
             ..
         } => {
             let left = copy::Left {
@@ -58,6 +59,7 @@ async fn carry_out(context: &Context<'_>) -> Result<(), Ended> {
                 pool,
                 host,
                 made_for,
+                once_used_by,
             };
             copy::erase_copy(context, &left).await
         }

@@ -10,6 +10,7 @@ use godwit_wire::id::{DiskId, ImageId};
 use godwit_wire::migration::{MigrationPolicy, PostCopy};
 use godwit_wire::storage::{ANOTHER_COPY, DiskOrigin, ImportSource};
 use godwit_wire::unit::Bytes;
+use godwit_wire::vmm_api::{PauseReason, VmmState};
 
 /// Moves a VM to a host, its local disks into the pool which that host has for itself.
 fn along(vm: VmId, target: u128) -> Intent {
@@ -262,6 +263,41 @@ async fn an_erasure_that_is_carried_out_again_spares_a_disk_that_has_come_back()
     let made_for = pool.view().disks[&disk].made_for;
     assert!(made_for.is_some());
     assert_eq!(here.disk(disk).unwrap().made_for, made_for);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_source_keeps_its_copy_until_the_vm_works_with_the_one_that_arrived() {
+    let (pool, vm) = one_vm_with_a_local_disk().await;
+    let disk = pool.disk("a-disk-1");
+    let moved = pool.submit(along(vm, 2)).await.unwrap();
+    pool.wait("it is handed over", |view| {
+        view.vms[&vm].owner == Some(Pool::id(2))
+    })
+    .await;
+    pool.host(1).cut();
+    pool.succeeds(moved).await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    let reason = PauseReason::Storage {
+        disk: "disk-1".into(),
+        detail: "it cannot be opened".into(),
+    };
+    pool.host(2).stall(vm, VmmState::Paused { reason });
+    pool.wait("it is paused", |view| {
+        view.vm_status(&view.vms[&vm]).state == VmState::Paused
+    })
+    .await;
+    pool.host(1).mend();
+    pool.wait("host 1 is back", |view| {
+        view.host_state(&view.hosts[&Pool::id(1)]) == HostState::Up
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(600)).await;
+    assert_eq!(pool.erasures(), 1);
+    assert!(pool.has_file(1, disk) && pool.has_file(2, disk));
+
+    pool.host(2).stall(vm, VmmState::Running);
+    pool.settled().await;
+    assert!(!pool.has_file(1, disk) && pool.has_file(2, disk));
 }
 
 fn is_where_its_disk_is(pool: &Pool, vm: VmId) {

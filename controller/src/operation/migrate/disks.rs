@@ -208,6 +208,7 @@ pub(super) fn let_go_of_disks(
                 pool,
                 host,
                 made_for,
+                once_used_by: committed.then_some(migration.vm),
                 base: moving.base.filter(|_| committed),
             };
             let subject = Subject::disk(disk.id, &disk.name);

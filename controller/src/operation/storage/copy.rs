@@ -1,9 +1,9 @@
 //! Erasing what a migration has left of a disk where the disk is not.
 //!
 //! ```text
-//! wait for a host with the pool ─▶ tell it ─▶ erased, or not that copy any more
-//!        ▲                          │ refused: something still has the file open, or the pool is in trouble
-//!        └──────── pause ───────────┘
+//! wait for a host with the pool, and until the copy is not needed ─▶ tell it ─▶ erased, or not that copy any more
+//!        ▲                                                              │ refused: something still has the file open,
+//!        └──────── pause ───────────────────────────────────────────────┘          or the pool is in trouble
 //! ```
 //! The host may be away for as long as it likes. What must never happen is that the disk itself is erased. So the command
 //! names the copy that it means by the migration which that was made for (`None`: the original), the pool has this on
@@ -11,15 +11,19 @@
 //! its own, so a command that is carried out however late, or twice, finds its own copy or does nothing. That nothing is
 //! sent while the disk's record, or an open migration, names the pool, and that no migration takes the disk into the pool
 //! before this operation has ended, keeps the two from working against each other; it is not what protects the disk.
+//!
+//! After a commit the copy at the source is kept until the VM was seen to work where it is now: what arrived may be
+//! impossible to open there, and then this copy is the only one that is left.
 
 use super::note_deletion;
-use crate::model::{Subject, Work};
+use crate::model::{Subject, Vm, Work};
 use crate::operation::Ended;
 use crate::operation::context::{Conclusion, Context, FIRST_PAUSE, Sent};
 use crate::view::View;
-use godwit_wire::id::{DiskId, HostId, MigrationId, PoolId};
+use godwit_wire::id::{DiskId, HostId, MigrationId, PoolId, VmId};
 use godwit_wire::problem::Problem;
 use godwit_wire::storage::ANOTHER_COPY;
+use godwit_wire::vmm_api::{PauseReason, VmmState};
 use std::time::Duration;
 
 /// Times a host is asked again after it has refused.
@@ -35,11 +39,25 @@ pub(super) struct Left {
     pub(super) host: HostId,
     /// What the copy was made for; another one is not meant.
     pub(super) made_for: Option<MigrationId>,
+    /// The VM that must have been seen with the disk where it is now.
+    pub(super) once_used_by: Option<VmId>,
 }
 
 /// Whether a host has refused because what it has is not the copy that was named.
 pub(in crate::operation) fn is_another_copy(problem: &Problem) -> bool {
     problem.kind == ANOTHER_COPY
+}
+
+/// Whether a VM is where it belongs and has opened its disks there.
+fn works(view: &View, vm: &Vm) -> bool {
+    let state = view.report(vm).and_then(|report| report.state.as_ref());
+    match state {
+        Some(VmmState::Running) => true,
+        Some(VmmState::Paused { reason }) => {
+            !matches!(reason, PauseReason::Storage { .. } | PauseReason::HandOver)
+        }
+        _ => false,
+    }
 }
 
 /// What to do next.
@@ -64,12 +82,20 @@ impl Left {
             .find(|host| **host == self.host)
             .or(able.first());
         if let Some(host) = host {
-            return Some(Next::Tell(*host));
+            return self.is_dispensable(view).then_some(Next::Tell(*host));
         }
         (!view.hosts.contains_key(&self.host)).then(|| {
             let detail = "the host that has it is not in the pool any more";
             Next::GiveUp(Problem::conflict("host-gone", detail))
         })
+    }
+
+    /// Whether nobody can need it any more: the disk works where it is now, or is not wanted at all.
+    fn is_dispensable(&self, view: &View) -> bool {
+        let Some(vm) = self.once_used_by else {
+            return true;
+        };
+        !view.disks.contains_key(&self.disk) || view.vms.get(&vm).is_none_or(|vm| works(view, vm))
     }
 }
 
