@@ -103,6 +103,32 @@ fn prepare(socket: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// How long a lane waits for an end that takes in what is sent, but not now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TakesIn {
+    /// It is busy making disks durable, perhaps, and reads nothing meanwhile. An end that is dead is found on the
+    /// control connection, or here after as long.
+    AsDisksAllow,
+    /// Within this time, and what has not reached it within a few seconds is lost.
+    Within(Duration),
+}
+
+/// Says how long what is sent may wait.
+pub(super) fn expect_to_take_in(socket: &TcpStream, takes_in: TakesIn) -> io::Result<()> {
+    use super::stream::{FLUSH_LIMIT, UNACKNOWLEDGED_LIMIT_MS};
+    let (write, unacknowledged_ms) = match takes_in {
+        TakesIn::AsDisksAllow => {
+            let limit = u32::try_from(FLUSH_LIMIT.as_millis()).unwrap_or(u32::MAX);
+            (FLUSH_LIMIT, limit)
+        }
+        TakesIn::Within(limit) => (limit, UNACKNOWLEDGED_LIMIT_MS),
+    };
+    socket.set_write_timeout(Some(write))?;
+    // It counts for a peer that acknowledges, but whose window is closed, too.
+    rustix::net::sockopt::set_tcp_user_timeout(socket, unacknowledged_ms)?;
+    Ok(())
+}
+
 impl Read for Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
@@ -128,5 +154,31 @@ impl Write for Connection {
             Self::Source(stream) => stream.flush(),
             Self::Target(stream) => stream.flush(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::migration::stream::{FLUSH_LIMIT, SILENCE_LIMIT, UNACKNOWLEDGED_LIMIT_MS};
+    use rustix::net::sockopt::tcp_user_timeout;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_lane_waits_for_disks_and_for_nothing_else() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        prepare(&socket).unwrap();
+        let limits = || {
+            let write = socket.write_timeout().unwrap().unwrap();
+            (write, tcp_user_timeout(&socket).unwrap())
+        };
+        let usual = (SILENCE_LIMIT, UNACKNOWLEDGED_LIMIT_MS);
+        assert_eq!(limits(), usual);
+        expect_to_take_in(&socket, TakesIn::AsDisksAllow).unwrap();
+        let long = u32::try_from(FLUSH_LIMIT.as_millis()).unwrap();
+        assert_eq!(limits(), (FLUSH_LIMIT, long));
+        expect_to_take_in(&socket, TakesIn::Within(SILENCE_LIMIT)).unwrap();
+        assert_eq!(limits(), usual);
     }
 }

@@ -1,5 +1,6 @@
 //! The lanes of a source, each on a thread of its own, round after round.
 
+use super::connection::{TakesIn, expect_to_take_in};
 use super::lane::{Lane, PagesError};
 use super::places::{Places, Turn};
 use super::round::Round;
@@ -66,11 +67,11 @@ impl Crew {
         self.orders.len()
     }
 
-    /// Makes writes fail that take longer than `limit`.
-    pub(super) fn limit_writes(&self, limit: Duration) -> std::io::Result<()> {
+    /// Says how long the other end may take to take in what is sent.
+    pub(super) fn expect_to_take_in(&self, takes_in: TakesIn) -> std::io::Result<()> {
         self.sockets
             .iter()
-            .try_for_each(|socket| socket.set_write_timeout(Some(limit)))
+            .try_for_each(|socket| expect_to_take_in(socket, takes_in))
     }
 
     /// Sends a round; `observe` looks on now and then and may stop it.

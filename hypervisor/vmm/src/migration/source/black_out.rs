@@ -5,6 +5,7 @@ use super::{Dark, Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::{MachineError, SavedMachine};
 use crate::migration::SourceMachine;
+use crate::migration::connection::TakesIn;
 use crate::migration::crew::Crew;
 use crate::migration::disks;
 use crate::migration::hand_over::{Memory, SourceHandOver};
@@ -50,7 +51,8 @@ impl Session<'_> {
     ) -> Result<Dark, SourceError> {
         let mut still = self.stand_still(log, machine, &rest)?;
         let patience = self.patience();
-        crew.limit_writes(patience).map_err(StreamError::from)?;
+        crew.expect_to_take_in(TakesIn::Within(patience))
+            .map_err(StreamError::from)?;
         control.limit_writes(patience).map_err(StreamError::from)?;
         let dirty = std::mem::take(&mut still.dirty);
         let changed = disks::changed(&self.disks);
@@ -94,13 +96,14 @@ impl Session<'_> {
         let mut last = rest.round;
         if !self.disks.is_empty() {
             last += 1;
-            crew.limit_writes(patience).map_err(StreamError::from)?;
+            crew.expect_to_take_in(TakesIn::Within(patience))
+                .map_err(StreamError::from)?;
             // No memory: it follows, but no disk does.
             let round = Round::new(last, Guest::Paused, Vec::new(), crew.lanes())
                 .with_disks(disks::changed(&self.disks), crew.lanes());
             still.rest_bytes = round.disk_bytes();
             self.send_round((crew, tally), round, Some(still.since + patience))?;
-            crew.limit_writes(SILENCE_LIMIT)
+            crew.expect_to_take_in(TakesIn::Within(SILENCE_LIMIT))
                 .map_err(StreamError::from)?;
         }
         let dark = self.send_done(control, still, (last, tally), &rest, owed)?;

@@ -5,6 +5,7 @@ use super::error::{SourceError, out_of_turn};
 use super::{Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::Throttling;
+use crate::migration::connection::TakesIn;
 use crate::migration::crew::Crew;
 use crate::migration::disks::{self, WriteRates};
 use crate::migration::hand_over::SourceHandOver;
@@ -39,9 +40,11 @@ impl Session<'_> {
         let mut disk_rest_bytes = disks::bytes_of(&changed);
         let mut writes = WriteRates::new(&self.disks);
         if !self.disks.is_empty() {
-            // The target is silent for as long as its disks take.
+            // The target is silent, and reads nothing, for as long as its disks take.
             control
                 .limit_reads(FLUSH_LIMIT)
+                .map_err(StreamError::from)?;
+            crew.expect_to_take_in(TakesIn::AsDisksAllow)
                 .map_err(StreamError::from)?;
         }
         let mut link = LinkRate::new(self.outgoing.pace.bytes_per_s());
