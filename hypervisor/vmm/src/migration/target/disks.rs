@@ -17,7 +17,7 @@ const FLUSH_EVERY_BYTES: u64 = 8 << 20;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Arriving(Arc<[ArrivingDisk]>);
 
-/// What a lane has written to each disk since it last made that durable.
+/// What a lane has written to each disk since that was last made durable, by it or at the end of a round.
 pub(super) type Unflushed = Vec<u64>;
 
 impl Arriving {

@@ -281,6 +281,8 @@ impl Intake<'_> {
                         self.holder = None;
                         round += 1;
                         before = (pages, disk_bytes);
+                        // What a round brought is made durable at its end, for all lanes together.
+                        unflushed = self.disks.unflushed();
                     }
                     ToTarget::EndOfRound {
                         pages: sent,
