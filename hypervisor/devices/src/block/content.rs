@@ -9,7 +9,9 @@
 //! A leaving disk stays this host's while it is paused for the hand-over ([`release`] gives nothing up): nobody else has
 //! the file, and if the machine stays here it goes on with it.
 //!
-//! Nothing here keeps the disk's lock: the machine may be built anew at any moment, and has to get it.
+//! A leaving disk keeps nothing of the device open, its lock least of all: the machine may be built anew at any moment,
+//! and has to get it. An arriving disk shares its device's image until it is sealed, and the device's lock until it is
+//! dropped.
 //!
 //! [`release`]: crate::device::VirtioDevice::release
 
@@ -305,7 +307,9 @@ impl ArrivingDisk {
         self.with_image(|image| image.flush().map_err(|error| self.not_durable(&error)))
     }
 
-    /// Makes durable what has come, which was all: nothing is written from here on. To be repeated if it fails.
+    /// Makes durable what has come, which was all: nothing is written from here on. Done once it has succeeded, so that
+    /// it may be said twice. When it fails, nobody knows what of the content is durable, which trying again does not
+    /// change: the migration ends.
     pub fn seal(&self) -> Result<(), ContentError> {
         let mut slot = self.image.write().unwrap_or_else(PoisonError::into_inner);
         let Some(image) = &*slot else {
