@@ -177,7 +177,7 @@ impl LeavingDisk {
         self.dirty.clear(clusters);
     }
 
-    /// What the guest has written since it began, in bytes.
+    /// What the guest has written or zeroed since it began, in bytes.
     pub fn written_bytes(&self) -> u64 {
         self.dirty.written_bytes()
     }

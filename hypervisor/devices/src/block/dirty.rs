@@ -51,7 +51,7 @@ impl Dirty {
         }
     }
 
-    /// The driver wrote `bytes` bytes at `offset`.
+    /// The driver wrote or zeroed `bytes` bytes at `offset`.
     pub(crate) fn wrote(&self, offset: u64, bytes: u64) {
         self.written_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.mark(Range { offset, bytes });
@@ -82,7 +82,7 @@ impl Dirty {
         words.map(|word| word.load(Ordering::Acquire)).collect()
     }
 
-    /// What the driver has written in all.
+    /// What the driver has written in all, zeros included.
     pub(crate) fn written_bytes(&self) -> u64 {
         self.written_bytes.load(Ordering::Relaxed)
     }

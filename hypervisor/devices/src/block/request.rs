@@ -89,6 +89,17 @@ impl Request {
             Self::Flush | Self::Discard(_) | Self::WriteZeroes(_) => 0,
         }
     }
+
+    /// How many bytes of the disk are not what they were afterwards.
+    pub fn changed_bytes(&self) -> u64 {
+        match self {
+            Self::Write { .. } => self.data_bytes(),
+            Self::Discard(ranges) | Self::WriteZeroes(ranges) => ranges
+                .iter()
+                .fold(0, |sum, range| sum.saturating_add(range.bytes)),
+            Self::Read { .. } | Self::Flush | Self::GetId => 0,
+        }
+    }
 }
 
 /// Why the disk does not do what it was asked for.

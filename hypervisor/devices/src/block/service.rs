@@ -76,14 +76,18 @@ impl Buckets {
     /// Takes what `request` costs, or says how long it has to wait for that.
     fn take(&mut self, request: &Request, now: Instant) -> Result<(), Duration> {
         let bytes = request.data_bytes();
-        let writes = match (request, &mut self.writes) {
-            (Request::Write { .. }, Some((_, bucket))) => Some(bucket),
-            _ => None,
+        let changes = request.changed_bytes();
+        // What is zeroed takes little of the link however much it is, so that it never costs more than a second.
+        let (changes, writes) = match (request, &mut self.writes) {
+            (Request::Write { .. }, Some((_, bucket))) => (changes, Some(bucket)),
+            (_, Some((rate, bucket))) => (changes.min(*rate), Some(bucket)),
+            (_, None) => (changes, None),
         };
+        let writes = writes.filter(|_| changes > 0);
         let mut costs = [
             (1, self.requests.as_mut()),
             (bytes, self.bytes.as_mut()),
-            (bytes, writes),
+            (changes, writes),
         ];
         // Asked for nothing, a bucket only says whether it is in debt: all must agree before any is charged.
         for (_, bucket) in &mut costs {
@@ -382,7 +386,8 @@ impl BlockService {
         match request {
             Request::Write { offset, .. } => dirty.wrote(*offset, request.data_bytes()),
             Request::Discard(ranges) | Request::WriteZeroes(ranges) => {
-                ranges.iter().for_each(|range| dirty.mark(*range))
+                let zeroed = ranges.iter();
+                zeroed.for_each(|range| dirty.wrote(range.offset, range.bytes));
             }
             Request::Read { .. } | Request::Flush | Request::GetId => {}
         }
@@ -556,5 +561,34 @@ impl Service for BlockService {
         self.look_at_everything();
         // The first look may have been before the driver's last doorbell.
         let _ = self.active.kick.write(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::request::Range;
+
+    #[test]
+    fn what_is_zeroed_counts_as_written_but_never_for_more_than_a_second() {
+        let now = Instant::now();
+        let mut buckets = Buckets::default();
+        buckets.limit_writes(Some(1 << 20), now);
+        let range = Range {
+            offset: 0,
+            bytes: 1 << 40,
+        };
+        let zeroes = [
+            Request::Discard(vec![range]),
+            Request::WriteZeroes(vec![range]),
+        ];
+        // The first takes all there is, the second overdraws.
+        for request in &zeroes {
+            buckets.take(request, now).unwrap();
+        }
+        let wait = buckets.take(&zeroes[0], now).unwrap_err();
+        assert_eq!(wait, Duration::from_secs(1));
+        // What changes nothing does not wait for it.
+        buckets.take(&Request::Flush, now).unwrap();
     }
 }

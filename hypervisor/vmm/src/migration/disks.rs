@@ -15,6 +15,10 @@ const MIN_SLICE_CLUSTERS: u64 = 16;
 /// Slices for each lane, so that all of them end at about the same time.
 const SLICES_PER_LANE: u64 = 16;
 
+/// What slowed disks may write together, whatever is taken from them: this share of what the link carries. It is small
+/// enough for the rest to shrink from round to round, and lets a guest's writes through within moments.
+const LEAST_SHARE_OF_LINK: u64 = 16;
+
 /// A piece of one disk that has changed clusters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct DiskSlice {
@@ -76,18 +80,29 @@ pub(super) fn size(disks: &[LeavingDisk]) -> u64 {
 /// How fast the guest writes each disk when nobody slows it down.
 #[derive(Debug)]
 pub(super) struct WriteRates {
-    /// Bytes written up to the latest round.
-    written: Vec<u64>,
-    /// Bytes per second in the latest round in which it was not slowed down.
-    free: Vec<u64>,
+    disks: Vec<WriteRate>,
     percent: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct WriteRate {
+    /// Bytes written up to the latest round.
+    written: u64,
+    /// Bytes per second in the latest round in which it was not slowed down.
+    free: u64,
+    /// Whether it is slowed down.
+    slowed: bool,
 }
 
 impl WriteRates {
     pub(super) fn new(disks: &[LeavingDisk]) -> Self {
+        let rate = |disk: &LeavingDisk| WriteRate {
+            written: disk.written_bytes(),
+            free: 0,
+            slowed: false,
+        };
         Self {
-            written: disks.iter().map(LeavingDisk::written_bytes).collect(),
-            free: vec![0; disks.len()],
+            disks: disks.iter().map(rate).collect(),
             percent: 0,
         }
     }
@@ -99,21 +114,48 @@ impl WriteRates {
 
     /// A round has taken so long.
     pub(super) fn observe(&mut self, disks: &[LeavingDisk], took: Duration) {
-        for ((disk, written), free) in disks.iter().zip(&mut self.written).zip(&mut self.free) {
-            let before = std::mem::replace(written, disk.written_bytes());
-            if self.percent == 0 {
-                *free = super::link_rate::per_second(*written - before, took);
+        for (disk, rate) in disks.iter().zip(&mut self.disks) {
+            let before = std::mem::replace(&mut rate.written, disk.written_bytes());
+            if !rate.slowed {
+                rate.free = super::link_rate::per_second(rate.written - before, took);
             }
         }
     }
 
-    /// Takes `percent` of its rate from the guest.
-    pub(super) fn slow(&mut self, disks: &[LeavingDisk], percent: u8) {
+    /// Takes `percent` of their rates from the disks that the guest has `changed` in the latest round, in which the link
+    /// carried `link_bytes_per_s`. Others are not what keeps the migration from ending.
+    pub(super) fn slow(
+        &mut self,
+        disks: &[LeavingDisk],
+        changed: &[DirtyBitmap],
+        percent: u8,
+        link_bytes_per_s: u64,
+    ) {
         self.percent = percent;
-        for (disk, free) in disks.iter().zip(&self.free) {
-            disk.limit_writes(left_of(*free, percent));
+        let limits = limits(&self.disks, changed, percent, link_bytes_per_s);
+        for ((disk, rate), limit) in disks.iter().zip(&mut self.disks).zip(limits) {
+            if let Some(limit) = limit {
+                rate.slowed = true;
+                disk.limit_writes(limit);
+            }
         }
     }
+}
+
+/// What each disk may write per second; `None` leaves one as it is.
+fn limits(
+    rates: &[WriteRate],
+    changed: &[DirtyBitmap],
+    percent: u8,
+    link_bytes_per_s: u64,
+) -> Vec<Option<u64>> {
+    let busy = |changed: &&DirtyBitmap| changed.count() > 0;
+    let number = changed.iter().filter(busy).count().max(1) as u64;
+    let least = link_bytes_per_s / LEAST_SHARE_OF_LINK / number;
+    let limit = |(rate, changed): (&WriteRate, &DirtyBitmap)| {
+        busy(&changed).then(|| left_of(rate.free, percent).max(least))
+    };
+    rates.iter().zip(changed).map(limit).collect()
 }
 
 fn left_of(rate: u64, percent: u8) -> u64 {
@@ -131,6 +173,29 @@ mod tests {
         assert_eq!(left_of(1_000, 25), 750);
         assert_eq!(left_of(1_000, 100), 0);
         assert_eq!(left_of(u64::MAX, 0), u64::MAX);
+    }
+
+    #[test]
+    fn only_disks_that_change_are_slowed_and_keep_a_share_of_the_link() {
+        let rate = |free| WriteRate {
+            written: 0,
+            free,
+            slowed: false,
+        };
+        let rates = [rate(1_000), rate(1_000_000), rate(0)];
+        let idle = DirtyBitmap::new(vec![0], 10);
+        let busy = DirtyBitmap::new(vec![1], 10);
+        let changed = [idle.clone(), busy.clone(), busy];
+        let least = 32_000 / LEAST_SHARE_OF_LINK / 2;
+        assert_eq!(
+            limits(&rates, &changed, 50, 32_000),
+            [None, Some(500_000), Some(least)]
+        );
+        let one = [idle.clone(), changed[1].clone(), idle];
+        assert_eq!(
+            limits(&rates, &one, 100, 32_000),
+            [None, Some(2 * least), None]
+        );
     }
 
     proptest! {

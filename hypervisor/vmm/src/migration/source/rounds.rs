@@ -138,7 +138,7 @@ impl Session<'_> {
                         .progress(|progress| progress.throttle_percent = percent);
                 }
                 Decision::SlowDisks { percent } => {
-                    writes.slow(&self.disks, percent);
+                    writes.slow(&self.disks, &changed, percent, rate);
                     tracing::info!(migration = %self.request.migration, percent, "the guest writes its disks faster than they can be sent: its writes are slowed down");
                 }
                 Decision::Pause => {
