@@ -238,6 +238,10 @@ async fn an_operator_forbids_post_copy_and_no_move_offers_it_any_more() {
         .await
         .expect("the VM says so");
     browser
+        .wait_for("[data-testid='action-allow-post-copy']", PATIENCE)
+        .await
+        .expect("the page says so, too");
+    browser
         .click("[data-testid='action-migrate']")
         .await
         .expect("open the dialog");
