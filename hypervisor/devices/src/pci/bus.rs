@@ -4,7 +4,7 @@
 use super::config::{ConfigSpace, Identity};
 use super::platform::ConfigMirror;
 use super::virtio::{BAR_BYTES, VirtioPci};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Devices of a bus; each has one function here.
 pub const SLOTS: usize = 32;
@@ -27,7 +27,7 @@ pub struct PciBus {
     functions: [Option<Mutex<VirtioPci>>; SLOTS],
     /// Where functions' memory begins; slot N's is N BARs behind it until the guest moves it.
     window: u64,
-    mirror: Option<Box<dyn ConfigMirror>>,
+    mirror: OnceLock<Box<dyn ConfigMirror>>,
 }
 
 impl PciBus {
@@ -38,7 +38,7 @@ impl PciBus {
             bridge: Mutex::new(ConfigSpace::new(HOST_BRIDGE)),
             functions: [const { None }; SLOTS],
             window: window.into(),
-            mirror: None,
+            mirror: OnceLock::new(),
         }
     }
 
@@ -58,14 +58,12 @@ impl PciBus {
     }
 
     /// Shows configuration space in `mirror` as well, from now on. Guests read it far more often than they write it.
-    pub fn mirror_to(&mut self, mirror: Box<dyn ConfigMirror>) {
-        self.mirror = Some(mirror);
-        self.show();
-    }
-
-    /// Shows configuration space as it is; needed after functions were restored.
-    pub fn show(&self) {
-        if let Some(mirror) = &self.mirror {
+    /// Only the first mirror counts, and only what is restored before it is there is seen in it.
+    pub fn mirror_to(&self, mirror: Box<dyn ConfigMirror>) {
+        if self.mirror.set(mirror).is_err() {
+            return;
+        }
+        if let Some(mirror) = self.mirror.get() {
             mirror.show(0, lock(&self.bridge).bytes());
         }
         self.functions()
@@ -73,7 +71,7 @@ impl PciBus {
     }
 
     fn show_one(&self, function: &VirtioPci) {
-        match (&self.mirror, function.plain_config()) {
+        match (self.mirror.get(), function.plain_config()) {
             (None, _) => {}
             (Some(mirror), Some(registers)) => mirror.show(function.slot(), registers),
             (Some(mirror), None) => mirror.withdraw(function.slot()),
@@ -103,7 +101,7 @@ impl PciBus {
             Some(Target { slot: 0, register }) => {
                 let mut bridge = lock(&self.bridge);
                 bridge.write(register.into(), data);
-                if let Some(mirror) = &self.mirror {
+                if let Some(mirror) = self.mirror.get() {
                     mirror.show(0, bridge.bytes());
                 }
             }

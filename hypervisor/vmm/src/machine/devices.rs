@@ -104,7 +104,7 @@ impl PciDevices {
         let mut builder = Builder {
             bus: PciBus::new(MMIO_WINDOW.start as u32),
             ram,
-            platform: Arc::new(Interrupts::new(vm.clone())),
+            platform: Arc::new(Interrupts::new(vm)),
             events: Arc::new(move |event| sink(MachineEvent::Device(event))),
         };
         builder.add(RNG_SLOT, Rng::new()?);
@@ -152,9 +152,6 @@ impl PciDevices {
             };
             let card = Net::plugged(config, plug)?;
             builder.add(slot, card);
-        }
-        if let Some(pages) = ConfigPages::new(vm) {
-            builder.bus.mirror_to(Box::new(pages));
         }
         Ok(Self {
             bus: Arc::new(builder.bus),
@@ -244,6 +241,14 @@ impl PciDevices {
             .collect()
     }
 
+    /// Shows configuration space in pages that the guest reads without leaving. For a guest that boots, which reads it all
+    /// the time: one that arrives hardly ever does, and is left with as few kinds of memory as can be.
+    pub(super) fn show_configuration(&self, vm: Arc<VmFd>) {
+        if let Some(pages) = ConfigPages::new(vm) {
+            self.bus.mirror_to(Box::new(pages));
+        }
+    }
+
     /// Makes all functions what was saved.
     pub(super) fn restore(&self, saved: Vec<SavedFunction>) -> Result<(), MachineError> {
         let mut functions: Vec<_> = self.bus.functions().collect();
@@ -257,8 +262,6 @@ impl PciDevices {
         for (function, saved) in functions.iter_mut().zip(saved) {
             function.restore(saved)?;
         }
-        drop(functions);
-        self.bus.show();
         Ok(())
     }
 

@@ -206,6 +206,9 @@ impl Machine {
     /// Loads what the spec boots and puts the first vCPU at its entry. For a machine that has never run.
     pub fn load(&self, builtin: &'static [u8]) -> Result<(), MachineError> {
         let entry = boot::load(&self.spec, builtin, &self.ram)?;
+        if let Some(pci) = &self.pci {
+            pci.show_configuration(self.vm.clone());
+        }
         self.vcpus[0]
             .call(move |vcpu| entry.enter(vcpu))?
             .wait()??;
