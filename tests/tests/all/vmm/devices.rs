@@ -1,7 +1,8 @@
 //! Linux finds the devices of its machine, and its disk goes with it.
 
+use super::disk_load::{another_round, boot, stop_load_and_verify};
 use super::{endless, verifying};
-use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
+use godwit_tests::linux::LinuxGuest;
 use godwit_tests::migration::{Flight, migrate};
 use godwit_tests::require;
 use godwit_tests::skip;
@@ -48,44 +49,6 @@ fn with_disk(guest: &LinuxGuest, disk: Disk, vcpus: u8) -> CreateRequest {
     let mut spec = vmm::linux(guest, vcpus, Mib(256));
     spec.devices.disks.push(disk);
     new_vm(spec)
-}
-
-async fn boot(dir: &TestDir, name: &str, request: &CreateRequest) -> Vmm {
-    let vmm = Vmm::boot(dir, name, request).await.expect("Linux boots");
-    vmm.serial()
-        .await
-        .expect("console")
-        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
-        .await
-        .expect("init is up");
-    vmm
-}
-
-/// Waits until the guest's disk load has done another whole round.
-async fn another_round(vmm: &Vmm) {
-    let mut shell = vmm.shell().await.expect("shell");
-    let rounds = shell.command("disk rounds").await.expect("the load runs");
-    let before = rounds.number("rounds");
-    loop {
-        let now = shell.command("disk rounds").await.expect("the load runs");
-        if now.number("rounds") > before + 1 {
-            return;
-        }
-    }
-}
-
-async fn stop_load_and_verify(vmm: &Vmm) -> u64 {
-    let mut shell = vmm.shell().await.expect("shell");
-    let seed = shell
-        .command("disk stop")
-        .await
-        .expect("no block was wrong")
-        .number("seed");
-    shell
-        .command(&format!("disk verify /dev/vda {seed} 16"))
-        .await
-        .expect("the last round is on the disk");
-    seed
 }
 
 #[tokio::test]
@@ -203,7 +166,7 @@ async fn a_guest_that_writes_its_disk_survives_live_migration() {
         another_round(&here).await;
         super::verify(&mut here.shell().await.expect("shell")).await;
     }
-    assert!(stop_load_and_verify(&here).await > 8);
+    assert!(stop_load_and_verify(&here, 16).await > 8);
 }
 
 #[tokio::test]
@@ -229,7 +192,7 @@ async fn a_guest_that_writes_its_disk_goes_on_in_another_process() {
         another_round(&here).await;
         super::verify(&mut here.shell().await.expect("shell")).await;
     }
-    assert!(stop_load_and_verify(&here).await > 4);
+    assert!(stop_load_and_verify(&here, 16).await > 4);
 }
 
 #[tokio::test]
@@ -257,7 +220,7 @@ async fn a_cancelled_migration_leaves_the_disk_at_work_and_a_later_one_succeeds(
         .await
         .expect("the second one");
     another_round(&second).await;
-    stop_load_and_verify(&second).await;
+    stop_load_and_verify(&second, 16).await;
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
 //! Disks that only the source has go with the guest, which works with them all the while.
 
+use super::disk_load::{another_round, boot, stop_load_and_verify};
 use super::{boot_pilot, endless, verify_guest, verifying};
-use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
+use godwit_tests::linux::LinuxGuest;
 use godwit_tests::migration::{Flight, wait_for_phase};
 use godwit_tests::qcow2;
 use godwit_tests::test_dir::TestDir;
@@ -78,17 +79,6 @@ fn moved_to(request: &CreateRequest, path: &Path, format: DiskFormat) -> CreateR
     moved
 }
 
-async fn boot(dir: &TestDir, name: &str, request: &CreateRequest) -> Vmm {
-    let vmm = Vmm::boot(dir, name, request).await.expect("Linux boots");
-    vmm.serial()
-        .await
-        .expect("console")
-        .wait_for(AGENT_GREETING, BOOT_PATIENCE)
-        .await
-        .expect("init is up");
-    vmm
-}
-
 /// A Linux guest that has something in memory and writes the first 16 MiB of a disk that only this host has.
 async fn boot_loaded(dir: &TestDir, guest: &LinuxGuest) -> (Vmm, CreateRequest) {
     let spec = vmm::linux(guest, 2, Mib(256));
@@ -99,29 +89,6 @@ async fn boot_loaded(dir: &TestDir, guest: &LinuxGuest) -> (Vmm, CreateRequest) 
     shell.command("disk load /dev/vda 16").await.expect("load");
     another_round(&vmm).await;
     (vmm, request)
-}
-
-/// Waits until the guest's disk load has done another whole round, in which it read back what it wrote.
-async fn another_round(vmm: &Vmm) {
-    let mut shell = vmm.shell().await.expect("shell");
-    let rounds = shell.command("disk rounds").await.expect("the load runs");
-    let before = rounds.number("rounds");
-    loop {
-        let now = shell.command("disk rounds").await.expect("the load runs");
-        if now.number("rounds") > before + 1 {
-            return;
-        }
-    }
-}
-
-async fn stop_load_and_verify(vmm: &Vmm, mib: u64) {
-    let mut shell = vmm.shell().await.expect("shell");
-    let stopped = shell.command("disk stop").await;
-    let seed = stopped.expect("no block was wrong").number("seed");
-    shell
-        .command(&format!("disk verify /dev/vda {seed} {mib}"))
-        .await
-        .expect("the last round is on the disk");
 }
 
 /// A busy disk may take a moment to become durable.
@@ -247,17 +214,28 @@ async fn expect_disk_at_home(dir: &TestDir, source: &Vmm, mut request: CreateReq
     expect_still(&path);
 }
 
+/// Sends the VM on its way to a blank disk, `first.img`.
+async fn take_off<'a>(
+    dir: &TestDir,
+    (source, target): (&'a Vmm, &'a Vmm),
+    request: &CreateRequest,
+    policy: MigrationPolicy,
+) -> Flight<'a> {
+    let to = moved_to(request, &blank(dir, "first.img"), DiskFormat::Raw);
+    let flight = Flight::prepare_with_disks(source, target, &to, &["root"])
+        .await
+        .expect("a waiting target");
+    flight.send(policy).await.expect("take-off");
+    flight
+}
+
 #[tokio::test]
 async fn a_cancelled_migration_leaves_the_disk_with_the_source() {
     let guest = require!(LinuxGuest::prepare());
     let dir = TestDir::new();
     let (source, request) = boot_loaded(&dir, &guest).await;
     let target = Vmm::start(&dir, "target").await.expect("a target");
-    let to = moved_to(&request, &blank(&dir, "first.img"), DiskFormat::Raw);
-    let flight = Flight::prepare_with_disks(&source, &target, &to, &["root"])
-        .await
-        .expect("a waiting target");
-    flight.send(endless()).await.expect("take-off");
+    let flight = take_off(&dir, (&source, &target), &request, endless()).await;
     flight
         .source_reaches(MigrationPhase::PreCopy)
         .await
@@ -287,11 +265,7 @@ async fn a_target_that_dies_takes_nothing_from_the_source() {
     let dir = TestDir::new();
     let (source, request) = boot_loaded(&dir, &guest).await;
     let mut target = Vmm::start(&dir, "target").await.expect("a target");
-    let to = moved_to(&request, &blank(&dir, "first.img"), DiskFormat::Raw);
-    let flight = Flight::prepare_with_disks(&source, &target, &to, &["root"])
-        .await
-        .expect("a waiting target");
-    flight.send(endless()).await.expect("take-off");
+    let flight = take_off(&dir, (&source, &target), &request, endless()).await;
     flight
         .source_reaches(MigrationPhase::PreCopy)
         .await
@@ -309,11 +283,7 @@ async fn a_store_that_voids_the_move_finds_the_disk_where_it_was() {
     let dir = TestDir::new();
     let (source, request) = boot_loaded(&dir, &guest).await;
     let target = Vmm::start(&dir, "target").await.expect("a target");
-    let to = moved_to(&request, &blank(&dir, "first.img"), DiskFormat::Raw);
-    let flight = Flight::prepare_with_disks(&source, &target, &to, &["root"])
-        .await
-        .expect("a waiting target");
-    flight.send(patient()).await.expect("take-off");
+    let flight = take_off(&dir, (&source, &target), &request, patient()).await;
     flight
         .target_reaches(MigrationPhase::AwaitingCommit)
         .await

@@ -2,6 +2,7 @@
 
 mod devices;
 mod dirty_rate;
+mod disk_load;
 mod disks_along;
 mod hand_over;
 mod hostile_peers;
