@@ -57,7 +57,6 @@ impl Pool {
             name: CONTROL.into(),
             number: CONTROL_NUMBER,
             cpu: Cpu::Max,
-            vcpus: 1,
             memory_mib: 768,
             role: Role::Control { store, api_port },
         };
@@ -209,7 +208,6 @@ impl Pool {
             name: name.to_owned(),
             number: FIRST_HOST_NUMBER + self.joined,
             cpu,
-            vcpus: 2,
             memory_mib: 1024,
             role: Role::Host,
         }
@@ -292,7 +290,7 @@ async fn serve_store(control: &mut Machine) -> anyhow::Result<()> {
         // Flags: insecure ports, no subtree check, a file system id (0: the root).
         "echo 'lab /srv 2147483647 9218 65534 65534 0' >/proc/net/rpc/nfsd.export/channel",
         r"printf 'lab 1 \\x00000000 2147483647 /srv\n' >/proc/net/rpc/nfsd.fh/channel",
-        "echo 8 >/proc/fs/nfsd/threads",
+        "echo 2 >/proc/fs/nfsd/threads",
         // Nobody holds locks from before: there was no before.
         "echo Y >/proc/fs/nfsd/v4_end_grace",
     ] {

@@ -93,7 +93,6 @@ async fn power_on(packages: &Packages, dir: &TestDir, logs: &Path) -> anyhow::Re
         name: "bench".into(),
         number: 11,
         cpu: Cpu::Max,
-        vcpus: 2,
         memory_mib: 1024,
         role: Role::Host,
     };
