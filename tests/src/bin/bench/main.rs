@@ -48,17 +48,16 @@ async fn run(name: &str, sections: &[String]) -> anyhow::Result<()> {
         return plot::draw(sections);
     }
     let report = match name {
-        "first-flight" => first_flight(sections).await,
-        "guests" => guests(sections).await,
-        "migration" => contest(sections).await?,
+        "first-flight" => first_flight(begin(name, sections)).await,
+        "guests" => guests(begin(name, sections)).await,
+        "migration" => contest(begin(name, sections)).await?,
         _ => bail!("no such bench; there are: first-flight guests migration, and plot"),
     };
-    report.finish(name)
+    report.finish()
 }
 
 /// A running guest crosses hosts: how fast, how unnoticed, and how light the machine under it is.
-async fn first_flight(sections: &[String]) -> Report {
-    let (mut report, linux) = begin(sections);
+async fn first_flight((mut report, linux): Begun) -> Report {
     let linux = linux.as_ref();
 
     if report.begins("boot", Owed::FigureOfPeer) {
@@ -81,8 +80,7 @@ async fn first_flight(sections: &[String]) -> Report {
 }
 
 /// The machine that Linux expects: how soon it boots with devices, and how fast they are.
-async fn guests(sections: &[String]) -> Report {
-    let (mut report, linux) = begin(sections);
+async fn guests((mut report, linux): Begun) -> Report {
     let linux = linux.as_ref();
 
     if report.begins("boot", Owed::FigureOfPeer) {
@@ -109,14 +107,16 @@ async fn guests(sections: &[String]) -> Report {
 }
 
 /// Live migration against the peers.
-async fn contest(sections: &[String]) -> anyhow::Result<Report> {
-    let (mut report, linux) = begin(sections);
+async fn contest((mut report, linux): Begun) -> anyhow::Result<Report> {
     contest::measure(&mut report, linux.as_ref()).await?;
     Ok(report)
 }
 
-/// A report that says what it is about, and the Linux guest where it can be had.
-fn begin(sections: &[String]) -> (Report, Option<LinuxGuest>) {
+/// A report, and the Linux guest where it can be had.
+type Begun = (Report, Option<LinuxGuest>);
+
+/// A report that says what it is about.
+fn begin(name: &str, sections: &[String]) -> Begun {
     let (waived, sections): (Vec<_>, Vec<_>) = sections
         .iter()
         .cloned()
@@ -126,7 +126,7 @@ fn begin(sections: &[String]) -> (Report, Option<LinuxGuest>) {
     } else {
         Peers::Waived
     };
-    let mut report = Report::of(&sections, peers);
+    let mut report = Report::of(&sections, peers).written_as(name);
     report.option("peers", format!("{peers:?}").to_lowercase());
     let linux = LinuxGuest::prepare();
     report.option("guest", if linux.is_ok() { "linux" } else { "pilot" });

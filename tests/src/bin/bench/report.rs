@@ -4,11 +4,14 @@ use anyhow::{Context, bail};
 use godwit_tests::program;
 use serde::Serialize;
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::process::Command;
 
 /// Everything a bench found.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
+    /// Where it is written.
+    path: Option<PathBuf>,
     options: BTreeMap<String, String>,
     runs: Vec<Run>,
     figures: BTreeMap<String, Figure>,
@@ -131,6 +134,16 @@ impl Report {
         }
     }
 
+    /// The same, written after each section and at the end: whoever is in the way of a long bench must not lose what it
+    /// has measured.
+    pub(crate) fn written_as(self, name: &str) -> Self {
+        let file = format!("bench/{name}.json");
+        Self {
+            path: Some(program::target_dir().join(file)),
+            ..self
+        }
+    }
+
     /// Whether the section is to be measured; if so, all that follows belongs to it.
     pub(crate) fn begins(&mut self, name: &'static str, owed: Owed) -> bool {
         self.known.push(name);
@@ -152,6 +165,12 @@ impl Report {
         if let (Err(error), Some(section)) = (outcome, self.begun.last_mut()) {
             println!("*** {} FAILED: {error:#}", section.name);
             section.failure = Some(format!("{error:#}"));
+        }
+        let last = self.begun.last().map_or("nothing", |section| section.name);
+        let mut faults = self.faults_so_far();
+        faults.push(format!("it went no further than {last}"));
+        if let Err(error) = self.write(&faults) {
+            println!("*** what was measured so far is not written: {error:#}");
         }
     }
 
@@ -240,29 +259,53 @@ impl Report {
 
     /// Writes the JSON file; an error if a figure misses its goal, if a peer or a section that was chosen is not measured,
     /// or if such a section is none.
-    pub(crate) fn finish(&self, name: &str) -> anyhow::Result<()> {
+    pub(crate) fn finish(&self) -> anyhow::Result<()> {
         let faults = self.faults();
-        let file = File {
-            machine: machine(),
-            commit: commit(),
-            options: &self.options,
-            runs: &self.runs,
-            figures: &self.figures,
-            faults: &faults,
-        };
-        let folder = program::target_dir().join("bench");
-        std::fs::create_dir_all(&folder)?;
-        let path = folder.join(format!("{name}.json"));
-        std::fs::write(&path, serde_json::to_string_pretty(&file)? + "\n")
-            .context("write the report")?;
-        println!("wrote {}", path.display());
+        self.write(&faults)?;
+        if let Some(path) = &self.path {
+            println!("wrote {}", path.display());
+        }
         if faults.is_empty() {
             return Ok(());
         }
         bail!("{}", faults.join("; "))
     }
 
+    fn write(&self, faults: &[String]) -> anyhow::Result<()> {
+        let Some(path) = &self.path else {
+            return Ok(());
+        };
+        let file = File {
+            machine: machine(),
+            commit: commit(),
+            options: &self.options,
+            runs: &self.runs,
+            figures: &self.figures,
+            faults,
+        };
+        std::fs::create_dir_all(path.parent().context("a folder")?)?;
+        let fresh = path.with_extension("fresh");
+        std::fs::write(&fresh, serde_json::to_string_pretty(&file)? + "\n")
+            .and_then(|()| std::fs::rename(&fresh, path))
+            .context("write the report")
+    }
+
     fn faults(&self) -> Vec<String> {
+        let mut faults = self.faults_so_far();
+        let chosen = self.chosen.iter().map(String::as_str);
+        let unknown: Vec<&str> = chosen.filter(|name| !self.known.contains(name)).collect();
+        if !unknown.is_empty() {
+            faults.push(format!(
+                "no such sections: {}; there are: {}",
+                unknown.join(", "),
+                self.known.join(", ")
+            ));
+        }
+        faults
+    }
+
+    /// Those of the sections that were begun.
+    fn faults_so_far(&self) -> Vec<String> {
         let missed = self.figures.iter().filter(|(_, figure)| !figure.holds);
         let missed: Vec<&str> = missed.map(|(name, _)| name.as_str()).collect();
         let failed = self.begun.iter().filter_map(|section| {
@@ -274,8 +317,6 @@ impl Report {
             .iter()
             .filter(|section| section.failure.is_none() && section.owes(self.peers));
         let empty: Vec<&str> = empty.map(|section| section.name).collect();
-        let chosen = self.chosen.iter().map(String::as_str);
-        let unknown: Vec<&str> = chosen.filter(|name| !self.known.contains(name)).collect();
         let mut faults = self.noted.clone();
         faults.extend(failed);
         if !missed.is_empty() {
@@ -285,13 +326,6 @@ impl Report {
             faults.push(format!(
                 "sections that measured nothing, for the reason printed above: {}",
                 empty.join(", ")
-            ));
-        }
-        if !unknown.is_empty() {
-            faults.push(format!(
-                "no such sections: {}; there are: {}",
-                unknown.join(", "),
-                self.known.join(", ")
             ));
         }
         faults
