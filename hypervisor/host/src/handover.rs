@@ -7,7 +7,7 @@
 //!          destroyed                            destroyed                lost (reported: state None)
 //!
 //! source:  sending ──all sent──▶ awaiting ──target runs──▶ released
-//!              │ failed,            │ connection lost, or SOURCE_PATIENCE over
+//!              │ failed,            │ connection lost, or patience over
 //!              │ cancelled          ▼
 //!              ▼                asking the store ──void──▶ telling the VMM to run again ──▶ running
 //!          running                  └──committed──▶ released
@@ -23,8 +23,12 @@ use godwit_wire::id::Epoch;
 use godwit_wire::migration::{MigrationPhase, MigrationStatus};
 use std::time::Duration;
 
-/// How long a source that has sent everything waits for the target's word before it asks the store.
-pub(crate) const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a source that has sent everything waits for the target's word before it asks the store,
+const SOURCE_PATIENCE: Duration = Duration::from_secs(2);
+/// how many times as long as itself it lets the target take to hash the same memory,
+const HASHING_ALLOWANCE: u32 = 4;
+/// and how long at most: the guest stands still all the while.
+const HASHING_LIMIT: Duration = Duration::from_secs(300);
 
 /// Whether the store was asked for the commit; from then on only its answer counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -147,13 +151,20 @@ pub(crate) fn source_step(
             SourceStep::TellVmmToRun { epoch }
         }
         (MigrationPhase::AwaitingCommit, None | Some(Resolution::Open)) => {
-            if status.connected && awaiting < SOURCE_PATIENCE {
-                SourceStep::LookAgainIn(SOURCE_PATIENCE - awaiting)
+            let patience = source_patience(status);
+            if status.connected && awaiting < patience {
+                SourceStep::LookAgainIn(patience - awaiting)
             } else {
                 SourceStep::AskStore
             }
         }
     }
+}
+
+/// How long a source with this `status` waits for the target's word.
+pub(crate) fn source_patience(status: &MigrationStatus) -> Duration {
+    let hashing = Duration::from_micros(status.progress.hashing_us.unwrap_or_default());
+    SOURCE_PATIENCE + HASHING_LIMIT.min(hashing.saturating_mul(HASHING_ALLOWANCE))
 }
 
 #[cfg(test)]
@@ -260,6 +271,26 @@ mod tests {
             source_step(&cut, Duration::ZERO, None),
             SourceStep::AskStore
         );
+        let mut hashing = source(MigrationPhase::AwaitingCommit, true);
+        hashing.progress.hashing_us = Some(3_000_000);
+        assert_eq!(
+            source_step(&hashing, SOURCE_PATIENCE, None),
+            SourceStep::LookAgainIn(Duration::from_secs(12))
+        );
+        assert_eq!(
+            source_step(&hashing, Duration::from_secs(14), None),
+            SourceStep::AskStore
+        );
+        hashing.progress.hashing_us = Some(u64::MAX);
+        assert_eq!(
+            source_step(&hashing, SOURCE_PATIENCE + HASHING_LIMIT, None),
+            SourceStep::AskStore
+        );
+        hashing.connected = false;
+        assert_eq!(
+            source_step(&hashing, Duration::ZERO, None),
+            SourceStep::AskStore
+        );
     }
 
     #[test]
@@ -285,7 +316,8 @@ mod tests {
         #[test]
         fn whatever_both_ends_have_seen_only_one_may_run(
             source_phase in 0..PHASES.len(), target_phase in 0..PHASES.len(),
-            connected in any::<bool>(), granted in any::<bool>(), waited_ms in 0..5_000u64
+            connected in any::<bool>(), granted in any::<bool>(), waited_ms in 0..5_000u64,
+            hashing_us in any::<Option<u64>>()
         ) {
             let (verdict, resolution) = if granted {
                 (GRANTED, Resolution::End)
@@ -296,7 +328,9 @@ mod tests {
             let source_phase = PHASES[source_phase];
             // What the VMMs guarantee: the source completes only on the target's word.
             prop_assume!(granted || source_phase != MigrationPhase::Completed);
-            let step = source_step(&source(source_phase, connected), Duration::from_millis(waited_ms), Some(resolution));
+            let mut seen = source(source_phase, connected);
+            seen.progress.hashing_us = hashing_us;
+            let step = source_step(&seen, Duration::from_millis(waited_ms), Some(resolution));
             let source_runs = matches!(step, SourceStep::TellVmmToRun { .. });
             let step = target_step(Some(&target(PHASES[target_phase])), &verdict);
             let target_runs = matches!(step, TargetStep::TellVmm { .. } | TargetStep::Own { .. });
@@ -307,13 +341,16 @@ mod tests {
 
         #[test]
         fn without_the_stores_word_nobody_starts_to_run(
-            phase in 0..PHASES.len(), connected in any::<bool>(), waited_ms in 0..5_000u64, asked in any::<bool>()
+            phase in 0..PHASES.len(), connected in any::<bool>(), waited_ms in 0..5_000u64, asked in any::<bool>(),
+            hashing_us in any::<Option<u64>>()
         ) {
             let verdict = if asked { Verdict::Asked } else { Verdict::NotAsked };
             let step = target_step(Some(&target(PHASES[phase])), &verdict);
             let may_run = matches!(step, TargetStep::TellVmm { .. } | TargetStep::Own { .. });
             prop_assert!(!may_run);
-            let step = source_step(&source(PHASES[phase], connected), Duration::from_millis(waited_ms), None);
+            let mut seen = source(PHASES[phase], connected);
+            seen.progress.hashing_us = hashing_us;
+            let step = source_step(&seen, Duration::from_millis(waited_ms), None);
             let may_run = matches!(step, SourceStep::TellVmmToRun { .. });
             prop_assert!(!may_run);
         }

@@ -191,7 +191,7 @@ pub struct MigrationProgress {
     pub stalled_us: Vec<u64>,
     /// Bytes that compression has saved.
     pub saved_bytes: Bytes,
-    /// How long the target took to take host memory, before anything was sent.
+    /// How long the target took to make ready, before anything was sent; most of it for host memory in huge pages.
     pub prefault_ms: u64,
     /// What is to be moved of disks, in all.
     pub disk_bytes: Bytes,
@@ -205,6 +205,10 @@ pub struct MigrationProgress {
     /// From pause at the source to the news that the target runs; known at the end, at the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
+    /// How long the source took to hash all of the guest's memory in the blackout, so that the target's can be held
+    /// against it; the target takes about as long. Absent where that was not asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hashing_us: Option<u64>,
     /// What followed the guest; absent while or if nothing did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyProgress>,

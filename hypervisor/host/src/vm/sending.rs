@@ -4,7 +4,7 @@ use super::driver::{Driver, News};
 use super::handover::{OBEY_TIMEOUT, not_running, pauses};
 use crate::admission::Admission;
 use crate::backoff::random;
-use crate::handover::{SOURCE_PATIENCE, SourceStep};
+use crate::handover::{SourceStep, source_patience};
 use crate::kept::Kept;
 use godwit_wire::host_api::{Resolution, StartOutgoing, VmReport};
 use godwit_wire::id::Epoch;
@@ -111,10 +111,12 @@ impl Driver {
             .as_ref()
             .and_then(|live| live.observer.try_reserve_dirty_log());
         tracing::info!(vm = %self.vm, migration = %status.migration, phase = ?status.phase, "going on with a migration");
+        let awaits = status.phase == MigrationPhase::AwaitingCommit;
+        let patience = source_patience(&status);
         self.begin_handover(status, MigrationRole::Source, epoch, dirty_log);
-        if let Some(handover) = self.handover_mut() {
+        if let Some(handover) = self.handover_mut().filter(|_| awaits) {
             // How long it has waited already is not known: long enough.
-            handover.awaiting_since = Instant::now().checked_sub(SOURCE_PATIENCE);
+            handover.awaiting_since = Instant::now().checked_sub(patience);
         }
     }
 

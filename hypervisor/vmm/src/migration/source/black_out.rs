@@ -157,7 +157,14 @@ impl Session<'_> {
         let verify = self.request.policy.verify;
         let memory_hash = match verify {
             Verify::Frames => None,
-            Verify::WholeMemory => Some(self.ram.hash().map_err(MachineError::from)?),
+            Verify::WholeMemory => {
+                let begun = Instant::now();
+                let hash = self.ram.hash().map_err(MachineError::from)?;
+                let hashing_us = begun.elapsed().as_micros() as u64;
+                self.ledger
+                    .progress(|progress| progress.hashing_us = Some(hashing_us));
+                Some(hash)
+            }
         };
         if still.since.elapsed() > self.patience() && verify == Verify::Frames {
             return Err(self.blackout_too_long());
