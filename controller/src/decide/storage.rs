@@ -465,11 +465,12 @@ pub(super) fn delete_image(
         .map(|disk| disk.name.as_str())
         .collect();
     if let Some(first) = based.first() {
-        let others = match based.len() - 1 {
-            0 => String::new(),
-            others => format!(" and {others} others"),
+        let copies = match based.len() - 1 {
+            0 => "is a thin copy".to_owned(),
+            1 => "and another disk are thin copies".to_owned(),
+            others => format!("and {others} other disks are thin copies"),
         };
-        let detail = format!("{first}{others} are thin copies of {}", image.name);
+        let detail = format!("{first} {copies} of {}", image.name);
         return Err(Problem::conflict("in-use", detail).with_remedy("delete those disks first"));
     }
     if let Some(left) = view.copy_left_of(id) {

@@ -139,7 +139,7 @@ async fn a_vm_gets_its_disks_with_it_and_takes_them_with_it() {
     assert!(
         pool.refusal(Intent::DeleteImage { image })
             .await
-            .contains("a-root are thin copies of debian")
+            .contains("a-root is a thin copy of debian")
     );
     assert!(
         pool.refusal(Intent::DeleteDisk { disk: data })
