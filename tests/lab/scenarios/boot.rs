@@ -4,8 +4,9 @@ use crate::guest::{Guest, GuestKernel};
 use crate::pool::Pool;
 use anyhow::{Context, ensure};
 
-/// Fails where a driver has no device.
-const DRIVERS: &str = "for driver in virtio_rng virtio_balloon; do ls -d /sys/bus/virtio/drivers/$driver/virtio* || exit 1; done";
+/// Fails where a driver has no device, and says then what there is.
+const DRIVERS: &str = "for driver in virtio_rng virtio_balloon; do ls -d /sys/bus/virtio/drivers/$driver/virtio* || \
+{ ls /sys/bus/pci/devices /sys/bus/virtio/devices /sys/bus/virtio/drivers; dmesg | grep -iE 'pci|acpi|mcfg|virtio' | tail -n 60; exit 1; }; done";
 const CLOCK: &str = "cat /sys/devices/system/clocksource/clocksource0/current_clocksource";
 
 pub(crate) async fn with_one_vcpu(pool: &mut Pool) -> anyhow::Result<()> {

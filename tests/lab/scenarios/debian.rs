@@ -75,6 +75,16 @@ pub(crate) async fn as_the_readme_says(pool: &mut Pool) -> anyhow::Result<()> {
 
     guest.delete(pool).await?;
     pool.godwit(&["network", "delete", "lan"]).await?;
+    // The VM's disk goes with it, in an operation of its own, and is a thin copy of the image until then.
+    pool.wait_until(&["disk", "list"], |disks| {
+        let disks = disks.get("items").unwrap_or(disks).as_array();
+        disks.is_some_and(|disks| {
+            disks
+                .iter()
+                .all(|disk| disk["name"] != format!("{NAME}-root"))
+        })
+    })
+    .await?;
     pool.godwit(&["image", "delete", "debian"]).await?;
     Ok(())
 }

@@ -35,7 +35,8 @@ const ROLE_MODULES: [(&str, &[&str]); 2] = [
     ("control", &["nfsd"]),
 ];
 /// Modules of guests.
-const GUEST_MODULES: [&str; 6] = [
+const GUEST_MODULES: [&str; 7] = [
+    "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "virtio_rng",
