@@ -131,6 +131,39 @@ async fn a_linux_kernel_without_a_pvh_note_boots_by_the_64_bit_protocol() {
     }
 }
 
+/// Local APICs are registers of the CPU (x2APIC), or memory where the kernel would rather have it so (xAPIC).
+#[tokio::test]
+async fn linux_guests_run_with_either_kind_of_local_apic() {
+    const QUESTION: &str = "echo online=$(nproc) x2apic=$(grep -c x2apic /proc/cpuinfo)";
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    for (name, word, answer) in [
+        ("x2apic", "", "online=2 x2apic=2"),
+        ("xapic", "nox2apic", "online=2 x2apic=0"),
+    ] {
+        let boot = Boot::Linux {
+            kernel: guest.kernel.clone(),
+            initrd: Some(guest.initrd.clone()),
+            cmdline: format!("{SHELL_CMDLINE} {word}"),
+        };
+        let request = new_vm(MachineSpec {
+            boot,
+            ..vmm::linux(&guest, 2, Mib(128))
+        });
+        let vmm = Vmm::boot(&dir, name, &request).await.expect("Linux boots");
+        let mut serial = vmm.serial().await.expect("console");
+        serial
+            .wait_for(SHELL_GREETING, BOOT_PATIENCE)
+            .await
+            .expect("the shell is up");
+        serial.send_line(QUESTION).await.expect("type");
+        serial
+            .wait_for(answer, BOOT_PATIENCE)
+            .await
+            .expect("both CPUs are there, with the APICs that were asked for");
+    }
+}
+
 /// `how` is the kernel's own choice of how to restart the machine.
 async fn a_linux_guest_that_restarts_boots_again(how: &str) {
     let guest = require!(LinuxGuest::prepare());
