@@ -6,11 +6,13 @@ use godwit_tests::linux::{
 };
 use godwit_tests::migration::migrate;
 use godwit_tests::require;
+use godwit_tests::serial::Serial;
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::machine::{Boot, MachineSpec};
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::CreateRequest;
+use std::path::Path;
 
 /// What a guest may tell the time by; both go with it when it moves. Linux takes the TSC before kvm-clock where the CPU
 /// says that it never stops, as the machine's own CPU does to the test kernel.
@@ -42,25 +44,36 @@ async fn boot_agent_of(dir: &TestDir, request: &CreateRequest) -> Vmm {
     vmm
 }
 
-#[tokio::test]
-async fn linux_boots_to_a_shell_on_the_serial_console() {
-    let guest = require!(LinuxGuest::prepare());
-    let dir = TestDir::new();
+/// Boots `kernel` to a shell, which is what answers on the serial console; `word` goes to the kernel as well.
+async fn boot_shell(
+    (dir, name): (&TestDir, &str),
+    guest: &LinuxGuest,
+    (kernel, word): (&Path, &str),
+    vcpus: u8,
+) -> (Vmm, Serial) {
     let boot = Boot::Linux {
-        kernel: guest.kernel.clone(),
+        kernel: kernel.to_owned(),
         initrd: Some(guest.initrd.clone()),
-        cmdline: SHELL_CMDLINE.to_owned(),
+        cmdline: format!("{SHELL_CMDLINE} {word}").trim_end().to_owned(),
     };
     let request = new_vm(MachineSpec {
         boot,
-        ..vmm::linux(&guest, 1, Mib(128))
+        ..vmm::linux(guest, vcpus, Mib(128))
     });
-    let vmm = Vmm::boot(&dir, "vmm", &request).await.expect("Linux boots");
+    let vmm = Vmm::boot(dir, name, &request).await.expect("Linux boots");
     let mut serial = vmm.serial().await.expect("console");
     serial
         .wait_for(SHELL_GREETING, BOOT_PATIENCE)
         .await
         .expect("the shell is up");
+    (vmm, serial)
+}
+
+#[tokio::test]
+async fn linux_boots_to_a_shell_on_the_serial_console() {
+    let guest = require!(LinuxGuest::prepare());
+    let dir = TestDir::new();
+    let (vmm, mut serial) = boot_shell((&dir, "vmm"), &guest, (&guest.kernel, ""), 1).await;
     serial
         .send_line("echo product=$((6 * 7))")
         .await
@@ -105,24 +118,8 @@ async fn a_linux_kernel_without_a_pvh_note_boots_by_the_64_bit_protocol() {
     let kernel = dir.join("vmlinux-without-notes");
     let elf = std::fs::read(&guest.kernel).expect("the kernel can be read");
     std::fs::write(&kernel, without_notes(&elf)).expect("a kernel");
-    for (kernel, loader) in [(kernel, "loader=255"), (guest.kernel.clone(), "loader=176")] {
-        let boot = Boot::Linux {
-            kernel,
-            initrd: Some(guest.initrd.clone()),
-            cmdline: SHELL_CMDLINE.to_owned(),
-        };
-        let request = new_vm(MachineSpec {
-            boot,
-            ..vmm::linux(&guest, 2, Mib(128))
-        });
-        let vmm = Vmm::boot(&dir, loader, &request)
-            .await
-            .expect("Linux boots");
-        let mut serial = vmm.serial().await.expect("console");
-        serial
-            .wait_for(SHELL_GREETING, BOOT_PATIENCE)
-            .await
-            .expect("the shell is up");
+    for (kernel, loader) in [(&kernel, "loader=255"), (&guest.kernel, "loader=176")] {
+        let (_vmm, mut serial) = boot_shell((&dir, loader), &guest, (kernel, ""), 2).await;
         serial.send_line(QUESTION).await.expect("type");
         serial
             .wait_for(loader, BOOT_PATIENCE)
@@ -141,21 +138,7 @@ async fn linux_guests_run_with_either_kind_of_local_apic() {
         ("x2apic", "", "online=2 x2apic=2"),
         ("xapic", "nox2apic", "online=2 x2apic=0"),
     ] {
-        let boot = Boot::Linux {
-            kernel: guest.kernel.clone(),
-            initrd: Some(guest.initrd.clone()),
-            cmdline: format!("{SHELL_CMDLINE} {word}"),
-        };
-        let request = new_vm(MachineSpec {
-            boot,
-            ..vmm::linux(&guest, 2, Mib(128))
-        });
-        let vmm = Vmm::boot(&dir, name, &request).await.expect("Linux boots");
-        let mut serial = vmm.serial().await.expect("console");
-        serial
-            .wait_for(SHELL_GREETING, BOOT_PATIENCE)
-            .await
-            .expect("the shell is up");
+        let (_vmm, mut serial) = boot_shell((&dir, name), &guest, (&guest.kernel, word), 2).await;
         serial.send_line(QUESTION).await.expect("type");
         serial
             .wait_for(answer, BOOT_PATIENCE)
