@@ -191,7 +191,7 @@ pub struct MigrationProgress {
     pub stalled_us: Vec<u64>,
     /// Bytes that compression has saved.
     pub saved_bytes: Bytes,
-    /// How long the target took to make ready, before anything was sent; most of it for host memory in huge pages.
+    /// How long the target took to take host memory, before anything was sent.
     pub prefault_ms: u64,
     /// What is to be moved of disks, in all.
     pub disk_bytes: Bytes,
