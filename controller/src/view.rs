@@ -567,7 +567,7 @@ impl View {
                     .phase
                     .filter(|phase| phase.is_final())
                     .or(Some(status.phase)),
-                progress: self.with_waits(migration, status.progress.clone()),
+                progress: self.with_target_figures(migration, status.progress.clone()),
             },
             None => MigrationFigures {
                 phase: migration.phase,
@@ -576,8 +576,9 @@ impl View {
         }
     }
 
-    /// The source's figures of a migration, and for how long the guest waited for memory, which only the target knows.
-    pub(crate) fn with_waits(
+    /// The source's figures of a migration, and what only the target knows: for how long the guest waited for memory, and
+    /// its network for frames.
+    pub(crate) fn with_target_figures(
         &self,
         migration: &Migration,
         mut progress: MigrationProgress,
@@ -588,6 +589,7 @@ impl View {
             .filter(|status| {
                 status.migration == migration.id && status.role == MigrationRole::Target
             });
+        progress.packet_gap_us = at_target.and_then(|status| status.progress.packet_gap_us);
         let waits = at_target.and_then(|status| status.progress.post_copy);
         if let (Some(memory), Some(waits)) = (&mut progress.post_copy, waits) {
             (memory.waited_us, memory.longest_wait_us) = (waits.waited_us, waits.longest_wait_us);

@@ -21,6 +21,7 @@ export function MigrationTimeline({ migration }) {
   const parts = blackoutParts(p.blackout);
   const blackout = p.downtime_us ?? parts.reduce((sum, part) => sum + part.size, 0);
   const predicted = p.blackout.predicted_us;
+  const gap = p.packet_gap_us;
   const foreseen = migration.foreseen;
   const pages = pageParts(p);
   const sum = pages.reduce((total, part) => total + part.size, 0);
@@ -28,7 +29,7 @@ export function MigrationTimeline({ migration }) {
     <${Bar} label="Migration" total=${duration(p.elapsed_ms * 1000)} parts=${phases(p, blackout)} told=${duration}
       note=${foreseen ? `foreseen ${milliseconds(foreseen.took_ms)}` : ''} />
     <${Bar} label="Blackout" total=${duration(blackout)} parts=${parts} told=${duration}
-      note=${[predicted && `predicted ${duration(predicted)}`, foreseen && `foreseen ${milliseconds(foreseen.blackout_ms)}`].filter(Boolean).join(', ')} />
+      note=${[predicted && `predicted ${duration(predicted)}`, gap && `network silent for ${duration(gap)}`, foreseen && `foreseen ${milliseconds(foreseen.blackout_ms)}`].filter(Boolean).join(', ')} />
     ${sum > 0 && html`<${Bar} label="Memory" total=${inPages(sum)} parts=${pages} told=${inPages} note=${`in ${p.round} rounds`} />`}
     ${pain(p).map((line) => html`<p class="quiet" key=${line}>${line}</p>`)}
   </div>`;

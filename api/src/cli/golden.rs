@@ -325,6 +325,7 @@ fn migrations_show_how_far_they_are() {
     ended["state"] = json!("committed");
     ended["phase"] = json!("completed");
     ended["progress"]["downtime_us"] = json!(8_312);
+    ended["progress"]["packet_gap_us"] = json!(9_480);
     ended["progress"]["lanes"] = json!(4);
     ended["progress"]["opened_lanes"] = json!(8);
     ended["progress"]["throttle_percent"] = json!(40);
@@ -349,23 +350,24 @@ fn migrations_show_how_far_they_are() {
     check(
         render::migration(&migrations[1]),
         expect![[r#"
-            Id:        019300aa-0000-7000-8000-0000000000b1
-            VM:        db-1
-            Way:       host-1 to host-2
-            State:     committed (completed)
-            Round:     2
-            Sent:      700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
-            Kept:      1024 pages that the target still had
-            Saved:     100.0 MiB by compression
-            Remaining: 12.0 MiB
-            Rate:      300.0 MiB/s, the guest dirties 4.0 MiB/s
-            Lanes:     4 of 8
-            Slowed:    the guest is kept from running for 40% of its time
-            Prefault:  120 ms
-            Time:      2.3 s
-            Downtime:  8.3 ms (measured)
-            Foreseen:  converges: 2.1 s, 720.0 MiB, blackout 11 ms
-            Blackout:  pause 0.3 ms, save 1.1 ms, pages 2.4 ms, restore 1.9 ms, commit 2.6 ms, predicted 9.0 ms
+            Id:         019300aa-0000-7000-8000-0000000000b1
+            VM:         db-1
+            Way:        host-1 to host-2
+            State:      committed (completed)
+            Round:      2
+            Sent:       700.0 MiB of 1.5 GiB memory (179200 pages, 213000 zero pages)
+            Kept:       1024 pages that the target still had
+            Saved:      100.0 MiB by compression
+            Remaining:  12.0 MiB
+            Rate:       300.0 MiB/s, the guest dirties 4.0 MiB/s
+            Lanes:      4 of 8
+            Slowed:     the guest is kept from running for 40% of its time
+            Prefault:   120 ms
+            Time:       2.3 s
+            Downtime:   8.3 ms (measured)
+            Packet gap: 9.5 ms
+            Foreseen:   converges: 2.1 s, 720.0 MiB, blackout 11 ms
+            Blackout:   pause 0.3 ms, save 1.1 ms, pages 2.4 ms, restore 1.9 ms, commit 2.6 ms, predicted 9.0 ms
         "#]],
     );
 }

@@ -419,6 +419,7 @@ pub(super) fn migration(migration: &Migration) -> String {
         )
         .line("Time", seconds(progress.elapsed_ms as f64 / 1000.0))
         .maybe("Downtime", blackout)
+        .maybe("Packet gap", progress.packet_gap_us.map(milliseconds_of_us))
         .maybe(
             "Foreseen",
             migration.foreseen.as_ref().map(forecast::foreseen),

@@ -361,6 +361,7 @@ fn progress(progress: &MigrationProgress) -> api::MigrationProgress {
             commit_us: parts.commit_us,
         }),
         downtime_us: progress.downtime_us,
+        packet_gap_us: progress.packet_gap_us,
         post_copy: progress.post_copy.map(|memory| api::PostCopy {
             owed_bytes: memory.owed_bytes.0,
             missing_bytes: memory.missing_bytes.0,

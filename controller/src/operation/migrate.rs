@@ -196,7 +196,7 @@ async fn follow(context: &Context<'_>, migration: &Migration) -> Result<(), Ende
             .change(|view, draft, _| {
                 if let Some(record) = view.migrations.get(&migration.id) {
                     let mut record = record.as_ref().clone();
-                    let progress = view.with_waits(&record, status.progress.clone());
+                    let progress = view.with_target_figures(&record, status.progress.clone());
                     // Whatever the source said last: it has ended.
                     (record.phase, record.progress) =
                         (Some(MigrationPhase::Completed), Some(progress));
@@ -313,7 +313,7 @@ async fn lose_memory(context: &Context<'_>, migration: &Migration) -> Result<(),
 fn last_progress(view: &View, migration: &Migration) -> Option<MigrationProgress> {
     let said = status(view, migration.source, migration)
         .or_else(|| status(view, migration.target, migration))?;
-    Some(view.with_waits(migration, said.progress.clone()))
+    Some(view.with_target_figures(migration, said.progress.clone()))
 }
 
 /// Whether the guest may still need memory from the source. That is so until one of its ends says otherwise, or the
@@ -344,7 +344,7 @@ async fn conclude(context: &Context<'_>, migration: &Migration) -> Result<(), En
                     .filter(|s| s.role == MigrationRole::Source);
                 record.phase = said.map(|status| status.phase);
                 record.progress =
-                    said.map(|status| view.with_waits(&record, status.progress.clone()));
+                    said.map(|status| view.with_target_figures(&record, status.progress.clone()));
             }
             let vm = Context::vm(view, migration.vm);
             let conclusion = match &record.state {

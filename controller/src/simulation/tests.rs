@@ -102,6 +102,28 @@ async fn a_live_migration_moves_owner_epoch_and_home() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_packet_gap_that_is_known_after_the_end_of_a_migration_is_written_down_once() {
+    let pool = Pool::of(2).await;
+    let vm = pool.vm("a", 1).await;
+    pool.succeeds(pool.submit(migrate(vm, 2)).await.unwrap())
+        .await;
+    pool.running(vm).await;
+    let record = |view: &View| view.migrations.values().next().unwrap().clone();
+    let ended = record(&pool.view());
+    let gap_us = |view: &View| record(view).progress.as_ref().unwrap().packet_gap_us;
+    assert_eq!(gap_us(&pool.view()), None);
+    pool.host(2).first_frame(vm, ended.id, 45_000);
+    pool.wait("the gap is written down", |view| gap_us(view).is_some())
+        .await;
+    pool.host(2).first_frame(vm, ended.id, 46_000);
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(gap_us(&pool.view()), Some(45_000));
+    let mut as_before = record(&pool.view()).as_ref().clone();
+    as_before.progress.as_mut().unwrap().packet_gap_us = None;
+    assert_eq!(as_before, *ended);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_cancelled_migration_leaves_the_source_running() {
     let pool = Pool::of(2).await;
     let vm = pool.vm("a", 1).await;

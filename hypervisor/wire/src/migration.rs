@@ -209,6 +209,12 @@ pub struct MigrationProgress {
     /// against it; the target takes about as long. Absent where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hashing_us: Option<u64>,
+    /// The longest silence that the guest's network saw because of the hand-over: from the last frame that passed any
+    /// of its cards at the source, either way, to the first that did at the target. The two hosts' clocks need not
+    /// agree; for as long as [`Done`] was on its way the gap is told too short. Known at the target once a frame has
+    /// passed there, and absent where the network was quiet before the pause.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub packet_gap_us: Option<u64>,
     /// What followed the guest; absent while or if nothing did.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub post_copy: Option<PostCopyProgress>,
@@ -385,6 +391,10 @@ pub struct Done {
     /// Time since the guest's clocks were sampled for the state, in nanoseconds. The target adds what passes until it
     /// restores them, so the hosts' own clocks need not agree.
     pub clock_age_ns: u64,
+    /// Time since the last frame passed any of the guest's cards, either way, in nanoseconds; the target takes it from
+    /// when this message comes. Absent where none passed shortly before the pause, and from a source that does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packet_age_ns: Option<u64>,
     /// Pages that follow later, all of them named by `Missing` frames; 0 when everything has been sent.
     #[serde(default)]
     pub missing_pages: u64,
@@ -595,6 +605,20 @@ mod tests {
             }),
             ..MigrationProgress::default()
         }
+    }
+
+    #[test]
+    fn a_source_of_a_quiet_network_says_the_same_as_one_that_does_not_tell() {
+        let told = r#"{"round":3,"pages":7,"state_hash":"00","clock_age_ns":5,"missing_pages":0,"then":"run","counted":{"exits":0,"io_exits":0,"mmio_exits":0,"serial_rx_bytes":0,"serial_tx_bytes":0,"resets":0}}"#;
+        let quiet: Done = serde_json::from_str(told).unwrap();
+        assert_eq!(quiet.packet_age_ns, None);
+        assert_eq!(serde_json::to_string(&quiet).unwrap(), told);
+        let lively = Done {
+            packet_age_ns: Some(9),
+            ..quiet
+        };
+        let again: Done = serde_json::from_str(&serde_json::to_string(&lively).unwrap()).unwrap();
+        assert_eq!(again.packet_age_ns, Some(9));
     }
 
     #[test]

@@ -46,16 +46,24 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
+/// Migrations that are counted and still remembered by the store.
+#[derive(Debug, Default)]
+struct Observed {
+    finished: BTreeSet<MigrationId>,
+    /// Those whose packet gap is: mostly it becomes known after the end.
+    gaps: BTreeSet<MigrationId>,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(super) struct MigrationFigures {
     since: Timestamp,
-    /// Migrations that are counted and still remembered by the store.
-    observed: Mutex<BTreeSet<MigrationId>>,
+    observed: Mutex<Observed>,
     durations: Family<OutcomeLabel, Histogram, fn() -> Histogram>,
     transferred: Family<OutcomeLabel, Histogram, fn() -> Histogram>,
     disks_transferred: Counter,
     downtime: Histogram,
+    packet_gap: Histogram,
     blackout_error: Histogram,
     foreseen_error: Histogram,
     course: CourseFigures,
@@ -72,6 +80,7 @@ impl MigrationFigures {
             transferred: Family::new_with_constructor(|| Histogram::new(TRANSFERRED_BUCKETS_BYTES)),
             disks_transferred: Counter::default(),
             downtime: Histogram::new(DOWNTIME_BUCKETS_S),
+            packet_gap: Histogram::new(DOWNTIME_BUCKETS_S),
             blackout_error: Histogram::new(ERROR_BUCKETS),
             foreseen_error: Histogram::new(ERROR_BUCKETS),
             course: CourseFigures::new(),
@@ -82,13 +91,22 @@ impl MigrationFigures {
     /// Takes in what has finished since the last time.
     pub(super) fn observe(&self, view: &View) {
         let mut observed = self.observed.lock().unwrap_or_else(PoisonError::into_inner);
-        observed.retain(|id| view.migrations.contains_key(id));
-        for migration in view.migrations.values() {
-            if is_finished(view, migration)
-                && migration.ended_at.is_some_and(|ended| ended >= self.since)
-                && observed.insert(migration.id)
-            {
+        let Observed { finished, gaps } = &mut *observed;
+        for ids in [&mut *finished, &mut *gaps] {
+            ids.retain(|id| view.migrations.contains_key(id));
+        }
+        let ended = view
+            .migrations
+            .values()
+            .filter(|migration| migration.ended_at.is_some_and(|ended| ended >= self.since));
+        for migration in ended {
+            if is_finished(view, migration) && finished.insert(migration.id) {
                 self.count(migration);
+            }
+            if let Some(us) = packet_gap_us(migration)
+                && gaps.insert(migration.id)
+            {
+                self.packet_gap.observe(us as f64 / 1e6);
             }
         }
     }
@@ -150,6 +168,12 @@ impl MigrationFigures {
             self.downtime.clone(),
         );
         registry.register_with_unit(
+            "migration_packet_gap",
+            "Longest silence of a guest's network because it was moved",
+            Unit::Seconds,
+            self.packet_gap.clone(),
+        );
+        registry.register_with_unit(
             "migration_blackout_error",
             "How far the predicted blackout was from the real one, as a share of the real one",
             Unit::Other("ratio".into()),
@@ -181,6 +205,10 @@ fn outcome(migration: &Migration) -> &'static str {
         (_, Some(MigrationPhase::Cancelled)) => "cancelled",
         _ => "failed",
     }
+}
+
+fn packet_gap_us(migration: &Migration) -> Option<u64> {
+    migration.progress.as_ref()?.packet_gap_us
 }
 
 fn blackout_error(progress: &MigrationProgress) -> Option<f64> {
@@ -286,6 +314,8 @@ mod tests {
             migration_transferred_bytes_count{outcome="completed"} 1
             migration_downtime_seconds_sum 0.04
             migration_downtime_seconds_count 1
+            migration_packet_gap_seconds_sum 0.0
+            migration_packet_gap_seconds_count 0
             migration_blackout_error_ratio_sum 0.25
             migration_blackout_error_ratio_count 1
             migration_foreseen_blackout_error_ratio_sum 0.5
@@ -316,6 +346,28 @@ mod tests {
         let figures = MigrationFigures::since(at(100));
         figures.observe(&view(&[&committed(99)]));
         assert!(told(&figures).contains(&"migration_downtime_seconds_count 0".to_owned()));
+    }
+
+    #[test]
+    fn a_packet_gap_that_is_known_after_the_end_is_counted_once() {
+        let figures = MigrationFigures::since(at(100));
+        let (mut migration, mut before) = (committed(200), committed(99));
+        figures.observe(&view(&[&migration, &before]));
+        for migration in [&mut migration, &mut before] {
+            let progress = migration.progress.as_mut().expect("it is there");
+            progress.packet_gap_us = Some(45_000);
+        }
+        for _ in 0..2 {
+            figures.observe(&view(&[&migration, &before]));
+            let told = told(&figures);
+            for line in [
+                "migration_packet_gap_seconds_sum 0.045",
+                "migration_packet_gap_seconds_count 1",
+                "migration_downtime_seconds_count 1",
+            ] {
+                assert!(told.contains(&line.to_owned()), "{told:?}");
+            }
+        }
     }
 
     #[test]

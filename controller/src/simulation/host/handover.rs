@@ -144,6 +144,14 @@ impl SimHost {
         Ok(state.report(vm).unwrap())
     }
 
+    /// The first frame passes a card of a VM that has moved here.
+    pub(in crate::simulation) fn first_frame(&self, vm: VmId, migration: MigrationId, gap_us: u64) {
+        self.with_migration(vm, migration, |known, _| {
+            let status = known.migration.as_mut().unwrap();
+            status.progress.packet_gap_us = Some(gap_us);
+        });
+    }
+
     pub(super) fn with_migration<T>(
         &self,
         vm: VmId,

@@ -1,16 +1,17 @@
 //! Network cards: virtio-net (virtio 1.2, 5.1) on a tap device of the host.
 //!
 //! ```text
-//! feature   feature bits, configuration space
-//! filter    which frames the card takes                (pure)
-//! control   commands of the control queue              (pure)
-//! announce  frames of a machine that arrived           (pure)
-//! ring      a virtqueue with batches
-//! limit     rate limits
-//! shared    what queue pairs share: settings, counters
-//! transmit  guest → tap
-//! receive   tap → guest
-//! pair      one queue pair's thread
+//! feature      feature bits, configuration space
+//! filter       which frames the card takes                (pure)
+//! control      commands of the control queue              (pure)
+//! announce     frames of a machine that arrived           (pure)
+//! frame_times  when frames passed
+//! ring         a virtqueue with batches
+//! limit        rate limits
+//! shared       what queue pairs share: settings, counters
+//! transmit     guest → tap
+//! receive      tap → guest
+//! pair         one queue pair's thread
 //! ```
 //!
 //! Anti-spoofing is not done here but by the host's packet filter, which frames cannot pass by. A card that is not
@@ -21,6 +22,7 @@ pub mod announce;
 pub mod control;
 pub mod feature;
 pub mod filter;
+mod frame_times;
 mod limit;
 mod pair;
 mod receive;
@@ -38,6 +40,7 @@ use crate::device::{
 use crate::sys::tap::{Attachment, Queueing, Tap, TapError};
 use crate::worker::{Worker, WorkerError};
 use filter::Filter;
+pub use frame_times::FrameTimes;
 use godwit_wire::devices::{MAX_QUEUE_PAIRS, MacAddress, NicLimits};
 use pair::{Pair, Queues};
 use ring::Ring;
@@ -181,6 +184,11 @@ impl Net {
         if let Some(active) = &self.active {
             active.interrupt.config();
         }
+    }
+
+    /// When frames passed, for whoever measures the silence of a hand-over.
+    pub fn frame_times(&self) -> Arc<FrameTimes> {
+        Arc::clone(&self.shared.frame_times)
     }
 
     /// The kernel spreads frames over attached queues, and until the driver says otherwise it looks at one only.

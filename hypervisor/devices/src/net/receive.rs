@@ -73,6 +73,8 @@ pub(super) struct Receiver {
     full: bool,
     rest: Box<[u8]>,
     in_hand: Option<InHand>,
+    /// Frames given to the driver in this turn.
+    delivered: u32,
     /// Bytes of guest buffers to offer for the next frame.
     offer: usize,
 }
@@ -122,6 +124,7 @@ impl Receiver {
             // One byte more than any frame, so that a longer one is seen to be.
             rest: vec![0; MAX_FRAME_BYTES + HEADER_BYTES + 1].into(),
             in_hand: None,
+            delivered: 0,
             offer: SMALL_FRAME_BYTES,
         })
     }
@@ -129,6 +132,9 @@ impl Receiver {
     /// Receives up to a turn's worth; says what to wait for.
     pub(super) fn serve(&mut self) -> Result<Waiting, ReceiveError> {
         let waiting = self.receive_some();
+        if std::mem::take(&mut self.delivered) > 0 {
+            self.shared.frame_times.note();
+        }
         self.ring.signal();
         waiting
     }
@@ -280,6 +286,7 @@ impl Receiver {
         self.in_hand = None;
         self.use_buffers(frame.len)?;
         let bytes = (frame.len - HEADER_BYTES) as u64;
+        self.delivered += 1;
         self.shared.counters.rx_packets.add(1);
         self.shared.counters.rx_bytes.add(bytes);
         self.shared.receive_limit.passed(bytes);

@@ -3,6 +3,7 @@
 use super::control::{self, Command};
 use super::feature::{self, ConfigSpace};
 use super::filter::Filter;
+use super::frame_times::FrameTimes;
 use super::limit::Limit;
 use super::{Link, NetConfig};
 use crate::counters::counters;
@@ -26,6 +27,7 @@ pub(super) struct Shared {
     pub(super) config: NetConfig,
     settings: Mutex<Settings>,
     pub(super) counters: Counters,
+    pub(super) frame_times: Arc<FrameTimes>,
     pub(super) receive_limit: Limit,
     pub(super) transmit_limit: Limit,
     /// The driver broke the rules: nothing more is done until a reset.
@@ -47,6 +49,7 @@ impl Shared {
                 announce: false,
             }),
             counters: Counters::default(),
+            frame_times: Arc::default(),
             receive_limit: Limit::new(config.limits.receive_bytes_per_s),
             transmit_limit: Limit::new(config.limits.transmit_bytes_per_s),
             failed: AtomicBool::new(false),

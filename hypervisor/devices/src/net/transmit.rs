@@ -22,6 +22,8 @@ pub(super) struct Transmitter {
     tap: Arc<Tap>,
     shared: Arc<Shared>,
     pub(super) timer: Timer,
+    /// Frames that the host took in this turn.
+    taken: u32,
 }
 
 impl Transmitter {
@@ -31,6 +33,7 @@ impl Transmitter {
             tap,
             shared,
             timer: Timer::new()?,
+            taken: 0,
         })
     }
 
@@ -38,6 +41,9 @@ impl Transmitter {
     pub(super) fn serve(&mut self) -> Result<(), TransmitError> {
         self.ring.needs_no_ringing()?;
         let progress = self.send_some();
+        if std::mem::take(&mut self.taken) > 0 {
+            self.shared.frame_times.note();
+        }
         self.ring.signal();
         if progress? == Progress::More {
             self.ring.come_back();
@@ -65,7 +71,7 @@ impl Transmitter {
         Ok(Progress::More)
     }
 
-    fn send(&self, chain: &Chain, link: Link) -> Result<(), TransmitError> {
+    fn send(&mut self, chain: &Chain, link: Link) -> Result<(), TransmitError> {
         let counters = &self.shared.counters;
         let len = chain.readable_bytes() as usize;
         let Some(frame) = len.checked_sub(HEADER_BYTES) else {
@@ -79,6 +85,7 @@ impl Transmitter {
         let segments = chain.readable().iter().copied();
         match self.tap.send(self.ring.memory(), segments) {
             Ok(_) => {
+                self.taken += 1;
                 counters.tx_packets.add(1);
                 counters.tx_bytes.add(frame as u64);
             }

@@ -322,6 +322,29 @@ async fn a_target_runs_the_vm_when_the_store_has_given_it() {
 }
 
 #[tokio::test]
+async fn a_packet_gap_that_ends_after_the_migration_is_reported() {
+    let mut host = Host::new().await;
+    let vm = VmId::fresh();
+    let migration = receiving(&mut host, vm).await;
+    host.server
+        .set_commit(CommitReply::Granted { epoch: Epoch(5) });
+    host.fakes.set_phase(vm, MigrationPhase::AwaitingCommit);
+    let gap_us = |report: &VmReport| {
+        let status = report.migration.as_ref()?;
+        assert_eq!(status.migration, migration);
+        status.progress.packet_gap_us
+    };
+    host.until(vm, |report| {
+        report.epoch == Epoch(5) && report.state == Some(VmmState::Running)
+    })
+    .await;
+    assert_eq!(host.report(vm).as_ref().and_then(gap_us), None);
+    host.fakes.first_frame(vm, 45_000);
+    host.until(vm, |report| gap_us(report) == Some(45_000))
+        .await;
+}
+
+#[tokio::test]
 async fn a_target_whose_commit_is_refused_is_destroyed_and_says_so_once() {
     let mut host = Host::new().await;
     let vm = VmId::fresh();

@@ -13,7 +13,7 @@ use godwit_devices::balloon::{Balloon, BalloonControl};
 use godwit_devices::block::{Block, BlockConfig, DiskContent, ResizeHandle};
 use godwit_devices::console::{ConsoleInput, VirtioConsole};
 use godwit_devices::device::{DeviceError, DeviceEvents, Plug, VirtioDevice};
-use godwit_devices::net::{Net, NetConfig};
+use godwit_devices::net::{FrameTimes, Net, NetConfig};
 use godwit_devices::pci::{PciBus, Platform, SavedFunction, VirtioPci};
 use godwit_devices::rng::Rng;
 use godwit_devices::vsock::Vsock;
@@ -41,6 +41,7 @@ pub(super) struct PciDevices {
     balloon: BalloonControl,
     disks: BTreeMap<String, ResizeHandle>,
     contents: BTreeMap<String, DiskContent>,
+    frame_times: Vec<Arc<FrameTimes>>,
     console: Option<ConsoleInput>,
 }
 
@@ -140,6 +141,7 @@ impl PciDevices {
             builder.add(slot, drive);
         }
         let taps = attachments::nics(devices, &parts.attachments)?;
+        let mut frame_times = Vec::new();
         for ((slot, nic), attachment) in (NIC_SLOTS..).zip(&devices.nics).zip(taps) {
             let config = NetConfig {
                 name: nic.name.clone(),
@@ -151,6 +153,7 @@ impl PciDevices {
                 address: nic.address,
             };
             let card = Net::plugged(config, plug)?;
+            frame_times.push(card.frame_times());
             builder.add(slot, card);
         }
         Ok(Self {
@@ -158,6 +161,7 @@ impl PciDevices {
             balloon: balloon_control,
             disks,
             contents,
+            frame_times,
             console: console_input,
         })
     }
@@ -283,6 +287,11 @@ impl PciDevices {
     /// A way to what is on a disk, if there is one of that name.
     pub(super) fn disk_content(&self, name: &str) -> Option<DiskContent> {
         self.contents.get(name).cloned()
+    }
+
+    /// When frames passed each network card.
+    pub(super) fn frame_times(&self) -> Vec<Arc<FrameTimes>> {
+        self.frame_times.clone()
     }
 
     /// Asks the guest to live with so much memory.

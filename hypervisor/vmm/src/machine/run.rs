@@ -11,6 +11,7 @@ use crate::kvm::{self, ClockAdvance, DirtyLogSource, KvmError, VcpuState, VmFd, 
 use crate::memory::{GuestRam, LeasePage};
 use godwit_devices::block::DiskContent;
 use godwit_devices::device::Plug;
+use godwit_devices::net::FrameTimes;
 use godwit_devices::pci::SavedFunction;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::devices::Attachments;
@@ -489,6 +490,13 @@ impl Machine {
     /// What every device on the bus tells of itself.
     pub fn devices(&self) -> Vec<DeviceInfo> {
         self.pci.as_ref().map_or(Vec::new(), PciDevices::info)
+    }
+
+    /// When frames passed each network card; also for whoever outlives the machine.
+    pub fn frame_times(&self) -> Vec<Arc<FrameTimes>> {
+        self.pci
+            .as_ref()
+            .map_or(Vec::new(), PciDevices::frame_times)
     }
 
     /// Makes a disk larger; `false` if there is none of that name.

@@ -19,6 +19,7 @@
 //! lane, crew   connections that carry pages, each with a thread, at the source
 //! source       the sending end
 //! target       the receiving end
+//! packet_gap   how long the guest's network was silent because of the hand-over
 //! watching     how fast a guest dirties memory, when no migration is under way
 //! ```
 //!
@@ -47,6 +48,7 @@ mod ledger;
 mod link_rate;
 mod maps;
 mod pace;
+mod packet_gap;
 mod places;
 mod round;
 mod sockets;
@@ -58,7 +60,7 @@ mod watching;
 
 pub use hand_over::{HandOverError, Memory, SourceHandOver, TargetHandOver};
 pub use ledger::Ledger;
-pub use source::{Outgoing, SourceMachine, StandsStill, send_machine};
+pub use source::{AtRest, Outgoing, SourceMachine, StandsStill, send_machine};
 pub use stream::StreamError;
 pub use target::{Incoming, MigrationListener, TargetMachine, ThisCpu, receive_machine};
 pub use watching::watch_dirtying;

@@ -28,6 +28,7 @@ use connect::Agreed;
 use error::SourceError;
 use godwit_channel::tls::MigrationTls;
 use godwit_devices::block::LeavingDisk;
+use godwit_devices::net::FrameTimes;
 use godwit_wire::cpu::GuestCpu;
 use godwit_wire::id::VmId;
 use godwit_wire::machine::{CpuFacts, MachineSpec};
@@ -47,12 +48,25 @@ pub trait SourceMachine: Send {
     fn pause(&self) -> Result<Arrival, MachineError>;
     /// What slows the guest down, if that is needed.
     fn throttle(&self) -> Option<Throttle>;
-    /// Saves everything but memory; also when guest time was sampled, and what was counted up to then.
-    fn save(&self) -> Result<(SavedMachine, Instant, Counted), MachineError>;
+    /// Saves everything but memory.
+    fn save(&self) -> Result<AtRest, MachineError>;
     /// The migration ended without a hand-over: the guest goes on if it ran.
     fn resume(&self);
     /// The guest runs at the target, which has all of it.
     fn gone(&self);
+}
+
+/// What there is of a guest that stands still, besides its memory.
+#[derive(Debug)]
+pub struct AtRest {
+    /// vCPUs and devices.
+    pub saved: SavedMachine,
+    /// When guest time was sampled.
+    pub sampled: Instant,
+    /// What was counted up to then.
+    pub counted: Counted,
+    /// When frames passed its network cards.
+    pub cards: Vec<Arc<FrameTimes>>,
 }
 
 /// The guest stands still for its hand-over.

@@ -12,20 +12,22 @@ use super::compare::{Holder, Seed};
 use super::hand_over::{HandOverError, TargetHandOver};
 use super::ledger::Ledger;
 use super::maps::{MAX_MAPS, read_map};
+use super::packet_gap::PacketGap;
 use super::sockets::Sockets;
 use super::stream::{FLUSH_LIMIT, FrameStream, SILENCE_LIMIT, StreamError, brief};
 use crate::machine::{MachineError, SavedMachine};
-use crate::memory::{Absent, AbsentError, GuestRam, RamError};
+use crate::memory::{Absent, AbsentError, GuestRam, RamError, boot_time_ns};
 use disks::Arriving;
 use doorway::Joined;
 use godwit_channel::tls::MigrationTls;
 use godwit_devices::block::{ArrivingDisk, ContentError};
+use godwit_devices::net::FrameTimes;
 use godwit_wire::cpu::{GuestCpu, TscScaling};
 use godwit_wire::id::Epoch;
 use godwit_wire::machine::CpuFacts;
 use godwit_wire::migration::{
-    Arrival, Counted, Done, FrameKind, MigrationPhase, MigrationToken, TargetMemory, ToSource,
-    ToTarget, Verify,
+    Arrival, Counted, Done, FrameKind, MigrationPhase, MigrationStatus, MigrationToken,
+    TargetMemory, ToSource, ToTarget, Verify,
 };
 use godwit_wire::unit::Bytes;
 use godwit_wire::vmm_api::IncomingRequest;
@@ -77,6 +79,7 @@ pub struct Incoming {
     pub ledger: Arc<Ledger<TargetHandOver>>,
     token: MigrationToken,
     arrival: Mutex<Option<Arrival>>,
+    packet_gap: PacketGap,
     /// The control connection, once the machine is whole.
     control: Mutex<Option<FrameStream>>,
     /// Memory that follows the guest.
@@ -118,21 +121,30 @@ impl MigrationListener {
 }
 
 impl Incoming {
-    /// One that waits for its source, which must name `token`.
+    /// One that waits for its source, which must name `token`. The machine that it fills has these network `cards`.
     pub const fn new(
         ledger: Arc<Ledger<TargetHandOver>>,
         listener: MigrationListener,
         token: MigrationToken,
+        cards: Vec<Arc<FrameTimes>>,
     ) -> Self {
         Self {
             ledger,
             token,
             arrival: Mutex::new(None),
+            packet_gap: PacketGap::until_first_of(cards),
             control: Mutex::new(None),
             pull: Mutex::new(None),
             sockets: Sockets::new(),
             listener,
         }
+    }
+
+    /// The status as the API shows it, with what the guest's cards tell.
+    pub fn status(&self) -> MigrationStatus {
+        let mut status = self.ledger.status();
+        status.progress.packet_gap_us = self.packet_gap.length_us();
+        status
     }
 
     /// What the guest is to do once it is granted; known when the machine is whole.
@@ -553,7 +565,7 @@ impl Session<'_> {
         machine: &dyn TargetMachine,
         pull_over: impl FnOnce(&Arc<Pull>) -> Result<(), TargetError>,
     ) -> Result<(), TargetError> {
-        let arrived = Instant::now();
+        let (arrived, arrived_ns) = (Instant::now(), boot_time_ns());
         let saved = decode_state(content.state.as_deref(), &done.state_hash)?;
         arrivals.wait_for(done.round, (done.pages, done.disk_bytes))?;
         content.check_missing(done.missing_pages)?;
@@ -580,6 +592,10 @@ impl Session<'_> {
         }
         let age = Duration::from_nanos(done.clock_age_ns) + arrived.elapsed();
         machine.restore(saved, age, done.counted)?;
+        // A guest that stays paused is silent because its operator wants it to be.
+        if let (Arrival::Run, Some(age_ns)) = (done.then, done.packet_age_ns) {
+            self.incoming.packet_gap.opened(age_ns, arrived_ns);
+        }
         let arrival = &mut *self
             .incoming
             .arrival

@@ -2,7 +2,7 @@
 
 use super::verifying;
 use godwit_tests::linux::{LinuxGuest, SHELL_CMDLINE, SHELL_GREETING};
-use godwit_tests::migration::migrate;
+use godwit_tests::migration::{migrate, status_after};
 use godwit_tests::require;
 use godwit_tests::serial::Serial;
 use godwit_tests::succession::Succession;
@@ -11,8 +11,10 @@ use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::{self, BOOT_PATIENCE, Vmm, new_vm};
 use godwit_wire::devices::{Attachments, MacAddress, Nic, NicAttach, NicAttachment, NicLimits};
 use godwit_wire::machine::{Boot, MachineSpec};
+use godwit_wire::migration::MigrationProgress;
 use godwit_wire::unit::Mib;
 use godwit_wire::vmm_api::CreateRequest;
+use std::cell::Cell;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -22,6 +24,10 @@ const ECHO_PORT: u16 = 7;
 /// TCP repeats what was lost in a blackout after fractions of a second.
 const ECHO_PATIENCE: Duration = Duration::from_secs(20);
 const MTU: u16 = 1500;
+/// Time between two words of a conversation: shorter than any blackout.
+const WORDS_EVERY: Duration = Duration::from_millis(10);
+/// How much longer than the blackout the silence on the card may be: what was said into it is repeated by then.
+const LONGEST_AFTERMATH: Duration = Duration::from_secs(10);
 
 /// A subnet of its own for each test process, so that two of them do not meet.
 fn address(last: u8) -> String {
@@ -181,15 +187,47 @@ async fn a_connection_to_a_linux_guest_with_two_queue_pairs_survives_live_migrat
         let there = Vmm::start(&dir, &format!("vmm-{flight}"))
             .await
             .expect("a target");
+        let over = Cell::new(false);
+        let fly = async {
+            let landed = migrate(&here, &there, &mut request, verifying()).await;
+            over.set(true);
+            landed
+        };
+        // Until the guest has moved, so that frames pass up to the blackout.
         let talk = async {
-            for number in 1..=20 {
+            let mut number = 0;
+            while !over.get() {
+                number += 1;
                 exchange(&mut connection, flight << 16 | number).await;
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                tokio::time::sleep(WORDS_EVERY).await;
             }
         };
-        let (landed, ()) = tokio::join!(migrate(&here, &there, &mut request, verifying()), talk);
-        landed.unwrap_or_else(|error| panic!("{flight}: {error:#}"));
+        let (landed, ()) = tokio::join!(fly, talk);
+        let landed = landed.unwrap_or_else(|error| panic!("{flight}: {error:#}"));
         here = there;
         exchange(&mut connection, flight << 16).await;
+        expect_packet_gap(&landed.progress, &here).await;
     }
+}
+
+/// The guest's card was silent at least for as long as the guest surely stood still, and not for much longer.
+async fn expect_packet_gap(at_source: &MigrationProgress, target: &Vmm) {
+    let told = status_after(target, 0).await.expect("a status").progress;
+    let gap_us = told.packet_gap_us.expect("frames have passed at both ends");
+    assert_eq!(
+        at_source.packet_gap_us, None,
+        "only the target can know the gap"
+    );
+    let blackout = at_source.blackout.expect("the blackout is known");
+    let downtime_us = at_source.downtime_us.expect("the downtime is known");
+    println!("packet gap {gap_us} us, downtime {downtime_us} us, {blackout:?}");
+    // By the source's own clock, between the moment when its devices stood still and when it said `Done`: whatever
+    // else the gap consists of was measured across the link.
+    let hashing_us = at_source.hashing_us.expect("its memory was hashed");
+    let least_us = blackout.save_us + hashing_us;
+    let most_us = downtime_us + LONGEST_AFTERMATH.as_micros() as u64;
+    assert!(
+        (least_us..=most_us).contains(&gap_us),
+        "{gap_us} us are not within {least_us} to {most_us} us"
+    );
 }

@@ -30,6 +30,45 @@ fn frames_cross_a_bridge_between_two_cards() {
     assert_eq!(metric(&left, "tx_bytes"), metric(&right, "rx_bytes"));
 }
 
+#[test]
+fn frames_are_noted_both_ways_and_only_if_they_pass() {
+    let Some(network) = Network::new(&["t0", "t1"]) else {
+        return;
+    };
+    let (mut left, mut right) = (working("t0"), working("t1"));
+    network.forwards(&["t0", "t1"]);
+    let times = [&left, &right].map(|card| card.device().frame_times());
+    let buffers = offer_buffers(&mut right, 2, BUFFER_BYTES);
+    // Lost for want of an Ethernet header: it does not pass.
+    send(&mut left, &with_header(&[1; 13]));
+    left.device_mut().pause().unwrap();
+    assert_eq!(times.each_ref().map(|card| card.latest_ns()), [None, None]);
+    left.device_mut().resume().unwrap();
+
+    send(&mut left, &with_header(&frame(PEER, CARD, &[1; 60])));
+    received(&mut right, &buffers);
+    // When they are paused, the turns in which the frame was used are over.
+    for card in [&mut left, &mut right] {
+        card.device_mut().pause().unwrap();
+    }
+    let [sent, came] = times.map(|card| (card.first_ns(), card.latest_ns()));
+    assert!(sent.0.is_some() && sent.0 == sent.1, "{sent:?}");
+    assert!(came.0.is_some() && came.0 == came.1, "{came:?}");
+}
+
+#[test]
+fn a_card_that_announces_its_machine_has_passed_no_frame() {
+    let Some(network) = Network::new(&["t0", "t1"]) else {
+        return;
+    };
+    let (mut card, peer) = (working("t0"), Peer::new("t1"));
+    network.forwards(&["t0", "t1"]);
+    card.device_mut().announce();
+    peer.receive();
+    card.device_mut().pause().unwrap();
+    assert_eq!(card.device().frame_times().first_ns(), None);
+}
+
 /// A TCP segment of `len` bytes for the kernel to cut up, with its header.
 fn large_segment(len: usize) -> Vec<u8> {
     segment_from(1, len)

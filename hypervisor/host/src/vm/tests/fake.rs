@@ -356,6 +356,14 @@ impl Fakes {
         self.machine(vm).set_phase(phase);
     }
 
+    /// The first frame passes a card of a VM that has moved here; no phase changes by that.
+    pub(crate) fn first_frame(&self, vm: VmId, packet_gap_us: u64) {
+        let machine = self.machine(vm);
+        let mut inner = machine.inner.lock().unwrap();
+        let status = inner.migration.as_mut().unwrap();
+        status.progress.packet_gap_us = Some(packet_gap_us);
+    }
+
     /// What its VMM was told when it was made to receive or to send.
     pub(crate) fn handover(&self, vm: VmId) -> Value {
         self.machine(vm).inner.lock().unwrap().handover.clone()

@@ -1,15 +1,17 @@
 //! The guest stands still: what is left of it is sent, and the store decides.
 
 use super::error::{SourceError, out_of_turn};
-use super::{Dark, Rest, Session};
+use super::{AtRest, Dark, Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::{MachineError, SavedMachine};
+use crate::memory::boot_time_ns;
 use crate::migration::SourceMachine;
 use crate::migration::connection::TakesIn;
 use crate::migration::crew::Crew;
 use crate::migration::disks;
 use crate::migration::hand_over::{Memory, SourceHandOver};
 use crate::migration::maps::send_map;
+use crate::migration::packet_gap::last_frame_ns;
 use crate::migration::round::{Guest, Round, Tally};
 use crate::migration::stream::{FrameStream, SILENCE_LIMIT, StreamError};
 use godwit_wire::id::Epoch;
@@ -32,6 +34,8 @@ struct Still {
     /// When guest time was sampled.
     sampled: Instant,
     counted: Counted,
+    /// When the last frame passed a card, on CLOCK_BOOTTIME; `None` where the network was quiet before the pause.
+    last_frame_ns: Option<u64>,
     then: Arrival,
     /// Every page that is not at the target as it is here.
     dirty: Vec<DirtyBitmap>,
@@ -116,11 +120,16 @@ impl Session<'_> {
         machine: &dyn SourceMachine,
         rest: &Rest,
     ) -> Result<Still, SourceError> {
-        let since = Instant::now();
+        let (since, since_ns) = (Instant::now(), boot_time_ns());
         let then = machine.pause()?;
         self.ledger.enter(MigrationPhase::Blackout);
         let paused = Instant::now();
-        let (saved, sampled, counted) = machine.save()?;
+        let AtRest {
+            saved,
+            sampled,
+            counted,
+            cards,
+        } = machine.save()?;
         let saved_at = Instant::now();
         // Read after the save: saving may itself write guest memory (kvmclock, steal time, used rings).
         let mut dirty = self.read_dirty(log)?;
@@ -134,6 +143,7 @@ impl Session<'_> {
             saved,
             sampled,
             counted,
+            last_frame_ns: last_frame_ns(&cards, since_ns),
             then,
             dirty,
             rest_bytes: 0,
@@ -191,6 +201,9 @@ impl Session<'_> {
             disk_bytes: tally.read().disk_bytes(),
             state_hash,
             clock_age_ns: still.sampled.elapsed().as_nanos() as u64,
+            packet_age_ns: still
+                .last_frame_ns
+                .map(|last_ns| boot_time_ns().saturating_sub(last_ns)),
             missing_pages,
             then: still.then,
             counted: still.counted,

@@ -157,7 +157,7 @@ fn target_of(
         MigrationRole::Target,
         TargetHandOver::Filling,
     );
-    let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token));
+    let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token, Vec::new()));
     let ram = GuestRam::new(Mib(16)).unwrap();
     prepare(&ram);
     let (sender, owner) = mpsc::channel();
@@ -528,6 +528,7 @@ fn a_damaged_state_is_never_restored() {
             disk_bytes: 0,
             state_hash: state_hash.into(),
             clock_age_ns: 0,
+            packet_age_ns: None,
             missing_pages: 0,
             then: Arrival::Run,
             counted: Counted::default(),

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::machine::{SavedMachine, Throttle};
-use crate::migration::{HandOverError, SourceMachine, TargetMachine, ThisCpu};
+use crate::migration::{AtRest, HandOverError, SourceMachine, TargetMachine, ThisCpu};
 use godwit_wire::devices::MemoryBacking;
 use godwit_wire::id::MigrationId;
 use godwit_wire::migration::{MigrationToken, TargetMemory};
@@ -32,7 +32,7 @@ impl Driver {
         match &self.migration {
             Migration::None => None,
             Migration::Outgoing(outgoing) => Some(outgoing.ledger.status()),
-            Migration::Incoming(incoming, _) => Some(incoming.ledger.status()),
+            Migration::Incoming(incoming, _) => Some(incoming.status()),
         }
     }
 
@@ -47,8 +47,9 @@ impl Driver {
                 Ok((ledger.subscribe(), Box::new(move || ledger.status())))
             }
             Migration::Incoming(incoming, _) => {
-                let ledger = incoming.ledger.clone();
-                Ok((ledger.subscribe(), Box::new(move || ledger.status())))
+                let incoming = incoming.clone();
+                let changes = incoming.ledger.subscribe();
+                Ok((changes, Box::new(move || incoming.status())))
             }
         }
     }
@@ -88,7 +89,9 @@ impl Driver {
                 .map_err(|error| Problem::internal(error.to_string()))
                 .inspect_err(|_| self.drop_machine())?,
         );
-        let incoming = Arc::new(Incoming::new(Arc::new(ledger), listener, token.clone()));
+        let cards = self.machine()?.frame_times();
+        let incoming = Incoming::new(Arc::new(ledger), listener, token.clone(), cards);
+        let incoming = Arc::new(incoming);
         self.migration = Migration::Incoming(incoming.clone(), request.epoch);
         let facts = self.cpu()?;
         let machine = self.machine()?;
@@ -590,7 +593,7 @@ impl SourceMachine for Owner {
             .flatten()
     }
 
-    fn save(&self) -> Result<(SavedMachine, Instant, Counted), MachineError> {
+    fn save(&self) -> Result<AtRest, MachineError> {
         self.step(|driver| match (&driver.machine, &*driver.state.borrow()) {
             (
                 Some(machine),
@@ -601,7 +604,12 @@ impl SourceMachine for Owner {
                 // From here on the target may take what this machine held.
                 machine.release()?;
                 let (saved, sampled) = machine.save()?;
-                Ok((saved, sampled, driver.count()))
+                Ok(AtRest {
+                    saved,
+                    sampled,
+                    counted: driver.count(),
+                    cards: machine.frame_times(),
+                })
             }
             _ => Err(MachineError::BadState(MACHINE_GONE.into())),
         })
