@@ -155,8 +155,12 @@ fn place_in_turn(
     if view.busy_disk(&vm).is_some() {
         return Placing::Wait;
     }
+    // An order that is sent to any other host is lost at once.
+    let hears = |host: HostId| view.liveness(host) != Liveness::RestartAllowed;
     let only = match may_take(core, view, &vm) {
         Taking::Allowed => wanted,
+        // No order reaches it: it is given up in a moment, or it comes back.
+        Taking::OnlyAt(owner) if !hears(owner) => return Placing::Wait,
         Taking::OnlyAt(owner) => Some(owner),
         Taking::NotYet
             if !matches!(cause, StartCause::HostSilent { .. })
@@ -182,9 +186,7 @@ fn place_in_turn(
         },
         _ => picture::booting(view, &vm),
     };
-    let at_owner = vm
-        .owner
-        .filter(|owner| view.liveness(*owner) != Liveness::RestartAllowed);
+    let at_owner = vm.owner.filter(|owner| hears(*owner));
     let preferred = match (&cause, at_owner) {
         (_, Some(owner)) => {
             place_after_crash(&hosts, &demand, owner).filter(|host| only.is_none_or(|o| o == *host))
@@ -201,7 +203,7 @@ fn place_in_turn(
         .map(|(host, _)| host),
         _ => None,
     };
-    let in_place = only.filter(|only| vm.owner == Some(*only));
+    let in_place = only.filter(|only| vm.owner == Some(*only) && hears(*only));
     let choice = choose(
         &hosts,
         &demand,
@@ -491,7 +493,9 @@ async fn lost(context: &Context<'_>, id: VmId, placed: Placed) -> Result<Next, E
             let name = view.host_name(placed.host);
             operation.end_step(StepState::Failed, Some(format!("{name} fell silent")), draft.now());
             if let Work::Start { tried, placed: at, .. } = &mut operation.work {
-                tried.push(placed.host);
+                if !tried.contains(&placed.host) {
+                    tried.push(placed.host);
+                }
                 *at = None;
             }
             tracing::warn!(vm = %id, host = name, "the host fell silent while it was starting the VM");
