@@ -9,7 +9,9 @@ use crate::test_dir::TestDir;
 use godwit_wire::id::{Epoch, VmId};
 use godwit_wire::machine::{Boot, CpuBaseline, MachineSpec, MachineType};
 use godwit_wire::unit::Mib;
-use godwit_wire::vmm_api::{Command as EpochCommand, CreateRequest, StopReason, VmmInfo, VmmState};
+use godwit_wire::vmm_api::{
+    Command as EpochCommand, CreateRequest, StopReason, VMM_ENVIRONMENT, VmmInfo, VmmState,
+};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -37,7 +39,9 @@ impl Vmm {
             dir.join(format!("{name}.serial")),
         );
         let mut command = Command::new(program::godwit());
+        let (name, value) = VMM_ENVIRONMENT;
         command
+            .env(name, value)
             .arg("vmm")
             .arg("--api-socket")
             .arg(&api_socket)

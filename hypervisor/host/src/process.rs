@@ -11,6 +11,7 @@
 use crate::procfs::{self, Alive};
 use crate::record::{ProcessId, Seat, VmDirectory};
 use crate::sys::{self, AfterAgent};
+use godwit_wire::vmm_api::VMM_ENVIRONMENT;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fmt;
 use std::fs::OpenOptions;
@@ -85,6 +86,10 @@ impl VmmProcess {
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log);
+        let (name, value) = VMM_ENVIRONMENT;
+        if std::env::var_os(name).is_none() {
+            command.env(name, value);
+        }
         sys::detach(&mut command, after_agent);
         let mut child = command.spawn()?;
         let pid = child
