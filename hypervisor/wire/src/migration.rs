@@ -74,7 +74,7 @@ mod travelling;
 
 pub mod convergence;
 
-pub use frame::{Codec, FrameError, FrameHeader, FrameKind, checksum};
+pub use frame::{Codec, FrameError, FrameHeader, FrameKind, PayloadCheck, checksum};
 pub use held::{HeldError, HeldPages, PAGE_HASH_BYTES};
 pub use identity::{MigrationIdentity, MigrationToken};
 pub use policy::{Compression, MAX_LANES, MigrationPolicy, PostCopy, Verify};

@@ -3,13 +3,15 @@
 use super::connection::Connection;
 use godwit_channel::tls::TlsError;
 use godwit_wire::migration::{
-    FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES,
+    FRAME_HEADER_BYTES, FrameError, FrameHeader, FrameKind, MAX_CONTROL_BYTES, PayloadCheck,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
+use vm_memory::bitmap::BitmapSlice;
+use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 /// A peer that says nothing for this long is taken for dead.
 pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
@@ -17,6 +19,8 @@ pub(super) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 pub(super) const FLUSH_LIMIT: Duration = Duration::from_secs(600);
 /// Unacknowledged data older than this ends the connection (TCP_USER_TIMEOUT).
 pub(super) const UNACKNOWLEDGED_LIMIT_MS: u32 = 10_000;
+/// What arrived in guest memory is checked in pieces that stay in the CPU's first cache.
+const CHECKED_PIECE_BYTES: usize = 16 << 10;
 /// Longest reason that is passed on.
 const MAX_REASON_CHARS: usize = 512;
 
@@ -150,6 +154,35 @@ impl FrameStream {
     ) -> Result<(), StreamError> {
         self.connection.read_exact(payload)?;
         Ok(FrameHeader::verify(&announced.bytes, payload)?)
+    }
+
+    /// Reads the payload behind `announced` into guest memory, where it is checked: it is there even if this fails.
+    /// `room` is for what cannot go there directly; it is as long.
+    pub(super) fn read_payload_into<B: BitmapSlice>(
+        &mut self,
+        announced: &Announced,
+        place: &VolatileSlice<'_, B>,
+        room: &mut [u8],
+    ) -> Result<(), StreamError> {
+        let Some(mut socket) = self.connection.plain() else {
+            self.read_payload(announced, room)?;
+            place.copy_from(room);
+            return Ok(());
+        };
+        let memory = |error: VolatileMemoryError| match error {
+            VolatileMemoryError::IOError(error) => error,
+            other => io::Error::other(other),
+        };
+        socket
+            .read_exact_volatile(&mut place.offset(0).map_err(memory)?)
+            .map_err(memory)?;
+        let mut check = PayloadCheck::behind(&announced.bytes);
+        for at in (0..place.len()).step_by(CHECKED_PIECE_BYTES) {
+            let piece = &mut room[..CHECKED_PIECE_BYTES.min(place.len() - at)];
+            place.offset(at).map_err(memory)?.copy_to(piece);
+            check.add(piece);
+        }
+        Ok(check.end()?)
     }
 
     /// Reads and checks the payload behind `announced`.

@@ -126,6 +126,39 @@ pub fn checksum(header: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> u32 {
 
 const CHECKSUM_AT: usize = FRAME_HEADER_BYTES - 4;
 
+/// Judges a payload that is looked at piece by piece.
+#[derive(Debug)]
+pub struct PayloadCheck {
+    sent: u32,
+    found: u32,
+}
+
+impl PayloadCheck {
+    /// Of what comes behind the header of these bytes.
+    pub fn behind(bytes: &[u8; FRAME_HEADER_BYTES]) -> Self {
+        let [.., a, b, c, d] = *bytes;
+        Self {
+            sent: u32::from_le_bytes([a, b, c, d]),
+            found: checksum(bytes, &[]),
+        }
+    }
+
+    /// Takes the next piece into account.
+    pub fn add(&mut self, piece: &[u8]) {
+        self.found = crc32c::crc32c_append(self.found, piece);
+    }
+
+    /// Whether that was the payload.
+    pub const fn end(self) -> Result<(), FrameError> {
+        let Self { sent, found } = self;
+        if sent == found {
+            Ok(())
+        } else {
+            Err(FrameError::Damaged { sent, found })
+        }
+    }
+}
+
 /// Bytes of a map of `pages` pages.
 pub(super) const fn map_bytes(pages: u32) -> u32 {
     pages.div_ceil(64) * 8
@@ -272,13 +305,9 @@ impl FrameHeader {
 
     /// Judges the payload that came behind the header of these bytes.
     pub fn verify(bytes: &[u8; FRAME_HEADER_BYTES], payload: &[u8]) -> Result<(), FrameError> {
-        let [.., a, b, c, d] = *bytes;
-        let (sent, found) = (u32::from_le_bytes([a, b, c, d]), checksum(bytes, payload));
-        if sent == found {
-            Ok(())
-        } else {
-            Err(FrameError::Damaged { sent, found })
-        }
+        let mut check = PayloadCheck::behind(bytes);
+        check.add(payload);
+        check.end()
     }
 
     /// Reads and judges a header; whatever it returns is bounded by the limits of this module. The checksum covers
