@@ -8,6 +8,7 @@ use godwit_tests::linux::{AGENT_CMDLINE, AGENT_GREETING, LinuxGuest};
 use godwit_tests::program;
 use godwit_tests::tap::Tap;
 use godwit_tests::test_dir::TestDir;
+use godwit_wire::vmm_api::VMM_ENVIRONMENT;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, BufReader};
@@ -158,8 +159,10 @@ fn words(words: &[&str]) -> Vec<String> {
 async fn time_to_init(words: &[String]) -> anyhow::Result<f64> {
     let (program, arguments) = words.split_first().context("a program")?;
     let mut command = Command::new(program);
+    let (name, value) = VMM_ENVIRONMENT;
     // The guest runs on for ever; nothing in it is worth a graceful end.
     command
+        .env(name, value)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

@@ -10,7 +10,7 @@ mod homecoming;
 mod throughput;
 mod zero;
 
-use crate::huge_pages::SharedHugePages;
+use crate::host_memory::HostMemory;
 use crate::peer::{self, Mode, Qemu};
 use crate::report::{Owed, Report};
 use anyhow::Context;
@@ -21,7 +21,7 @@ use godwit_wire::unit::Mib;
 pub(crate) async fn measure(report: &mut Report, linux: Option<&LinuxGuest>) -> anyhow::Result<()> {
     let linux = linux.context("the peers move the Linux guest, and there is none here")?;
     introduce_peers(report);
-    let _huge_pages = SharedHugePages::advise(report);
+    let _memory = HostMemory::prepare(report);
     if report.begins("throughput", Owed::Figure) {
         let outcome = throughput::measure(report, linux).await;
         report.ends(outcome);

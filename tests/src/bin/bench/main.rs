@@ -9,7 +9,8 @@
 mod boot;
 mod contest;
 mod data_path;
-mod huge_pages;
+mod host_memory;
+mod host_setting;
 mod lab;
 mod migration;
 mod overhead;
@@ -19,7 +20,6 @@ mod report;
 mod rest;
 mod shuttle;
 mod tcp;
-mod warmth;
 
 use anyhow::bail;
 use godwit_tests::linux::LinuxGuest;

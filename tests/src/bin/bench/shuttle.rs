@@ -1,6 +1,6 @@
 //! Our guest, which flies from VMM to VMM.
 
-use crate::warmth::warm;
+use crate::host_memory::warm;
 use anyhow::Context;
 use godwit_tests::kept::HeldMemory;
 use godwit_tests::linux::{AGENT_CMDLINE, LinuxGuest};

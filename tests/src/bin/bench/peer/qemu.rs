@@ -4,8 +4,8 @@
 //! a QEMU that does not carry every MSR of a paravirtual KVM loses the guest there, which changes no figure.
 
 use super::qmp::Qmp;
+use crate::host_memory::warm;
 use crate::shuttle::linux_cmdline;
-use crate::warmth::warm;
 use anyhow::{Context, bail};
 use godwit_tests::linux::{AGENT_GREETING, LinuxGuest};
 use godwit_tests::process::Process;
@@ -13,6 +13,7 @@ use godwit_tests::serial::{Reply, Serial};
 use godwit_tests::test_dir::TestDir;
 use godwit_tests::vmm::BOOT_PATIENCE;
 use godwit_wire::unit::Mib;
+use godwit_wire::vmm_api::VMM_ENVIRONMENT;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
@@ -304,7 +305,10 @@ fn start(
     more: &[&str],
 ) -> anyhow::Result<Process> {
     let mut command = Command::new(QEMU);
+    // What helps our copies helps its copies.
+    let (name_of, value) = VMM_ENVIRONMENT;
     command
+        .env(name_of, value)
         .args(options(
             &linux.kernel,
             &linux.initrd,
