@@ -100,6 +100,7 @@ enum Placing {
 }
 
 async fn place(context: &Context<'_>) -> Result<Next, Ended> {
+    let version = context.view().version;
     let placing = context
         .change(|view, draft, operation| place_in_turn(context.core, view, draft, operation))
         .await?;
@@ -107,7 +108,6 @@ async fn place(context: &Context<'_>) -> Result<Next, Ended> {
         Placing::Placed => Ok(Next::Again),
         Placing::Ended => Ok(Next::Ended),
         Placing::Wait => {
-            let version = context.view().version;
             context
                 .core
                 .until(|view| (view.version > version).then_some(()))
@@ -144,11 +144,11 @@ fn place_in_turn(
     };
     if let Some(actor) = &operation.cancel {
         let detail = format!("called off by {actor}");
-        vm.intent = if vm.owner.is_none() {
-            PowerIntent::Stopped
-        } else {
-            vm.intent
-        };
+        // One that was only asked for is not wanted any more, also where nobody knows yet what its owner made of it.
+        let asked = matches!(cause, StartCause::Asked | StartCause::Restored { .. });
+        if asked || vm.owner.is_none() {
+            vm.intent = PowerIntent::Stopped;
+        }
         Context::conclude(draft, operation, Some(vm), Conclusion::Cancelled(detail));
         return Placing::Ended;
     }
@@ -158,6 +158,13 @@ fn place_in_turn(
     // An order that is sent to any other host is lost at once.
     let hears = |host: HostId| view.liveness(host) != Liveness::RestartAllowed;
     let only = match may_take(core, view, &vm) {
+        // It was to go on where it was, because only its owner could say that nothing of it runs.
+        Taking::Allowed
+            if matches!(cause, StartCause::Crashed { .. })
+                && vm.owner.is_some_and(|owner| !hears(owner)) =>
+        {
+            None
+        }
         Taking::Allowed => wanted,
         // No order reaches it: it is given up in a moment, or it comes back.
         Taking::OnlyAt(owner) if !hears(owner) => return Placing::Wait,
@@ -165,6 +172,13 @@ fn place_in_turn(
         Taking::NotYet
             if !matches!(cause, StartCause::HostSilent { .. })
                 || vm.lease == LeasePolicy::Unwatched =>
+        {
+            return Placing::Wait;
+        }
+        Taking::NotYet
+            if vm
+                .owner
+                .is_some_and(|owner| view.liveness(owner) != Liveness::Up) =>
         {
             return Placing::Wait;
         }

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::model::Liveness;
-use godwit_wire::host_api::{Heartbeat, HostReport};
+use godwit_wire::host_api::{Heartbeat, HostReport, StopMode};
 use godwit_wire::usage::HostUsage;
 
 /// Waits until the VM's vCPUs run on another host; returns how long that took.
@@ -338,6 +338,28 @@ async fn a_start_that_is_late_by_any_time_never_runs_beside_the_other_copy() {
         pool.check();
         assert_eq!(pool.runs_on(vm), [2], "late by {late_ms} ms");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_that_was_asked_for_at_a_host_that_falls_silent_ends() {
+    let pool = Pool::of(2).await;
+    let vm = pool.vm("a", 1).await;
+    let mode = StopMode::Kill;
+    pool.succeeds(pool.submit(Intent::StopVm { vm, mode }).await.unwrap())
+        .await;
+    pool.host(1).hold_starts_up();
+    let host = Some(Pool::id(1));
+    let accepted = pool.submit(Intent::StartVm { vm, host }).await.unwrap();
+    pool.wait("it is placed", |view| view.vms[&vm].owner.is_some())
+        .await;
+    pool.host(1).cut();
+    let start = accepted.operation.unwrap();
+    assert_eq!(pool.ended(start).await, OperationState::Failed);
+    let error = pool.view().operations[&start].error.clone().unwrap();
+    assert_eq!(error.kind, "no-room", "{error}");
+    // It was wanted there; that it runs is wanted still.
+    restarted(&pool, vm, 1).await;
+    assert_eq!(pool.owner(vm), Some(2));
 }
 
 #[tokio::test(start_paused = true)]
