@@ -7,7 +7,6 @@ mod heartbeat;
 mod join;
 
 mod migration;
-mod packet_gaps;
 
 use crate::core::Core;
 use axum::Json;

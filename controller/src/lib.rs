@@ -30,6 +30,8 @@ mod operation;
 
 mod loops;
 
+mod packet_gaps;
+
 mod agents;
 
 mod decide;

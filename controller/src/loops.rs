@@ -9,6 +9,7 @@ use crate::model::{
     Actor, Host, Liveness, MaintenanceState, PowerIntent, StartCause, Subject, Trouble, Vm, Work,
 };
 use crate::operation;
+use crate::packet_gaps;
 use crate::plan::reconcile::{Action, plan_reconcile};
 use crate::view::View;
 use godwit_wire::host_api::{LeasePolicy, StopMode};
@@ -35,10 +36,11 @@ pub(crate) fn spawn(core: &Arc<Core>) {
             () = body => {}
         }
     };
-    let bodies: [std::pin::Pin<Box<dyn Future<Output = ()> + Send>>; 3] = [
+    let bodies: [std::pin::Pin<Box<dyn Future<Output = ()> + Send>>; 4] = [
         Box::pin(detect(core.clone())),
         Box::pin(reconcile(core.clone())),
         Box::pin(keep_house(core.clone())),
+        Box::pin(packet_gaps::write_down_for_ever(core.clone())),
     ];
     for body in bodies {
         core.tasks.spawn(guarded(core.clone(), body));

@@ -155,8 +155,8 @@ pub struct MigrationProgress {
     /// From pause at the source to the news that the target runs; known at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downtime_us: Option<u64>,
-    /// Longest silence of the guest's network because of the move, from its last frame at the source to its first at the
-    /// target; absent as long as it lasts, and where the network was quiet before.
+    /// Silence of the guest's network because of the move, from the last frame of any of its cards at the source to the
+    /// first at the target; absent as long as it lasts, and where the network was quiet before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub packet_gap_us: Option<u64>,
     /// Memory that follows or followed the guest; absent when nothing did.

@@ -1,6 +1,6 @@
 //! Heartbeats: what is observed, the lease, and orders to put right what the host cannot know.
 
-use crate::agents::{not_the_caller, packet_gaps, removed};
+use crate::agents::{not_the_caller, removed};
 use crate::core::Core;
 use crate::drive::pulses::{Heard, Sender};
 use crate::ha::orders::{Judgement, Standing, judge};
@@ -67,7 +67,6 @@ pub(super) async fn answer(
         || view.liveness(id).is_silent();
     settle(core, id, beat.obeyed).await?;
     let stalls = stalls(&view, id, &beat.report);
-    let gaps = packet_gaps::unwritten(&view, id, &beat.report.vms);
     let (number, judgement, standing) = if news {
         // During a turn nobody takes VMs from this host; after it, the host is heard again.
         let mut turn = core.ledger.turn().await;
@@ -91,7 +90,6 @@ pub(super) async fn answer(
         (number, judgement, Standing::Steady)
     };
     tell_stalls(core, id, stalls).await;
-    packet_gaps::write_down(core, gaps).await;
     if !judgement.orders.is_empty() || standing == Standing::Returning {
         tracing::info!(host = host.name(), orders = ?judgement.orders, ?standing, "orders for a host");
     }

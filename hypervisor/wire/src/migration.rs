@@ -209,7 +209,7 @@ pub struct MigrationProgress {
     /// against it; the target takes about as long. Absent where that was not asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hashing_us: Option<u64>,
-    /// The longest silence that the guest's network saw because of the hand-over: from the last frame that passed any
+    /// The silence that the hand-over made in the guest's network: from the last frame that passed any
     /// of its cards at the source, either way, to the first that did at the target. The two hosts' clocks need not
     /// agree; for as long as [`Done`] was on its way the gap is told too short. Known at the target once a frame has
     /// passed there, and absent where the network was quiet before the pause.

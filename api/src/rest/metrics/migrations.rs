@@ -169,7 +169,7 @@ impl MigrationFigures {
         );
         registry.register_with_unit(
             "migration_packet_gap",
-            "Longest silence of a guest's network because it was moved",
+            "Silence of a guest's network because it was moved",
             Unit::Seconds,
             self.packet_gap.clone(),
         );

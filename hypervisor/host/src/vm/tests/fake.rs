@@ -43,7 +43,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 /// Longest a test waits for something that should happen at once.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where VMs arrive; nobody listens there, because the VMMs are not real ones.
 pub(crate) const MIGRATION_PORTS: PortRange = PortRange {

@@ -1,33 +1,59 @@
 //! Packet gaps: only the target of a migration knows how long the guest's network was silent, and it knows no sooner
 //! than the first frame has passed there. By then the record has mostly been given the source's last figures; the gap is
-//! added when a heartbeat of the target tells it, for as long as it tells it.
+//! added when the target tells it, for as long as it tells it. No heartbeat waits for that, because a lease does.
 
 use crate::core::Core;
 use crate::ledger::Draft;
 use crate::model::Migration;
 use crate::view::View;
-use godwit_wire::host_api::VmReport;
-use godwit_wire::id::{HostId, MigrationId};
+use godwit_wire::id::MigrationId;
 use godwit_wire::migration::MigrationRole;
+use godwit_wire::problem::Problem;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long nothing is written after the store failed.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
 
 /// A gap that its record lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gap {
+struct Gap {
     migration: MigrationId,
     us: u64,
 }
 
-/// What `host` tells in its `reports` that is not written down yet.
-pub(super) fn unwritten(view: &View, host: HostId, reports: &[VmReport]) -> Vec<Gap> {
-    let told = reports.iter().filter_map(|vm| {
-        let status = vm.migration.as_ref()?;
+/// Adds gaps to their records as they become known, for ever.
+pub(crate) async fn write_down_for_ever(core: Arc<Core>) {
+    let mut changed = core.ledger.changed();
+    loop {
+        changed.mark_unchanged();
+        let gaps = unwritten(&core.view());
+        if gaps.is_empty() {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        } else if let Err(problem) = write_down(&core, &gaps).await {
+            tracing::error!(%problem, "the packet gaps of migrations could not be written");
+            tokio::time::sleep(STORE_PAUSE).await;
+        }
+    }
+}
+
+/// What targets tell that is not written down yet.
+fn unwritten(view: &View) -> Vec<Gap> {
+    let reports = view
+        .observed
+        .iter()
+        .flat_map(|(host, observed)| observed.vms.values().map(|report| (*host, report)));
+    let told = reports.filter_map(|(host, report)| {
+        let status = report.migration.as_ref()?;
         let gap = Gap {
             migration: status.migration,
             us: status.progress.packet_gap_us?,
         };
         let record = view.migrations.get(&gap.migration)?;
         let ours = status.role == MigrationRole::Target
-            && (record.target, record.vm) == (host, vm.vm)
+            && (record.target, record.vm) == (host, report.vm)
             && lacks_gap(record);
         ours.then_some(gap)
     });
@@ -42,40 +68,36 @@ fn lacks_gap(record: &Migration) -> bool {
         .is_some_and(|progress| progress.packet_gap_us.is_none())
 }
 
-/// Adds them to their records; the lease does not depend on it, and what fails is told again.
-pub(super) async fn write_down(core: &Core, gaps: Vec<Gap>) {
-    if gaps.is_empty() {
-        return;
-    }
-    let add = |view: &View, draft: &mut Draft<'_>| {
-        for gap in &gaps {
-            let record = view.migrations.get(&gap.migration);
-            if let Some(record) = record.filter(|record| lacks_gap(record)) {
-                let mut record = record.as_ref().clone();
-                if let Some(progress) = &mut record.progress {
-                    progress.packet_gap_us = Some(gap.us);
+async fn write_down(core: &Core, gaps: &[Gap]) -> Result<(), Problem> {
+    core.ledger
+        .change(|view: &View, draft: &mut Draft<'_>| {
+            for gap in gaps {
+                let record = view.migrations.get(&gap.migration);
+                if let Some(record) = record.filter(|record| lacks_gap(record)) {
+                    let mut record = record.as_ref().clone();
+                    if let Some(progress) = &mut record.progress {
+                        progress.packet_gap_us = Some(gap.us);
+                    }
+                    draft.put_migration(record);
                 }
-                draft.put_migration(record);
             }
-        }
-        Ok(())
-    };
-    if let Err(problem) = core.ledger.change(add).await {
-        tracing::error!(%problem, "the packet gaps of migrations could not be written");
-    }
+            Ok(())
+        })
+        .await
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model::{HeldBack, MigrationState};
-    use godwit_wire::id::{Epoch, Generation, OperationId, VmId};
+    use crate::view::Observed;
+    use godwit_wire::host_api::VmReport;
+    use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
     use godwit_wire::migration::{
         MigrationPhase, MigrationPolicy, MigrationProgress, MigrationStatus,
     };
     use godwit_wire::usage::VmUsage;
     use jiff::Timestamp;
-    use std::sync::Arc;
 
     fn ended() -> Migration {
         Migration {
@@ -102,10 +124,14 @@ mod tests {
         }
     }
 
-    fn view(migration: &Migration) -> View {
+    /// A record, and what a host tells.
+    fn view(migration: &Migration, host: HostId, told: &VmReport) -> View {
         let mut view = View::default();
         let record = (migration.id, Arc::new(migration.clone()));
         view.migrations = Arc::new([record].into());
+        let mut observed = Observed::nothing_yet();
+        observed.vms.insert(told.vm, told.clone());
+        view.observed = Arc::new([(host, Arc::new(observed))].into());
         view
     }
 
@@ -141,41 +167,37 @@ mod tests {
             migration: migration.id,
             us: 7,
         };
-        assert_eq!(
-            unwritten(&view(&migration), host, std::slice::from_ref(&told)),
-            [gap]
-        );
+        assert_eq!(unwritten(&view(&migration, host, &told)), [gap]);
         let nothing = report(&migration, None);
-        assert_eq!(unwritten(&view(&migration), host, &[nothing]), []);
+        assert_eq!(unwritten(&view(&migration, host, &nothing)), []);
         // What comes of the source's figures brings the gap along.
         migration.progress = None;
-        assert_eq!(
-            unwritten(&view(&migration), host, std::slice::from_ref(&told)),
-            []
-        );
+        assert_eq!(unwritten(&view(&migration, host, &told)), []);
         migration.progress = told
             .migration
             .as_ref()
             .map(|status| status.progress.clone());
-        assert_eq!(unwritten(&view(&migration), host, &[told]), []);
+        assert_eq!(unwritten(&view(&migration, host, &told)), []);
     }
 
     #[test]
     fn nobody_but_the_target_of_this_vm_is_believed() {
         let migration = ended();
-        let view = view(&migration);
         let told = report(&migration, Some(7));
-        assert_eq!(
-            unwritten(&view, migration.source, std::slice::from_ref(&told)),
-            []
-        );
+        assert_eq!(unwritten(&view(&migration, migration.source, &told)), []);
         let of_another = VmReport {
             vm: VmId::fresh(),
             ..told.clone()
         };
-        assert_eq!(unwritten(&view, migration.target, &[of_another]), []);
+        assert_eq!(
+            unwritten(&view(&migration, migration.target, &of_another)),
+            []
+        );
         let mut as_source = told;
         as_source.migration.as_mut().unwrap().role = MigrationRole::Source;
-        assert_eq!(unwritten(&view, migration.target, &[as_source]), []);
+        assert_eq!(
+            unwritten(&view(&migration, migration.target, &as_source)),
+            []
+        );
     }
 }
