@@ -3,20 +3,56 @@
 use super::stream::StreamError;
 use godwit_channel::tls::{MigrationTls, TlsError};
 use rustls::{ClientConnection, ServerConnection, StreamOwned};
-use std::io::{self, Read, Write};
+use std::io::{self, BufReader, IoSlice, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Plaintext that rustls keeps back when the socket does not take it at once; frames are longer than its default.
 const TLS_BUFFER_BYTES: usize = 4 << 20;
+/// Read from the socket at a time: a few records of TLS, which stay in the CPU's cache until they are decrypted.
+const READ_AHEAD_BYTES: usize = 128 << 10;
 
 /// A connection to the other end.
 #[derive(Debug)]
 pub(super) enum Connection {
     Plain(TcpStream),
-    Source(Box<StreamOwned<ClientConnection, TcpStream>>),
-    Target(Box<StreamOwned<ServerConnection, TcpStream>>),
+    Source(Box<StreamOwned<ClientConnection, ReadAhead>>),
+    Target(Box<StreamOwned<ServerConnection, ReadAhead>>),
+}
+
+/// A socket from which more is read than was asked for: rustls asks for 4 KiB at a time.
+#[derive(Debug)]
+pub(super) struct ReadAhead(BufReader<TcpStream>);
+
+impl ReadAhead {
+    fn new(socket: TcpStream) -> Self {
+        Self(BufReader::with_capacity(READ_AHEAD_BYTES, socket))
+    }
+
+    fn socket(&self) -> &TcpStream {
+        self.0.get_ref()
+    }
+}
+
+impl Read for ReadAhead {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
+impl Write for ReadAhead {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.socket().write(bytes)
+    }
+
+    fn write_vectored(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.socket().write_vectored(pieces)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket().flush()
+    }
 }
 
 impl Connection {
@@ -30,7 +66,7 @@ impl Connection {
         let Some(tls) = tls else {
             return Ok(Self::Plain(socket));
         };
-        let mut stream = Box::new(StreamOwned::new(tls.source()?, socket));
+        let mut stream = Box::new(StreamOwned::new(tls.source()?, ReadAhead::new(socket)));
         stream.conn.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         while stream.conn.is_handshaking() {
             stream.conn.complete_io(&mut stream.sock)?;
@@ -49,14 +85,14 @@ impl Connection {
         let Some(tls) = tls else {
             return Ok(Self::Plain(socket));
         };
-        let mut stream = Box::new(StreamOwned::new(tls.target()?, socket));
+        let mut stream = Box::new(StreamOwned::new(tls.target()?, ReadAhead::new(socket)));
         stream.conn.set_buffer_limit(Some(TLS_BUFFER_BYTES));
         while stream.conn.is_handshaking() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(io::Error::from(io::ErrorKind::TimedOut).into());
             }
-            stream.sock.set_read_timeout(Some(left))?;
+            stream.sock.socket().set_read_timeout(Some(left))?;
             // One read at a time, so that a peer that trickles its bytes does not outlast the deadline.
             if stream.conn.wants_write() {
                 stream.conn.write_tls(&mut stream.sock)?;
@@ -88,8 +124,8 @@ impl Connection {
     pub(super) fn socket(&self) -> &TcpStream {
         match self {
             Self::Plain(socket) => socket,
-            Self::Source(stream) => &stream.sock,
-            Self::Target(stream) => &stream.sock,
+            Self::Source(stream) => stream.sock.socket(),
+            Self::Target(stream) => stream.sock.socket(),
         }
     }
 }
@@ -101,7 +137,6 @@ fn prepare(socket: &TcpStream) -> io::Result<()> {
     const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
     const KEEPALIVE_PROBES: u32 = 5;
     socket.set_nodelay(true)?;
-    stand_back(socket);
     socket.set_read_timeout(Some(SILENCE_LIMIT))?;
     socket.set_write_timeout(Some(SILENCE_LIMIT))?;
     sockopt::set_socket_keepalive(socket, true)?;
@@ -112,19 +147,30 @@ fn prepare(socket: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
-/// Marks what is sent as bulk data, so that links and queues which know classes let the guests' own traffic go first.
-fn stand_back(socket: &TcpStream) {
+/// Which traffic goes first where queues and links know classes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Class {
+    /// The guests' own does.
+    Bulk,
+    /// None does: somebody waits for this, too.
+    Usual,
+}
+
+/// Marks what is sent from here on. A mark that cannot be had costs nothing but courtesy.
+pub(super) fn mark(socket: &TcpStream, class: Class) {
     use rustix::net::sockopt;
-    // AF11 is high-throughput data (RFC 4594); Linux puts these bits in its class for bulk traffic, too.
-    const AF11: u8 = 0b00_1010 << 2;
-    let marked = match socket.local_addr() {
-        Ok(SocketAddr::V4(_)) => sockopt::set_ip_tos(socket, AF11),
-        Ok(SocketAddr::V6(_)) => sockopt::set_ipv6_tclass(socket, u32::from(AF11)),
-        Err(_) => Ok(()),
+    let bits = match class {
+        // AF11, high-throughput data (RFC 4594). Linux takes these bits of an IPv4 header for its own class of bulk
+        // traffic, too, and takes it back with them.
+        Class::Bulk => 0b00_1010 << 2,
+        Class::Usual => 0,
     };
-    // A mark that cannot be had costs nothing but courtesy.
+    let marked = sockopt::set_ip_tos(socket, bits).and_then(|()| match socket.local_addr() {
+        Ok(SocketAddr::V6(_)) => sockopt::set_ipv6_tclass(socket, u32::from(bits)),
+        _ => Ok(()),
+    });
     if let Err(error) = marked {
-        tracing::debug!(%error, "a migration connection is not marked as bulk data");
+        tracing::debug!(%error, ?class, "a lane is not marked");
     }
 }
 
@@ -190,11 +236,19 @@ mod tests {
     use std::net::TcpListener;
 
     #[test]
-    fn what_is_sent_is_marked_as_bulk_data() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        prepare(&socket).unwrap();
-        assert_eq!(rustix::net::sockopt::ip_tos(&socket).unwrap(), 0x28);
+    fn a_lane_is_marked_as_bulk_data_and_no_more() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = TcpListener::bind(address).unwrap();
+            let socket = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            for (class, bits) in [(Class::Bulk, 0x28), (Class::Usual, 0)] {
+                mark(&socket, class);
+                assert_eq!(rustix::net::sockopt::ip_tos(&socket).unwrap(), bits);
+                if address.starts_with('[') {
+                    let class = rustix::net::sockopt::ipv6_tclass(&socket).unwrap();
+                    assert_eq!(class, u32::from(bits));
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The lanes of a source, each on a thread of its own, round after round.
 
-use super::connection::{TakesIn, expect_to_take_in};
+use super::connection::{Class, TakesIn, expect_to_take_in, mark};
 use super::lane::{Lane, PagesError};
 use super::places::{Places, Turn};
 use super::round::Round;
@@ -72,6 +72,11 @@ impl Crew {
         self.sockets
             .iter()
             .try_for_each(|socket| expect_to_take_in(socket, takes_in))
+    }
+
+    /// Says which traffic goes first.
+    pub(super) fn mark(&self, class: Class) {
+        self.sockets.iter().for_each(|socket| mark(socket, class));
     }
 
     /// Sends a round; `observe` looks on now and then and may stop it.

@@ -6,7 +6,7 @@ use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::{MachineError, SavedMachine};
 use crate::memory::boot_time_ns;
 use crate::migration::SourceMachine;
-use crate::migration::connection::TakesIn;
+use crate::migration::connection::{Class, TakesIn};
 use crate::migration::crew::Crew;
 use crate::migration::disks;
 use crate::migration::hand_over::{Memory, SourceHandOver};
@@ -53,6 +53,7 @@ impl Session<'_> {
         machine: &dyn SourceMachine,
         rest: Rest,
     ) -> Result<Dark, SourceError> {
+        crew.mark(Class::Usual);
         let mut still = self.stand_still(log, machine, &rest)?;
         let patience = self.patience();
         crew.expect_to_take_in(TakesIn::Within(patience))
@@ -79,6 +80,7 @@ impl Session<'_> {
         rest: Rest,
     ) -> Result<(Dark, u32), SourceError> {
         tracing::info!(migration = %self.request.migration, "the guest goes ahead of its memory");
+        crew.mark(Class::Usual);
         for (slot, map) in log.slots().iter().zip(&rest.dirty) {
             send_map(control, slot.guest_address, map)?;
         }

@@ -5,7 +5,7 @@ use super::error::{SourceError, out_of_turn};
 use super::{Rest, Session};
 use crate::kvm::{DirtyBitmap, DirtyLog};
 use crate::machine::Throttling;
-use crate::migration::connection::TakesIn;
+use crate::migration::connection::{Class, TakesIn};
 use crate::migration::crew::Crew;
 use crate::migration::disks::{self, WriteRates};
 use crate::migration::hand_over::SourceHandOver;
@@ -39,6 +39,7 @@ impl Session<'_> {
         let (mut rest_bytes, mut throttle_percent) = (bytes_of(&dirty), 0);
         let mut disk_rest_bytes = disks::bytes_of(&changed);
         let mut writes = WriteRates::new(&self.disks);
+        crew.mark(Class::Bulk);
         if !self.disks.is_empty() {
             // The target is silent, and reads nothing, for as long as its disks take.
             control
