@@ -157,7 +157,7 @@ impl FrameStream {
     }
 
     /// Reads the payload behind `announced` into guest memory, where it is checked: it is there even if this fails.
-    /// `room` is for what cannot go there directly; it is as long.
+    /// `room`, as long, is for what cannot go there directly, and for looking at what did.
     pub(super) fn read_payload_into<B: BitmapSlice>(
         &mut self,
         announced: &Announced,

@@ -568,6 +568,7 @@ impl Session<'_> {
         let (arrived, arrived_ns) = (Instant::now(), boot_time_ns());
         let saved = decode_state(content.state.as_deref(), &done.state_hash)?;
         arrivals.wait_for(done.round, (done.pages, done.disk_bytes))?;
+        arrivals.seal()?;
         content.check_missing(done.missing_pages)?;
         // Before anybody hears that this end is whole: what the store then commits to outlives a power cut.
         self.disks.seal()?;

@@ -38,6 +38,18 @@ struct Inner {
     /// Which lanes have ended between rounds, as all do when the source is done with them; others may still have to
     /// be read to their end then.
     ended: Vec<bool>,
+    /// Lanes that are writing into guest memory, and whether none may any more.
+    writing: usize,
+    sealed: bool,
+}
+
+/// A lane writes into guest memory as long as this is there.
+struct Writing<'a>(&'a Arrivals);
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        self.0.lock().writing -= 1;
+    }
 }
 
 /// Figures of what arrived.
@@ -60,6 +72,8 @@ impl Arrivals {
                 asked_pages: 0,
                 failed: None,
                 ended: vec![false; lanes],
+                writing: 0,
+                sealed: false,
             }),
             changed: Condvar::new(),
             patience,
@@ -125,6 +139,26 @@ impl Arrivals {
         } else {
             Ok(())
         }
+    }
+
+    /// Everything is here: nothing is written any more but what follows a guest that may be waiting for it. A source that
+    /// has begun to send something else has not kept to its own word.
+    pub(super) fn seal(&self) -> Result<(), TargetError> {
+        let mut inner = self.lock();
+        inner.sealed = true;
+        match inner.writing {
+            0 => Ok(()),
+            _ => Err(too_late()),
+        }
+    }
+
+    fn begin_writing(&self) -> Result<Writing<'_>, TargetError> {
+        let mut inner = self.lock();
+        if inner.sealed {
+            return Err(too_late());
+        }
+        inner.writing += 1;
+        Ok(Writing(self))
     }
 
     fn note(&self, note: impl FnOnce(&mut Inner)) {
@@ -253,6 +287,7 @@ impl Intake<'_> {
                     let place = place(self.ram, &header)?;
                     let payload = &mut payload[..header.length as usize];
                     if self.goes_straight(&header) {
+                        let _writing = self.arrivals.begin_writing()?;
                         self.stream.read_payload_into(&announced, &place, payload)?;
                     } else {
                         self.stream.read_payload(&announced, payload)?;
@@ -341,8 +376,8 @@ impl Intake<'_> {
         Ok(())
     }
 
-    /// Whether what comes can be written where it belongs before it was checked: nobody looks at it until all is here
-    /// and found to be good.
+    /// Whether what comes can be written where it belongs before it was checked: no guest looks at it until all is here
+    /// and found to be good ([`Arrivals::seal`]).
     fn goes_straight(&self, header: &FrameHeader) -> bool {
         let nobody_looks = self.arrivals.pull.get().is_none();
         nobody_looks && (header.kind, header.codec) == (FrameKind::Pages, Codec::Raw)
@@ -355,10 +390,13 @@ impl Intake<'_> {
         room: &mut Vec<u8>,
     ) -> Result<(), TargetError> {
         let content = Content::of(header, payload, room)?;
-        match (self.arrivals.pull.get(), content) {
-            (Some((pull, _)), content) => pull.fill(header, content)?,
-            (None, Content::Zeros) => self.ram.discard(header.address, u64::from(header.pages))?,
-            (None, Content::Bytes(bytes)) => self.ram.write(header.address, bytes)?,
+        if let Some((pull, _)) = self.arrivals.pull.get() {
+            return Ok(pull.fill(header, content)?);
+        }
+        let _writing = self.arrivals.begin_writing()?;
+        match content {
+            Content::Zeros => self.ram.discard(header.address, u64::from(header.pages))?,
+            Content::Bytes(bytes) => self.ram.write(header.address, bytes)?,
         }
         Ok(())
     }
@@ -390,6 +428,13 @@ fn place<'r>(
     Ok(ram.slice(header.address, bytes)?)
 }
 
+fn too_late() -> TargetError {
+    TargetError::OutOfTurn {
+        got: "pages".into(),
+        expected: "none after the last round",
+    }
+}
+
 /// What belongs to another round came too early or too late.
 fn check_round(header: &FrameHeader, expected: u32) -> Result<(), TargetError> {
     match header.round == expected {
@@ -398,5 +443,26 @@ fn check_round(header: &FrameHeader, expected: u32) -> Result<(), TargetError> {
             got: header.round,
             expected,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_written_when_everything_is_said_to_be_here() {
+        let arrivals = Arrivals::new(1, SILENCE_LIMIT);
+        drop(arrivals.begin_writing().unwrap());
+        arrivals.seal().unwrap();
+        assert!(arrivals.begin_writing().is_err());
+    }
+
+    /// A source that holds a page back until the guest runs finds that it does not.
+    #[test]
+    fn everything_is_not_here_while_a_page_is_on_its_way() {
+        let arrivals = Arrivals::new(1, SILENCE_LIMIT);
+        let _writing = arrivals.begin_writing().unwrap();
+        assert!(arrivals.seal().is_err());
     }
 }
