@@ -17,8 +17,9 @@ pub const CONNECTING: Duration = Duration::from_millis(500);
 const RESTART_S: f64 = 10.0;
 /// Latest migrations looked at for the measured figures.
 const MEASURED: usize = 16;
-/// Fewest migrations between two hosts that say more than all others together.
-const TELLING_PAIR: usize = 3;
+/// Fewest migrations between two hosts that say more than all others together, and fewest anywhere that say what a blackout
+/// costs.
+const TELLING: usize = 3;
 /// A migration that sent less says little about the link.
 const TELLING_BYTES: u64 = 16 << 20;
 /// A migration that was faster than this share of its bandwidth limit was held back by it.
@@ -79,19 +80,16 @@ pub fn figures(view: &View, source: HostId, target: HostId, policy: &MigrationPo
     let measured = |basis, figures: Vec<u64>, fewest| {
         (figures.len() >= fewest).then(|| (median(figures), basis))
     };
-    let (bytes_per_s, bytes_per_s_from) = measured(
-        Basis::Lanes,
-        latest(view, lanes, telling_rate),
-        TELLING_PAIR,
-    )
-    .or_else(|| measured(Basis::Pair, latest(view, pair, telling_rate), TELLING_PAIR))
-    .or_else(|| measured(Basis::Pool, latest(view, |_| true, telling_rate), 1))
-    .or_else(|| measured(Basis::Pool, latest(view, |_| true, rate), 1))
-    .unwrap_or((ASSUMED_BYTES_PER_S, Basis::Assumed));
-    let (learned_us, fixed_from) =
-        measured(Basis::Pair, latest(view, pair, fixed_us), TELLING_PAIR)
-            .or_else(|| measured(Basis::Pool, latest(view, |_| true, fixed_us), 1))
-            .map_or((None, Basis::Assumed), |(us, basis)| (Some(us), basis));
+    let (bytes_per_s, bytes_per_s_from) =
+        measured(Basis::Lanes, latest(view, lanes, telling_rate), TELLING)
+            .or_else(|| measured(Basis::Pair, latest(view, pair, telling_rate), TELLING))
+            .or_else(|| measured(Basis::Pool, latest(view, |_| true, telling_rate), 1))
+            .or_else(|| measured(Basis::Pool, latest(view, |_| true, rate), 1))
+            .unwrap_or((ASSUMED_BYTES_PER_S, Basis::Assumed));
+    // One that was slow for once would make the next predictions wrong by as much.
+    let (learned_us, fixed_from) = measured(Basis::Pair, latest(view, pair, fixed_us), TELLING)
+        .or_else(|| measured(Basis::Pool, latest(view, |_| true, fixed_us), TELLING))
+        .map_or((None, Basis::Assumed), |(us, basis)| (Some(us), basis));
     Figures {
         bytes_per_s,
         bytes_per_s_from,
@@ -114,7 +112,7 @@ pub fn link_capacity(view: &View, counts: impl Fn(&Migration) -> bool) -> Option
         .iter()
         .copied()
         .max()
-        .filter(|_| shown.len() >= TELLING_PAIR)
+        .filter(|_| shown.len() >= TELLING)
 }
 
 /// What the latest migrations showed that `counts`.
@@ -342,7 +340,10 @@ mod tests {
 
     #[test]
     fn a_cost_beyond_reason_is_not_handed_on() {
-        let figures = between(&view(vec![moved(1, (1, 2), 1, 9_000_000)]), 1, 2);
+        let slow = |n| moved(n, (1, 2), 1, 9_000_000);
+        let once = between(&view(vec![slow(1), slow(2)]), 1, 2);
+        assert_eq!(once.fixed_from, Basis::Assumed);
+        let figures = between(&view(vec![slow(1), slow(2), slow(3)]), 1, 2);
         assert_eq!(figures.fixed_us, 150_000, "half the limit of 300 ms");
     }
 
