@@ -87,9 +87,11 @@ impl VmmProcess {
             .stdout(log.try_clone()?)
             .stderr(log);
         let (name, value) = VMM_ENVIRONMENT;
-        if std::env::var_os(name).is_none() {
-            command.env(name, value);
-        }
+        match std::env::var(name) {
+            // What an operator has set stays, and comes last, so it wins.
+            Ok(theirs) => command.env(name, format!("{value}:{theirs}")),
+            Err(_) => command.env(name, value),
+        };
         sys::detach(&mut command, after_agent);
         let mut child = command.spawn()?;
         let pid = child

@@ -50,7 +50,7 @@ use std::time::Duration;
 
 /// Name of the memfd that is a guest's memory, as `/proc/<pid>/fd` shows it.
 pub const GUEST_MEMORY_NAME: &str = "godwit-guest-ram";
-/// What whoever starts a VMM puts in its environment unless it is there, as (name, value). glibc before 2.39 copies with
+/// What whoever starts a VMM puts in its environment, as (name, value). glibc before 2.39 copies with
 /// `rep movsb` on AMD's processors, which takes up to seven times as long as vector instructions where the destination
 /// lies less than 32 bytes behind the source, within a page or pages apart (glibc's bug 30994); TLS copies like that all
 /// the time. Other C libraries do not look at it.
