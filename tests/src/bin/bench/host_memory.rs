@@ -11,8 +11,8 @@ const SHARED_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabl
 const ANONYMOUS_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 /// Free pages of this order and above are given back to the host, where this machine is a guest that does so.
 const REPORTED_ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
-/// Orders of which no page is ever free.
-const UNREPORTED: [&str; 2] = ["11", "10"];
+/// An order of which no page is ever free. Kernels that take none above the largest keep reporting.
+const UNREPORTED: &str = "11";
 /// What a guest takes beside the data it was filled with.
 const GUEST_ITSELF: Mib = Mib(256);
 
@@ -27,7 +27,7 @@ impl HostMemory {
     pub(crate) fn prepare(report: &mut Report) -> Self {
         let prepared = Self {
             _huge_pages: HostSetting::change(SHARED_HUGE_PAGES, &["advise", "always", "force"]),
-            _reporting: HostSetting::change(REPORTED_ORDER, &UNREPORTED),
+            _reporting: HostSetting::change(REPORTED_ORDER, &[UNREPORTED]),
         };
         for (name, path) in [
             ("huge_pages_shared", SHARED_HUGE_PAGES),

@@ -25,6 +25,7 @@ use anyhow::bail;
 use godwit_tests::linux::LinuxGuest;
 use report::{Owed, Peers, Report};
 use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Says that a peer that is not installed is no fault.
 const WITHOUT_PEERS: &str = "--without-peers";
@@ -34,7 +35,16 @@ fn main() -> ExitCode {
     let name = arguments.next().unwrap_or_default();
     let sections: Vec<String> = arguments.collect();
     let runtime = tokio::runtime::Runtime::new().expect("a runtime can be built");
-    match runtime.block_on(run(&name, &sections)) {
+    // Interrupted, it still ends what it started and puts back what it changed.
+    let measured = runtime.block_on(async {
+        let mut terminated = signal(SignalKind::terminate())?;
+        tokio::select! {
+            measured = run(&name, &sections) => measured,
+            _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+            _ = terminated.recv() => bail!("terminated"),
+        }
+    });
+    match measured {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("bench {name}: {error:#}");
