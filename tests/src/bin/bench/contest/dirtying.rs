@@ -17,6 +17,8 @@ const FILL: Mib = Mib(768);
 const DIRTY_MIB_PER_S: u64 = 160;
 const WORKING_SET: Mib = Mib(512);
 const LINK_BYTES_PER_S: u64 = DEFAULT_BYTES_PER_S;
+/// So many show what a blackout costs beside sending the rest, before it is to be foreseen.
+const WARM_UP: usize = 3;
 const RUNS: usize = 10;
 const PEER_RUNS: usize = 2;
 /// A peer that has not arrived after so many times our time has lost.
@@ -43,6 +45,9 @@ pub(super) async fn measure(report: &mut Report, linux: &LinuxGuest) -> anyhow::
     report.option("dirtying_policy", serde_json::to_string(&policy)?);
     let dirty = format!("dirty {DIRTY_MIB_PER_S} {}", WORKING_SET.0);
     let mut ours = Shuttle::take_off(Some(linux), MEMORY, FILL).await?;
+    for _ in 0..WARM_UP {
+        ours.fly(MigrationPolicy::default(), Link::Plain).await?;
+    }
     ours.shell().await?.command(&dirty).await?;
     let mut seen = Samples::default();
     let (mut blackouts, mut errors) = (Samples::default(), Vec::new());
