@@ -49,8 +49,8 @@ const PANELS: [(&str, &str); 11] = [
     ),
 ];
 
-const WIDTH: f64 = 860.0;
-const LABEL_WIDTH: f64 = 210.0;
+const WIDTH: f64 = 900.0;
+const LABEL_WIDTH: f64 = 250.0;
 const VALUE_WIDTH: f64 = 110.0;
 const ROW: f64 = 20.0;
 const BAR: f64 = 12.0;

@@ -10,6 +10,8 @@ use std::process::Command;
 /// Everything a bench found.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
+    /// What is measured, as it was at the beginning.
+    commit: String,
     /// Where it is written.
     path: Option<PathBuf>,
     options: BTreeMap<String, String>,
@@ -117,7 +119,7 @@ struct Figure {
 #[derive(Serialize)]
 struct File<'a> {
     machine: String,
-    commit: String,
+    commit: &'a str,
     options: &'a BTreeMap<String, String>,
     runs: &'a [Run],
     figures: &'a BTreeMap<String, Figure>,
@@ -130,6 +132,7 @@ impl Report {
         Self {
             chosen: sections.to_vec(),
             peers,
+            commit: commit(),
             ..Self::default()
         }
     }
@@ -277,7 +280,7 @@ impl Report {
         };
         let file = File {
             machine: machine(),
-            commit: commit(),
+            commit: &self.commit,
             options: &self.options,
             runs: &self.runs,
             figures: &self.figures,
