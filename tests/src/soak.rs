@@ -37,7 +37,7 @@ const CANCEL_INTERVAL: u64 = 20;
 /// One flight in so many may go ahead of its memory,
 const POST_COPY_INTERVAL: u64 = 3;
 /// which a blackout this short makes likely.
-const POST_COPY_DOWNTIME_MS: u64 = 15;
+const POST_COPY_DOWNTIME_MS: u64 = 5;
 /// One flight in so many has all memory hashed at both ends.
 const HASH_INTERVAL: u64 = 16;
 /// So many flights without a landing for each that lands mean that something is wrong.
