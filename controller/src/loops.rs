@@ -25,8 +25,8 @@ use tokio::time::Instant;
 const FROZEN: Duration = Duration::from_secs(2);
 /// How often old records are dropped.
 const HOUSEKEEPING: Duration = Duration::from_secs(60);
-/// How long the reconciler waits after the store failed.
-const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// How long a loop waits after the store failed.
+pub(crate) const STORE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Starts all loops.
 pub(crate) fn spawn(core: &Arc<Core>) {

@@ -4,16 +4,13 @@
 
 use crate::core::Core;
 use crate::ledger::Draft;
+use crate::loops::STORE_PAUSE;
 use crate::model::Migration;
 use crate::view::View;
 use godwit_wire::id::MigrationId;
 use godwit_wire::migration::MigrationRole;
 use godwit_wire::problem::Problem;
 use std::sync::Arc;
-use std::time::Duration;
-
-/// How long nothing is written after the store failed.
-const STORE_PAUSE: Duration = Duration::from_secs(1);
 
 /// A gap that its record lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,39 +86,18 @@ async fn write_down(core: &Core, gaps: &[Gap]) -> Result<(), Problem> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{HeldBack, MigrationState};
     use crate::view::Observed;
     use godwit_wire::host_api::VmReport;
-    use godwit_wire::id::{Epoch, Generation, HostId, OperationId, VmId};
-    use godwit_wire::migration::{
-        MigrationPhase, MigrationPolicy, MigrationProgress, MigrationStatus,
-    };
+    use godwit_wire::id::{Epoch, Generation, HostId, VmId};
+    use godwit_wire::migration::{MigrationPhase, MigrationProgress, MigrationStatus};
     use godwit_wire::usage::VmUsage;
-    use jiff::Timestamp;
 
     fn ended() -> Migration {
-        Migration {
-            id: MigrationId::fresh(),
-            vm: VmId::fresh(),
-            vm_name: "a".into(),
-            source: HostId::fresh(),
-            source_name: "source".into(),
-            target: HostId::fresh(),
-            target_name: "target".into(),
-            epoch: Epoch(1),
-            prepare_generation: Generation(1),
-            send_generation: Generation(2),
-            policy: MigrationPolicy::default(),
-            disks: Vec::new(),
-            operation: OperationId::fresh(),
-            state: MigrationState::Committed { epoch: Epoch(2) },
-            phase: Some(MigrationPhase::Completed),
-            progress: Some(MigrationProgress::default()),
-            held_back: HeldBack::No,
-            foreseen: None,
-            started_at: Timestamp::UNIX_EPOCH,
-            ended_at: Some(Timestamp::UNIX_EPOCH),
-        }
+        Migration::committed(
+            HostId::fresh(),
+            HostId::fresh(),
+            MigrationProgress::default(),
+        )
     }
 
     /// A record, and what a host tells.

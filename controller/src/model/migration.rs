@@ -134,3 +134,32 @@ impl Migration {
         matches!(self.state, MigrationState::Open)
     }
 }
+
+#[cfg(test)]
+impl Migration {
+    /// One that moved some VM, with what it showed, for tests of what is made of that.
+    pub(crate) fn committed(source: HostId, target: HostId, progress: MigrationProgress) -> Self {
+        Self {
+            id: MigrationId::fresh(),
+            vm: VmId::fresh(),
+            vm_name: "a".into(),
+            source,
+            source_name: "source".into(),
+            target,
+            target_name: "target".into(),
+            epoch: Epoch(1),
+            prepare_generation: Generation(1),
+            send_generation: Generation(2),
+            policy: MigrationPolicy::default(),
+            disks: Vec::new(),
+            operation: OperationId::fresh(),
+            state: MigrationState::Committed { epoch: Epoch(2) },
+            phase: Some(MigrationPhase::Completed),
+            progress: Some(progress),
+            held_back: HeldBack::No,
+            foreseen: None,
+            started_at: Timestamp::UNIX_EPOCH,
+            ended_at: None,
+        }
+    }
+}

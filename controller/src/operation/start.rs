@@ -171,14 +171,10 @@ fn place_in_turn(
         Taking::OnlyAt(owner) => Some(owner),
         Taking::NotYet
             if !matches!(cause, StartCause::HostSilent { .. })
-                || vm.lease == LeasePolicy::Unwatched =>
-        {
-            return Placing::Wait;
-        }
-        Taking::NotYet
-            if vm
-                .owner
-                .is_some_and(|owner| view.liveness(owner) != Liveness::Up) =>
+                || vm.lease == LeasePolicy::Unwatched
+                || vm
+                    .owner
+                    .is_some_and(|owner| view.liveness(owner) != Liveness::Up) =>
         {
             return Placing::Wait;
         }

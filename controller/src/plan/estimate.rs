@@ -219,9 +219,8 @@ impl Figures {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use godwit_wire::id::{Epoch, Generation, MigrationId, OperationId, VmId};
-    use godwit_wire::migration::{Blackout, MigrationPhase, MigrationProgress};
-    use jiff::Timestamp;
+    use godwit_wire::id::MigrationId;
+    use godwit_wire::migration::{Blackout, MigrationProgress};
     use std::sync::Arc;
     use uuid::Uuid;
 
@@ -230,35 +229,18 @@ mod tests {
     }
 
     fn moved(number: u128, (source, target): (u128, u128), rate: u64, fixed_us: u64) -> Migration {
+        let progress = MigrationProgress {
+            transferred_bytes: Bytes(1 << 30),
+            rate_bytes_per_s: rate,
+            blackout: Some(Blackout {
+                commit_us: fixed_us,
+                ..Blackout::default()
+            }),
+            ..MigrationProgress::default()
+        };
         Migration {
             id: MigrationId(Uuid::from_u128(number)),
-            vm: VmId::fresh(),
-            vm_name: "a".into(),
-            source: host(source),
-            source_name: "source".into(),
-            target: host(target),
-            target_name: "target".into(),
-            epoch: Epoch(1),
-            prepare_generation: Generation(1),
-            send_generation: Generation(2),
-            policy: MigrationPolicy::default(),
-            disks: Vec::new(),
-            operation: OperationId::fresh(),
-            state: MigrationState::Committed { epoch: Epoch(2) },
-            phase: Some(MigrationPhase::Completed),
-            progress: Some(MigrationProgress {
-                transferred_bytes: Bytes(1 << 30),
-                rate_bytes_per_s: rate,
-                blackout: Some(Blackout {
-                    commit_us: fixed_us,
-                    ..Blackout::default()
-                }),
-                ..MigrationProgress::default()
-            }),
-            held_back: HeldBack::No,
-            foreseen: None,
-            started_at: Timestamp::UNIX_EPOCH,
-            ended_at: None,
+            ..Migration::committed(host(source), host(target), progress)
         }
     }
 
