@@ -22,7 +22,7 @@ pub const LEAST_FIXED_COST: Duration = Duration::from_millis(1);
 pub const MOST_FIXED_COST: Duration = Duration::from_millis(200);
 
 /// From the decision to pause the guest until it stands still, in which it goes on dirtying memory.
-const PAUSE_LAG: Duration = Duration::from_millis(2);
+const PAUSE_LAG: Duration = Duration::from_micros(500);
 
 /// A rest this small is sent in less time than the fixed costs take; another round gains nothing.
 const SMALL_REST_BYTES: u64 = 256 * 1024;
